@@ -1,0 +1,30 @@
+"""hpsearch finds the hyperparameters of a language model.
+
+Read the package in the order in which a study flows: spec, search, backends, worker, trainer (with tasks and
+pruning), study, store, ranking, cli. The Python API mirrors the commands:
+
+    import hpsearch
+
+    study = hpsearch.launch("studies/lm.yaml")
+    study.best                  # the winner
+    study.leaderboard()         # a pandas frame
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpsearch.api import Study, check, launch, open_study, studies
+
+__version__ = version("hpsearch")
+__all__ = ["Study", "__version__", "check", "launch", "open_study", "studies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from hpsearch import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'hpsearch' has no attribute {name!r}")

@@ -1,0 +1,90 @@
+"""The error tree: every failure that a person can mend, and the exit code that it ends in.
+
+HpsearchError
+├── UsageError          2   a command, study file or data that cannot be used as given
+│   ├── SpecError           mistakes in a study file, all of them, with line and column
+│   ├── DataError           data that is missing, empty or lacks the named column
+│   └── UnknownStudyError   no study or trial of that name in the store
+├── StudyBusyError      4   another driver holds the study
+├── StoreError         69   the study store cannot be reached, read or written
+├── RunFolderError     74   files of the run (data, checkpoints) cannot be written
+└── ClusterError       75   Ray could not be started or was lost; launch again to resume
+
+Whatever is not in this tree is a bug of ours and ends in 70.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+EXIT_FINISHED = 0
+EXIT_USAGE = 2
+EXIT_TOO_MANY_FAILED = 3
+EXIT_BUSY = 4
+EXIT_STORE = 69
+EXIT_BUG = 70
+EXIT_IO = 74
+EXIT_CLUSTER = 75
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+class HpsearchError(Exception):
+    """Base of all errors that are shown to a person as one message, without a traceback."""
+
+    exit_code = EXIT_BUG
+
+
+class UsageError(HpsearchError):
+    exit_code = EXIT_USAGE
+
+
+class DataError(UsageError):
+    pass
+
+
+class UnknownStudyError(UsageError):
+    pass
+
+
+class StudyBusyError(HpsearchError):
+    exit_code = EXIT_BUSY
+
+
+class StoreError(HpsearchError):
+    exit_code = EXIT_STORE
+
+
+class RunFolderError(HpsearchError):
+    exit_code = EXIT_IO
+
+
+class ClusterError(HpsearchError):
+    exit_code = EXIT_CLUSTER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One mistake in a study file: the path of keys that leads to it, and what was expected there."""
+
+    path: tuple[str | int, ...]
+    message: str
+    at_key: bool = False
+    """Point at the key rather than at its value (an unknown key, say)."""
+
+
+class SpecError(UsageError):
+    """Mistakes in a study file; `str()` lists them one a line, as `file:line:column: key: message`."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+@")
+
+
+def hide_password(text: str) -> str:
+    """The text with the password of every URL in it replaced by `***`."""
+    return _PASSWORD.sub(r"\1***@", text)

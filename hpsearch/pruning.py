@@ -1,0 +1,163 @@
+"""Is this run overfitting? Pure functions over one run's training and validation losses.
+
+Knows nothing of Optuna, Ray, torch or SQL. The stop rule joins a Mann-Kendall test for a rising trend
+(Mann, Econometrica 13, 1945; Kendall, Rank Correlation Methods, 1975) over the last validation losses with plain
+patience, after a warm-up. Validation loss alone says *when* to stop; the trend of the training loss says *why*:
+still falling means overfitting, flat a plateau, rising divergence. The rule depends on the order of losses only,
+so it is the same in nats, bits or any other unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from hpsearch.settings import Strict
+
+
+class Losses(Protocol):
+    """One evaluation of a run: mean training loss since the last one, and validation loss, in nats."""
+
+    @property
+    def train_loss(self) -> float: ...
+
+    @property
+    def valid_loss(self) -> float: ...
+
+
+class Verdict(StrEnum):
+    TOO_EARLY = "too early"
+    HEALTHY = "healthy"
+    PLATEAU = "plateau"
+    OVERFITTING = "overfitting"
+    DIVERGING = "diverging"
+
+
+class OverfitRule(Strict):
+    """The windows and thresholds of the verdict; all windows count evaluations."""
+
+    window: int = Field(7, ge=4, description="Validation losses looked at for a rising trend.")
+    z: float = Field(1.64, gt=0, description="Mann-Kendall z above which the trend counts as rising (1.64: p < 0.05).")
+    patience: int = Field(10, ge=2, description="Evaluations without a new best that end the run as well.")
+    warmup: float = Field(0.2, ge=0, lt=1, description="Part of the run before which it is too early to tell.")
+    explode_factor: float = Field(
+        2.0, gt=1, description="Training loss above this multiple of its first value counts as exploding."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The numbers that led to a verdict."""
+
+    rule: str
+    """Which test spoke: `too early`, `falling`, `rising trend`, `patience`, `non-finite` or `exploding`."""
+    evaluations: int
+    best_evaluation: int | None
+    best_valid_loss: float | None
+    last_valid_loss: float | None
+    last_train_loss: float | None
+    since_best: int
+    valid_trend_z: float | None
+    """Mann-Kendall z of the validation loss over the window; positive when it rises."""
+    train_trend_z: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: a number that is not finite becomes its name."""
+        return {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A verdict with its evidence."""
+
+    verdict: Verdict
+    evidence: Evidence
+
+    @property
+    def stops(self) -> bool:
+        """True when the run should end now."""
+        return self.verdict in (Verdict.OVERFITTING, Verdict.PLATEAU, Verdict.DIVERGING)
+
+
+def judge(curve: Sequence[Losses], total_evaluations: int, rule: OverfitRule) -> Judgement:
+    """The verdict on a run after `len(curve)` of `total_evaluations` evaluations.
+
+    A loss that is not finite, or a training loss that explodes, is `diverging` at once; every other stop waits for
+    the warm-up. An empty curve is `too early`.
+    """
+    valid = [point.valid_loss for point in curve]
+    train = [point.train_loss for point in curve]
+    best = best_evaluation(curve)
+    finite = all(math.isfinite(loss) for loss in (*valid, *train))
+    rising = mann_kendall_z(valid[-rule.window :]) if finite and len(valid) >= rule.window else None
+    training = mann_kendall_z(train[-rule.window :]) if finite and len(train) >= rule.window else None
+    since_best = len(valid) - best if best is not None else len(valid)
+
+    def judgement(verdict: Verdict, reason: str) -> Judgement:
+        evidence = Evidence(
+            rule=reason,
+            evaluations=len(curve),
+            best_evaluation=best,
+            best_valid_loss=valid[best - 1] if best is not None else None,
+            last_valid_loss=valid[-1] if valid else None,
+            last_train_loss=train[-1] if train else None,
+            since_best=since_best,
+            valid_trend_z=rising,
+            train_trend_z=training,
+        )
+        return Judgement(verdict=verdict, evidence=evidence)
+
+    if not finite:
+        return judgement(Verdict.DIVERGING, "non-finite")
+    if train and train[-1] > rule.explode_factor * train[0]:
+        return judgement(Verdict.DIVERGING, "exploding")
+    if len(curve) < max(math.ceil(rule.warmup * total_evaluations), 1):
+        return judgement(Verdict.TOO_EARLY, "too early")
+    if rising is not None and rising > rule.z:
+        return judgement(_cause(train, rule), "rising trend")
+    if since_best >= rule.patience:
+        return judgement(_cause(train, rule), "patience")
+    if rising is None:
+        return judgement(Verdict.TOO_EARLY, "too early")
+    return judgement(Verdict.HEALTHY, "falling" if since_best == 0 else "no trend")
+
+
+def best_evaluation(curve: Sequence[Losses]) -> int | None:
+    """The 1-based evaluation with the lowest finite validation loss (the first of equals), if there is one."""
+    best: int | None = None
+    for number, point in enumerate(curve, start=1):
+        if math.isfinite(point.valid_loss) and (best is None or point.valid_loss < curve[best - 1].valid_loss):
+            best = number
+    return best
+
+
+def mann_kendall_z(values: Sequence[float]) -> float:
+    """Mann-Kendall trend of a short series as a z score; positive when it rises, 0 for fewer than 2 values.
+
+    Without the continuity correction, so that the default of 1.64 over 7 values means S >= 11; ties are not
+    corrected for, which is conservative.
+    """
+    count = len(values)
+    if count < 2:
+        return 0.0
+    score = sum(
+        (values[later] > values[earlier]) - (values[later] < values[earlier])
+        for earlier in range(count)
+        for later in range(earlier + 1, count)
+    )
+    return score / math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
+
+
+def _cause(train: Sequence[float], rule: OverfitRule) -> Verdict:
+    trend = mann_kendall_z(train[-rule.window :])
+    if trend < -rule.z:
+        return Verdict.OVERFITTING
+    return Verdict.DIVERGING if trend > rule.z else Verdict.PLATEAU

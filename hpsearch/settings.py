@@ -1,0 +1,109 @@
+"""The settings of one run that a study may fix or search: their names, units, bounds and defaults."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Scalar = bool | int | float | str
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys and never turns text into numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSettings(Strict):
+    """What the network looks like. Sizes are in units of the architecture's own configuration."""
+
+    architecture: str = Field("gpt2", description="A causal language model of transformers: gpt2, llama, ...")
+    num_layers: int = Field(2, ge=1, description="Transformer blocks.")
+    hidden_size: int = Field(128, ge=1, description="Width of the residual stream.")
+    num_heads: int | None = Field(None, ge=1, description="Attention heads; by default one per 32 of width.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability, everywhere the architecture has one.")
+    init_std: float | None = Field(None, gt=0, description="Standard deviation of initial weights.")
+    context_length: int = Field(128, ge=2, description="Tokens in a training sequence.")
+    config: dict[str, Scalar] = Field(
+        default_factory=dict, description="Further keys of the architecture's transformers configuration."
+    )
+
+
+class TrainingSettings(Strict):
+    """How it is trained. Losses are in nats per token; times in seconds."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    batch_size: int = Field(16, ge=1, description="Sequences per optimizer step; never changed by memory trouble.")
+    num_epochs: int = Field(4, ge=1, description="Passes over the training split.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled; on weight matrices only.")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Part of all steps with a rising learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
+    final_lr_fraction: float = Field(0.1, ge=0, le=1, description="Part of the peak that the schedule decays to.")
+    gradient_clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+
+
+class RunSettings(TrainingSettings):
+    """Training settings plus what a study fixes for all its runs, and never searches."""
+
+    evaluations_per_epoch: int | None = Field(
+        None, ge=1, description="Validation losses taken per epoch; by default some 40 in the longest run of the study."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast on GPUs that have it, float32 elsewhere."
+    )
+    compile: bool = Field(False, description="torch.compile the model (minutes of compile time on a CPU).")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Sequences in memory at once; halved by itself when memory runs out."
+    )
+
+
+NOT_SEARCHABLE = frozenset({"context_length", "config"})
+"""Model settings that decide what a perplexity means, or that are containers."""
+
+SEARCHABLE: dict[str, type[Strict]] = {
+    **{name: ModelSettings for name in ModelSettings.model_fields if name not in NOT_SEARCHABLE},
+    **{name: TrainingSettings for name in TrainingSettings.model_fields},
+}
+"""Name of every setting that `search:` may hold, and the model that owns it. `config.KEY` is searchable, too."""
+
+SYNONYMS = {
+    "lr": "learning_rate",
+    "epochs": "num_epochs",
+    "n_epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "layers": "num_layers",
+    "n_layer": "num_layers",
+    "n_layers": "num_layers",
+    "num_hidden_layers": "num_layers",
+    "per_device_train_batch_size": "batch_size",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "warmup_ratio": "warmup_fraction",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "gradient_clip",
+    "clip": "gradient_clip",
+    "d_model": "hidden_size",
+    "n_embd": "hidden_size",
+    "n_head": "num_heads",
+    "n_heads": "num_heads",
+    "initializer_range": "init_std",
+}
+"""What people call our settings elsewhere; used to suggest the right name."""
+
+
+def split_settings(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sampled values parted into those of the model and those of training; `config.KEY` goes to the model."""
+    model: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    for name, value in values.items():
+        if name.startswith("config."):
+            model.setdefault("config", {})[name.removeprefix("config.")] = value
+        elif SEARCHABLE[name] is ModelSettings:
+            model[name] = value
+        else:
+            training[name] = value
+    return model, training

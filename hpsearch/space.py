@@ -1,0 +1,346 @@
+"""The search space of a study file: what a scalar, a list, a range and `when:` mean.
+
+A range of a setting that is a fraction or a rate is continuous; of any other setting it is whole numbers when both
+ends are. Owns the reading of spaces, W&B's spelling included, and their size. Knows nothing of Optuna.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from hpsearch.errors import Problem
+from hpsearch.settings import SEARCHABLE, SYNONYMS, Scalar
+
+Condition = dict[str, Any]
+"""Parent name to what it must be: a list of values, or a Range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One of a few values."""
+
+    values: tuple[Scalar, ...]
+    when: tuple[tuple[str, Choice | Range], ...] = ()
+
+    def __contains__(self, value: object) -> bool:
+        return any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers from `low` to `high`, both included; whole numbers when `integer`."""
+
+    low: float
+    high: float
+    integer: bool = False
+    log: bool = False
+    step: float | None = None
+    when: tuple[tuple[str, Choice | Range], ...] = ()
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+
+    @property
+    def size(self) -> float:
+        """Number of values; infinity for a continuous range."""
+        if self.step is not None:
+            return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return self.high - self.low + 1 if self.integer else math.inf
+
+
+Dimension = Choice | Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Fixed values and dimensions; a dimension comes after the ones that its `when` names."""
+
+    fixed: dict[str, Scalar]
+    dimensions: dict[str, Dimension]
+
+    @property
+    def size(self) -> float:
+        """Number of different settings (an upper bound when `when:` is used); infinity if a range is continuous."""
+        return math.prod(
+            len(dimension.values) if isinstance(dimension, Choice) else dimension.size
+            for dimension in self.dimensions.values()
+        )
+
+    def is_active(self, name: str, values: Mapping[str, Any]) -> bool:
+        """True if the `when:` of this dimension holds for the values sampled so far."""
+        return all(
+            parent in values and values[parent] in allowed for parent, allowed in self.dimensions[name].when
+        )
+
+    def largest(self, name: str, default: float) -> float:
+        """The largest value that a numeric setting can take."""
+        dimension = self.dimensions.get(name)
+        if isinstance(dimension, Range):
+            return dimension.high
+        if isinstance(dimension, Choice):
+            return max(float(value) for value in dimension.values)
+        return float(self.fixed.get(name, default))
+
+
+def parse_space(raw: Any, path: tuple[str | int, ...] = ("search",)) -> tuple[Space, list[Problem]]:
+    """The space that a `search:` mapping describes, and everything wrong with it."""
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        return Space(fixed={}, dimensions={}), [
+            Problem(path=path, message=f"expected a mapping from settings to values, got {_shown(raw)}")
+        ]
+    fixed: dict[str, Scalar] = {}
+    dimensions: dict[str, Dimension] = {}
+    problems: list[Problem] = []
+    for name, value in raw.items():
+        here = (*path, name)
+        if name not in SEARCHABLE and not (name.startswith("config.") and len(name) > len("config.")):
+            problems.append(Problem(path=here, message=f"unknown setting{_hint(name)}", at_key=True))
+            continue
+        try:
+            parsed = _parse_entry(name, value)
+        except _Wrong as wrong:
+            problems.append(Problem(path=(*here, *wrong.path), message=wrong.message, at_key=wrong.at_key))
+            continue
+        if isinstance(parsed, Choice | Range):
+            dimensions[name] = parsed
+        else:
+            fixed[name] = parsed
+    ordered, order_problems = _ordered(dimensions, fixed, path)
+    return Space(fixed=fixed, dimensions=ordered), problems + order_problems
+
+
+class _Wrong(Exception):
+    def __init__(self, message: str, *path: str | int, at_key: bool = False) -> None:
+        self.message, self.path, self.at_key = message, path, at_key
+
+
+_RANGE_KEYS = ("min", "max", "scale", "step", "when", "values", "value", "distribution", "q", "log")
+
+
+def _parse_entry(name: str, raw: Any) -> Scalar | Dimension:
+    if isinstance(raw, list):
+        return Choice(values=_values(name, raw, ()))
+    if not isinstance(raw, dict):
+        return _checked(name, raw, ())
+    for key in raw:
+        if key not in _RANGE_KEYS:
+            near = difflib.get_close_matches(str(key), _RANGE_KEYS, n=1, cutoff=0.5)
+            synonyms = {"low": "min", "lower": "min", "high": "max", "upper": "max", "choices": "values"}
+            best = synonyms.get(str(key)) or (near[0] if near else None)
+            hint = f"; did you mean '{best}'?" if best else f"; known keys: {', '.join(_RANGE_KEYS[:6])}"
+            raise _Wrong(f"unknown key '{key}'{hint}", key, at_key=True)
+    raw = dict(raw)
+    when = _parse_when(raw.pop("when")) if "when" in raw else ()
+    if "value" in raw:
+        _only(raw, "value", "distribution")
+        value = _checked(name, raw["value"], ("value",))
+        return Choice(values=(value,), when=when) if when else value
+    if "values" in raw:
+        _only(raw, "values", "distribution")
+        return Choice(values=_values(name, raw["values"], ("values",)), when=when)
+    return _parse_range(name, raw, when)
+
+
+_DISTRIBUTIONS = {
+    # W&B's name: (logarithmic, whole numbers, stepped by q)
+    "uniform": (False, False, False),
+    "log_uniform_values": (True, False, False),
+    "int_uniform": (False, True, False),
+    "q_uniform": (False, False, True),
+    "q_log_uniform_values": (True, False, True),
+}
+
+
+def _parse_range(name: str, raw: dict[str, Any], when: tuple[tuple[str, Dimension], ...]) -> Range:
+    for key in ("min", "max"):
+        if key not in raw:
+            raise _Wrong(f"a range needs '{key}' (or give 'values' for choices)")
+        if not _is_number(raw[key]):
+            raise _Wrong(f"expected a number, got {_shown(raw[key])}", key)
+    log = _scale_is_log(raw)
+    step = raw.get("step", raw.get("q"))
+    integer = isinstance(raw["min"], int) and isinstance(raw["max"], int) and not _is_float(name)
+    if "distribution" in raw:
+        known = raw["distribution"]
+        if known not in _DISTRIBUTIONS:
+            extra = "; its bounds are exponents there, write log_uniform_values" if known == "log_uniform" else ""
+            raise _Wrong(f"unknown distribution {_shown(known)}{extra}; known: {', '.join(_DISTRIBUTIONS)}", "distribution")
+        log, whole, stepped = _DISTRIBUTIONS[known]
+        if whole and not integer:
+            raise _Wrong("int_uniform needs whole numbers at both ends", "distribution")
+        if stepped and step is None:
+            step = 1
+        integer = integer and (whole or _is_whole(name) or (stepped and isinstance(step, int)))
+    low, high = raw["min"], raw["max"]
+    if low >= high:
+        raise _Wrong(f"min ({low}) must be below max ({high})")
+    if log and low <= 0:
+        raise _Wrong(f"a log range must start above 0, got min: {low}", "min")
+    if step is not None:
+        key = "step" if "step" in raw else "q"
+        if not _is_number(step) or step <= 0:
+            raise _Wrong(f"expected a number above 0, got {_shown(step)}", key)
+        if step > high - low:
+            raise _Wrong(f"step ({step}) is larger than the range ({low} to {high})", key)
+        if log:
+            raise _Wrong("a log range has no step; give the values as a list instead", key)
+        if integer and not isinstance(step, int):
+            raise _Wrong(f"whole-number bounds need a whole-number step, got {step}", key)
+    for key in ("min", "max"):
+        value = _checked(name, raw[key], (key,))
+        if isinstance(value, int) and not isinstance(raw[key], int):
+            raise _Wrong(f"expected a whole number, got {raw[key]}", key)
+    if _is_whole(name) and not integer:
+        raise _Wrong(f"{name} takes whole numbers; write whole numbers at both ends")
+    return Range(low=low, high=high, integer=integer, log=log, step=step, when=when)
+
+
+def _scale_is_log(raw: dict[str, Any]) -> bool:
+    if "log" in raw and not isinstance(raw["log"], bool):
+        raise _Wrong(f"expected true or false, got {_shown(raw['log'])}", "log")
+    if "scale" in raw and raw["scale"] not in ("log", "linear"):
+        raise _Wrong(f"expected log or linear, got {_shown(raw['scale'])}", "scale")
+    return bool(raw.get("log", raw.get("scale") == "log"))
+
+
+def _parse_when(raw: Any) -> tuple[tuple[str, Dimension], ...]:
+    if not isinstance(raw, dict) or not raw:
+        raise _Wrong("expected a mapping from another setting to its value, list of values or min/max", "when")
+    conditions: list[tuple[str, Dimension]] = []
+    for parent, allowed in raw.items():
+        if isinstance(allowed, dict):
+            unknown = set(allowed) - {"min", "max"}
+            if unknown or not allowed or not all(_is_number(bound) for bound in allowed.values()):
+                raise _Wrong("expected min and max as numbers", "when", parent)
+            low, high = allowed.get("min", -math.inf), allowed.get("max", math.inf)
+            conditions.append((parent, Range(low=low, high=high)))
+        else:
+            values = allowed if isinstance(allowed, list) else [allowed]
+            if not values or not all(isinstance(value, Scalar) for value in values):
+                raise _Wrong(f"expected a value or a list of values, got {_shown(allowed)}", "when", parent)
+            conditions.append((parent, Choice(values=tuple(values))))
+    return tuple(conditions)
+
+
+def _values(name: str, raw: Any, path: tuple[str | int, ...]) -> tuple[Scalar, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise _Wrong("empty: expected at least one value", *path)
+    values = tuple(_checked(name, value, (*path, index)) for index, value in enumerate(raw))
+    for index, value in enumerate(values):
+        if any(value == earlier and type(value) is type(earlier) for earlier in values[:index]):
+            raise _Wrong(f"{_shown(value)} is given twice", *path, index)
+    return values
+
+
+def _checked(name: str, value: Any, path: tuple[str | int, ...]) -> Scalar:
+    """The value as the setting's type, or _Wrong with what was expected."""
+    if not isinstance(value, Scalar):
+        raise _Wrong(f"expected a number, text, true or false, got {_shown(value)}", *path)
+    if name.startswith("config."):
+        return value
+    owner = SEARCHABLE[name]
+    try:
+        return getattr(owner(**{name: value}), name)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise _Wrong(f"{readable(error.errors()[0])}", *path) from None
+
+
+def _ordered(
+    dimensions: dict[str, Dimension], fixed: dict[str, Scalar], path: tuple[str | int, ...]
+) -> tuple[dict[str, Dimension], list[Problem]]:
+    """The dimensions with parents first, and every `when` that cannot hold."""
+    problems = []
+    for name, parent in _conditions(dimensions):
+        if parent not in dimensions:
+            what = "has one fixed value" if parent in fixed else "is not searched"
+            near = difflib.get_close_matches(parent, dimensions, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(
+                Problem(path=(*path, name, "when", parent), message=f"'{parent}' {what}{hint}", at_key=True)
+            )
+    ordered: dict[str, Dimension] = {}
+    waiting = dict(dimensions)
+    while waiting:
+        ready = [
+            name
+            for name, dimension in waiting.items()
+            if all(parent in ordered or parent not in dimensions for parent, _ in dimension.when)
+        ]
+        if not ready:
+            name = next(iter(waiting))
+            problems.append(Problem(path=(*path, name, "when"), message="depends on itself, by way of other settings"))
+            break
+        for name in ready:
+            ordered[name] = waiting.pop(name)
+    return ordered, problems
+
+
+def _conditions(dimensions: dict[str, Dimension]) -> Iterator[tuple[str, str]]:
+    for name, dimension in dimensions.items():
+        for parent, _ in dimension.when:
+            yield name, parent
+
+
+def readable(error: Any) -> str:
+    """pydantic's message in plain words, with the value that was got."""
+    kind, context, got = error["type"], error.get("ctx", {}), error.get("input")
+    if kind == "missing":
+        return "missing"
+    expected = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "dict_type": "a mapping (key: value)",
+        "model_type": "a mapping (key: value)",
+        "model_attributes_type": "a mapping (key: value)",
+        "list_type": "a list",
+        "greater_than": f"more than {context.get('gt')}",
+        "greater_than_equal": f"at least {context.get('ge')}",
+        "less_than": f"less than {context.get('lt')}",
+        "less_than_equal": f"at most {context.get('le')}",
+        "literal_error": context.get("expected", ""),
+        "enum": context.get("expected", ""),
+    }.get(kind)
+    if expected:
+        return f"expected {expected}, got {_shown(got)}"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _only(raw: dict[str, Any], *allowed: str) -> None:
+    for key in raw:
+        if key not in allowed:
+            raise _Wrong(f"'{key}' cannot stand beside '{allowed[0]}'", key, at_key=True)
+
+
+def _hint(name: str) -> str:
+    near = SYNONYMS.get(name) or next(iter(difflib.get_close_matches(name, SEARCHABLE, n=1)), None)
+    return f"; did you mean '{near}'?" if near else f"; known: {', '.join(sorted(SEARCHABLE))}, config.KEY"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(name: str) -> bool:
+    owner = SEARCHABLE.get(name)
+    return owner is not None and owner.model_fields[name].annotation in (int, int | None)
+
+
+def _is_float(name: str) -> bool:
+    owner = SEARCHABLE.get(name)
+    return owner is not None and owner.model_fields[name].annotation in (float, float | None)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

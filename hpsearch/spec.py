@@ -1,0 +1,503 @@
+"""A study file, validated: what to search, on what data, for how long. A user's mistakes should end here.
+
+Imports nothing heavy, so that a wrong study is refused before torch, Ray or a database is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
+
+from hpsearch.errors import Problem, SpecError
+from hpsearch.pruning import OverfitRule
+from hpsearch.settings import SEARCHABLE, ModelSettings, RunSettings, Scalar, Strict, split_settings
+from hpsearch.space import Choice, Range, Space, parse_space, readable
+from hpsearch.study_file import KeyPath, StudyDocument, parse_scalar, read_study_file
+
+TARGET_EVALUATIONS = 40
+"""Evaluations of the longest run of a study: what the windows of the overfitting rule are made for."""
+DEFAULT_STORE = "sqlite:///hpsearch.db"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Corpus = Literal["python_docs", "python_docstrings"]
+
+
+class FileSplits(Strict):
+    """Local text files (.txt, .jsonl, .csv, .parquet); paths are relative to the study file."""
+
+    train: list[str] = Field(min_length=1)
+    validation: list[str] = Field(default_factory=list, description="Without it, a fraction of train.")
+    test: list[str] = Field(default_factory=list, description="Without it, a fraction of train.")
+
+
+class DataSpec(Strict):
+    """Where the text comes from: exactly one of corpus, files and hub."""
+
+    corpus: Corpus | None = Field(None, description="Built-in text, read at run time from the running Python.")
+    files: FileSplits | None = Field(None, description="A path, a list of paths, or train, validation and test.")
+    hub: str | None = Field(None, description="A dataset id for `datasets`, such as Salesforce/wikitext.")
+    config: str | None = Field(None, description="Configuration of the hub dataset.")
+    revision: str | None = Field(None, description="Commit or tag of the hub dataset.")
+    column: str = Field("text", description="Column or key that holds the text (jsonl, csv, parquet, hub).")
+    fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no validation split.")
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no test split.")
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _short_forms(cls, files: Any) -> Any:
+        if isinstance(files, str):
+            files = [files]
+        if isinstance(files, list):
+            files = {"train": files}
+        if isinstance(files, dict):
+            return {key: [value] if isinstance(value, str) else value for key, value in files.items()}
+        return files
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        given = [name for name in ("corpus", "files", "hub") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of corpus, files and hub, got {' and '.join(given) or 'none'}")
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction leave nothing to train on")
+        if self.hub is None and (self.config or self.revision):
+            raise ValueError("config and revision belong to hub")
+        return self
+
+
+class TokenizerSpec(Strict):
+    """A byte-pair tokenizer trained on the training split alone."""
+
+    vocab_size: int = Field(1024, ge=258, le=1_000_000, description="Entries, the 256 bytes and end-of-text included.")
+
+
+class BudgetSpec(Strict):
+    trials: int = Field(20, ge=1, description="Trials to finish; interrupted ones do not count.")
+    minutes: float | None = Field(None, gt=0, description="Wall time of one launch; running trials are interrupted.")
+
+
+SamplerName = Literal["tpe", "gp", "random", "cmaes", "grid", "qmc"]
+PrunerName = Literal["median", "percentile", "asha", "hyperband", "none"]
+
+
+class SamplerSpec(Strict):
+    """How Optuna proposes settings."""
+
+    name: SamplerName = "tpe"
+    startup_trials: int = Field(10, ge=0, description="Random trials before a model is trusted (tpe, gp, cmaes).")
+
+
+class UnpromisingSpec(Strict):
+    """How trials are pruned against each other. Rungs and warm-up count epochs of the run."""
+
+    rule: PrunerName = "median"
+    startup_trials: int = Field(5, ge=0, description="Trials that finish before any is pruned (median, percentile).")
+    warmup_epochs: int = Field(1, ge=0, description="Epochs that no trial is pruned in (median, percentile).")
+    percentile: float = Field(25.0, gt=0, lt=100, description="The best part that is kept (percentile).")
+    min_epochs: int = Field(1, ge=1, description="Epochs at the lowest rung (asha, hyperband).")
+    reduction_factor: int = Field(3, ge=2, description="One in so many goes on at each rung (asha, hyperband).")
+
+
+class PruneSpec(Strict):
+    overfit: OverfitRule | None = Field(
+        default_factory=OverfitRule, description="true, false, or the rule's own windows and thresholds."
+    )
+    unpromising: UnpromisingSpec = Field(
+        default_factory=UnpromisingSpec, description="A rule's name, or a mapping with its settings."
+    )
+
+    @field_validator("overfit", mode="before")
+    @classmethod
+    def _overfit_switch(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("unpromising", mode="before")
+    @classmethod
+    def _unpromising_name(cls, value: Any) -> Any:
+        return {"rule": value} if isinstance(value, str) else value
+
+
+class ResourceSpec(Strict):
+    """What one trial gets, and how many run at once. Threads per trial equal its CPUs."""
+
+    cpus_per_trial: int = Field(1, ge=1)
+    gpus_per_trial: float | Literal["auto"] = Field("auto", description="Whole or a fraction; auto: 1 if there are any.")
+    parallel: int | Literal["auto"] = Field("auto", description="Trials at once; auto: as many as fit.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> ResourceSpec:
+        if self.gpus_per_trial != "auto" and (self.gpus_per_trial < 0 or self.gpus_per_trial > 1):
+            raise ValueError(f"gpus_per_trial: expected auto or a number from 0 to 1, got {self.gpus_per_trial}")
+        if self.parallel != "auto" and self.parallel < 1:
+            raise ValueError(f"parallel: expected auto or a whole number of at least 1, got {self.parallel}")
+        return self
+
+
+_DIMENSION_SCHEMA: dict[str, Any] = {
+    "description": "A plain value is fixed, a list is choices, a mapping with min and max is a range.",
+    "anyOf": [
+        {"type": ["number", "string", "boolean"]},
+        {"type": "array", "minItems": 1, "items": {"type": ["number", "string", "boolean"]}},
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "min": {"type": "number"},
+                "max": {"type": "number"},
+                "scale": {"enum": ["log", "linear"]},
+                "log": {"type": "boolean"},
+                "step": {"type": "number", "exclusiveMinimum": 0},
+                "q": {"type": "number", "exclusiveMinimum": 0},
+                "value": {"type": ["number", "string", "boolean"]},
+                "values": {"type": "array", "minItems": 1},
+                "distribution": {"type": "string"},
+                "when": {"type": "object", "minProperties": 1},
+            },
+        },
+    ],
+}
+_SEARCH_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        name: {**_DIMENSION_SCHEMA, "description": owner.model_fields[name].description or name}
+        for name, owner in SEARCHABLE.items()
+    },
+    "patternProperties": {r"^config\..+": _DIMENSION_SCHEMA},
+}
+
+
+class StudySpec(Strict):
+    """One study. `search` holds what is sampled; `model` and `training` what stays fixed."""
+
+    name: str = Field(description="Letters, digits, '.', '_' and '-'; unique in its store.")
+    task: Literal["causal_lm"]
+    data: DataSpec
+    tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    training: RunSettings = Field(default_factory=RunSettings)
+    search: Annotated[dict[str, Any], WithJsonSchema(_SEARCH_SCHEMA)] = Field(default_factory=dict)
+    budget: BudgetSpec = Field(default_factory=BudgetSpec)
+    sampler: SamplerSpec = Field(default_factory=SamplerSpec, description="A sampler's name, or a mapping.")
+    prune: PruneSpec = Field(default_factory=PruneSpec)
+    resources: ResourceSpec = Field(default_factory=ResourceSpec)
+    backend: Literal["ray", "inline"] = Field("ray", description="inline runs the trials one by one in this process.")
+    store: str = Field(DEFAULT_STORE, description="SQLAlchemy URL; may hold ${NAME} and ${NAME:-default}.")
+    folder: str = Field("hpsearch-runs", description="Folder of checkpoints and tokenized data.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the sampler, the split of weights and the order of data.")
+
+    _space: Space = PrivateAttr(default_factory=lambda: Space(fixed={}, dimensions={}))
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"expected letters, digits, '.', '_' and '-' (64 at most, no leading sign), got {name!r}")
+        return name
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _sampler_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def space(self) -> Space:
+        return self._space
+
+    @property
+    def evaluations_per_epoch(self) -> int:
+        """Set, or what gives the longest run of the study some 40 evaluations (at least one an epoch)."""
+        if self.training.evaluations_per_epoch is not None:
+            return self.training.evaluations_per_epoch
+        longest = self.space.largest("num_epochs", self.training.num_epochs)
+        return max(1, round(TARGET_EVALUATIONS / longest))
+
+    @property
+    def max_epochs(self) -> int:
+        return int(self.space.largest("num_epochs", self.training.num_epochs))
+
+    def settings_for(self, params: dict[str, Any]) -> tuple[ModelSettings, RunSettings]:
+        """The full settings of a trial: the file's, with the fixed and the sampled values of `search` over them."""
+        model, training = split_settings({**self.space.fixed, **params})
+        config = {**self.model.config, **model.pop("config", {})}
+        return (
+            ModelSettings(**{**self.model.model_dump(), **model, "config": config}),
+            RunSettings(
+                **{**self.training.model_dump(), **training, "evaluations_per_epoch": self.evaluations_per_epoch}
+            ),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the study, as JSON: everything but where it runs and where it is kept."""
+        content = self.model_dump(mode="json", exclude={"store", "folder", "resources", "backend", "budget"})
+        return content
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the study becomes another one; the budget, the machine and the store do not count."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_study(
+    path: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    trials: int | None = None,
+    store: str | None = None,
+    backend: str | None = None,
+) -> StudySpec:
+    """Read and validate a study file, with `KEY=VALUE` overrides on top.
+
+    The store is `store`, then the environment's HPSEARCH_STORE, then the file's, then sqlite:///hpsearch.db.
+    Raises SpecError with every mistake at once.
+    """
+    document = read_study_file(path)
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals or not dotted:
+            raise SpecError([f"--set {override}: expected KEY=VALUE, such as search.num_layers.max=4"])
+        document.override(dotted.strip(), parse_scalar(value), f"--set {override}")
+    for dotted, option, given in (
+        ("name", "--name", name),
+        ("budget.trials", "--trials", trials),
+        ("backend", "--backend", backend),
+    ):
+        if given is not None:
+            document.override(dotted, given, f"{option} {given}")
+    chosen_store = store or os.environ.get("HPSEARCH_STORE")
+    if chosen_store:
+        document.override("store", chosen_store, "--store" if store else "HPSEARCH_STORE")
+    return validate_study(document, base=Path(path).parent)
+
+
+def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
+    """The study that a parsed file describes; data paths are relative to `base`."""
+    problems: list[Problem] = []
+    content = _from_wandb(dict(document.content), problems, document)
+    space, space_problems = parse_space(content.pop("search", {}))
+    problems += space_problems
+    _interpolate(content, problems)
+    raw_search = document.content.get("search") if isinstance(document.content.get("search"), dict) else {}
+    try:
+        spec = StudySpec.model_validate({**content, "search": raw_search})
+    except ValidationError as error:
+        raise document.error(problems + [_problem(entry) for entry in error.errors()]) from None
+    spec = _with_absolute_paths(spec, base, problems)
+    spec._space = space
+    problems += _cross_checks(spec, content)
+    if problems:
+        raise document.error(problems)
+    return spec
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a study file, for editors. It knows the short forms that the validators accept."""
+    schema = StudySpec.model_json_schema(schema_generator=GenerateJsonSchema)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    properties, definitions = schema["properties"], schema["$defs"]
+    paths = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    for split in definitions["FileSplits"]["properties"].values():
+        split.pop("type", None), split.pop("items", None), split.pop("minItems", None)
+        split.update(paths)
+    _also(definitions["DataSpec"]["properties"]["files"], paths)
+    _also(properties["sampler"], definitions["SamplerSpec"]["properties"]["name"])
+    _also(definitions["PruneSpec"]["properties"]["overfit"], {"type": "boolean"})
+    _also(definitions["PruneSpec"]["properties"]["unpromising"], definitions["UnpromisingSpec"]["properties"]["rule"])
+    properties["store"]["type"] = "string"
+    return schema
+
+
+def _also(schema: dict[str, Any], short_form: dict[str, Any]) -> None:
+    choices = schema.pop("anyOf", None) or [{"$ref": schema.pop("$ref")}]
+    schema["anyOf"] = [*choices, {key: value for key, value in short_form.items() if key != "default"}]
+
+
+_WANDB_METHODS = {"bayes": "tpe", "random": "random", "grid": "grid"}
+_WANDB_HELP = {
+    "metric": "hpsearch always minimises validation loss and ranks by the test metric; leave it out",
+    "early_terminate": "pruning is set under 'prune'",
+    "program": "hpsearch trains the model itself; say what under 'task', 'data' and 'model'",
+    "command": "hpsearch trains the model itself; say what under 'task', 'data' and 'model'",
+    "run_cap": "the number of trials is set under 'budget.trials'",
+}
+
+
+def _from_wandb(content: dict[str, Any], problems: list[Problem], document: StudyDocument) -> dict[str, Any]:
+    """The two top-level words of a pasted W&B sweep in our spelling; the others are refused with advice."""
+    for key, advice in _WANDB_HELP.items():
+        if key in content:
+            del content[key]
+            problems.append(Problem(path=(key,), message=f"a W&B sweep key: {advice}", at_key=True))
+    for theirs, ours in (("parameters", "search"), ("method", "sampler")):
+        if theirs not in content:
+            continue
+        if ours in content:
+            problems.append(Problem(path=(theirs,), message=f"'{ours}' is given as well; keep one", at_key=True))
+            del content[theirs]
+            continue
+        value = content.pop(theirs)
+        if theirs == "method":
+            if value not in _WANDB_METHODS:
+                problems.append(Problem(path=(theirs,), message=f"expected {', '.join(_WANDB_METHODS)}, got {value!r}"))
+                continue
+            value = _WANDB_METHODS[value]
+        content[ours] = document.content[ours] = value
+        for marks in (document.key_marks, document.value_marks):
+            for path in [path for path in marks if path[:1] == (theirs,)]:
+                marks[(ours, *path[1:])] = marks[path]
+    return content
+
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def _interpolate(content: dict[str, Any], problems: list[Problem]) -> None:
+    """Environment variables, in the two places that are documented to have them: `store` and `data.files`."""
+
+    def filled(text: str, path: KeyPath) -> str:
+        def value(match: re.Match[str]) -> str:
+            found = os.environ.get(match[1], match[2])
+            if found is None:
+                problems.append(Problem(path=path, message=f"the environment has no {match[1]}; set it, or write ${{{match[1]}:-default}}"))
+                return ""
+            return found
+
+        return _VARIABLE.sub(value, text)
+
+    def walk(value: Any, path: KeyPath) -> Any:
+        if isinstance(value, str):
+            return filled(value, path)
+        if isinstance(value, list):
+            return [walk(child, (*path, index)) for index, child in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: walk(child, (*path, key)) for key, child in value.items()}
+        return value
+
+    if isinstance(content.get("store"), str):
+        content["store"] = filled(content["store"], ("store",))
+    if isinstance(content.get("data"), dict) and "files" in content["data"]:
+        content["data"] = {**content["data"], "files": walk(content["data"]["files"], ("data", "files"))}
+
+
+def _problem(error: Any) -> Problem:
+    path = tuple(error["loc"])
+    # pydantic names the arms of a union as if they were keys.
+    path = tuple(part for part in path if part not in ("int", "float", "literal['auto']"))
+    if error["type"] == "extra_forbidden":
+        return Problem(path=path, message=f"unknown key '{path[-1]}'{_known_keys(path)}", at_key=True)
+    if error["type"] == "missing":
+        return Problem(path=path[:-1], message=f"missing key '{path[-1]}'")
+    if path[-1:] and path[0] == "resources":
+        return Problem(path=path, message=f"expected auto or a number, got {error.get('input')!r}")
+    return Problem(path=path, message=readable(error))
+
+
+def _known_keys(path: tuple[Any, ...]) -> str:
+    model: type[BaseModel] | None = StudySpec
+    for part in path[:-1]:
+        model = _submodel(model, str(part)) if model else None
+    if model is None:
+        return ""
+    names = list(model.model_fields)
+    if len(path) == 1 and path[-1] in SEARCHABLE:
+        return "; it belongs under 'search', 'model' or 'training'"
+    places = {name: name for name in names}
+    if len(path) == 1:
+        for section in names:
+            inner = _submodel(StudySpec, section)
+            for name in inner.model_fields if inner else ():
+                places.setdefault(name, f"{section}.{name}")
+    near = [places[name] for name in difflib.get_close_matches(str(path[-1]), places, n=1, cutoff=0.6)]
+    return f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(names)}"
+
+
+def _submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(name)
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    return next((entry for entry in candidates if isinstance(entry, type) and issubclass(entry, BaseModel)), None)
+
+
+def _with_absolute_paths(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:
+    if spec.data.files is None:
+        return spec
+    splits: dict[str, list[str]] = {}
+    for split in ("train", "validation", "test"):
+        splits[split] = []
+        for name in getattr(spec.data.files, split):
+            file = Path(name) if Path(name).is_absolute() else base / name
+            if not file.is_file():
+                problems.append(Problem(path=("data", "files", split), message=f"no such file: {file}"))
+            elif file.suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
+                problems.append(
+                    Problem(
+                        path=("data", "files", split),
+                        message=f"cannot tell the format of {file.name}; expected .txt, .jsonl, .csv or .parquet",
+                    )
+                )
+            splits[split].append(str(file.resolve()))
+    data = spec.data.model_copy(update={"files": FileSplits(**splits)})
+    return spec.model_copy(update={"data": data})
+
+
+def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
+    """Mistakes that only show when two parts of the file are seen together."""
+    problems = []
+    space = spec.space
+    for section in ("model", "training"):
+        given = content.get(section)
+        for name in given if isinstance(given, dict) else ():
+            if name in space.fixed or name in space.dimensions:
+                problems.append(
+                    Problem(path=(section, name), message=f"'{name}' stands under 'search' as well; keep one", at_key=True)
+                )
+    if spec.sampler.name == "grid":
+        for name, dimension in space.dimensions.items():
+            if isinstance(dimension, Range) and dimension.size == float("inf"):
+                problems.append(
+                    Problem(path=("search", name), message="the grid sampler needs a list of values, or a range with step")
+                )
+            if dimension.when:
+                problems.append(Problem(path=("search", name, "when"), message="the grid sampler knows no conditions"))
+    if spec.sampler.name == "cmaes":
+        numeric = [name for name, dimension in space.dimensions.items() if isinstance(dimension, Range)]
+        if len(numeric) < 2:
+            problems.append(
+                Problem(path=("sampler",), message="cmaes needs at least two ranges (choices are sampled at random)")
+            )
+    problems += _head_problems(spec)
+    return problems
+
+
+def _head_problems(spec: StudySpec) -> list[Problem]:
+    """Widths that some number of heads does not divide, over all combinations of the space."""
+
+    def values(name: str, fixed: Scalar | None) -> list[Any] | None:
+        dimension = spec.space.dimensions.get(name)
+        if isinstance(dimension, Choice):
+            return list(dimension.values)
+        if isinstance(dimension, Range):
+            if dimension.size > 1000:
+                return None
+            step = int(dimension.step or 1)
+            return list(range(int(dimension.low), int(dimension.high) + 1, step))
+        return [spec.space.fixed.get(name, fixed)]
+
+    widths = values("hidden_size", spec.model.hidden_size)
+    heads = values("num_heads", spec.model.num_heads)
+    where = ("search", "num_heads") if "num_heads" in spec.space.dimensions else ("model", "num_heads")
+    for width in widths or ():
+        for count in heads or ():
+            if count is not None and width % count:
+                return [Problem(path=where, message=f"num_heads ({count}) does not divide hidden_size ({width})")]
+    return []

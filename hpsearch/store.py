@@ -1,0 +1,468 @@
+"""The SQL study store: one method per event, and the reads behind every command.
+
+Owns SQLAlchemy and our tables; Optuna's stand beside them in the same database. Only the driver of a study writes.
+SQLite runs in WAL mode with foreign keys and a busy timeout, so that readers and the Optuna dashboard never block it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from hpsearch import migrations
+from hpsearch.errors import StoreError, StudyBusyError, UnknownStudyError, hide_password
+from hpsearch.trial import LIVE, Point, TrialConfig, TrialResult, TrialState
+
+BUSY_TIMEOUT_S = 30
+LEASE_TIMEOUT_S = 30
+"""A lease whose heart has not beaten for so long may be taken over."""
+
+
+class _Json(sa.types.TypeDecorator[Any]):
+    """JSON kept as text in SQLite and as JSONB in PostgreSQL, with NaN and infinities as null."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> Any:
+        from sqlalchemy.dialects.postgresql import JSONB
+
+        return dialect.type_descriptor(JSONB(none_as_null=True) if dialect.name == "postgresql" else sa.Text())
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:
+        value = _finite(value)
+        return value if dialect.name == "postgresql" else json.dumps(value)
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+
+class _Utc(sa.types.TypeDecorator[datetime]):
+    """A time in UTC, also where the database keeps none of the zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return value.astimezone(UTC).replace(tzinfo=None) if value and dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
+
+
+metadata = sa.MetaData()
+_studies = sa.Table(
+    "hpsearch_studies", metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("name", sa.String(64)),
+    sa.Column("task", sa.String(32)), sa.Column("metric", sa.String(32)), sa.Column("higher_is_better", sa.Boolean),
+    sa.Column("spec", _Json), sa.Column("fingerprint", sa.String(16)), sa.Column("overrides", _Json),
+    sa.Column("budget_trials", sa.Integer), sa.Column("data", _Json), sa.Column("created_at", _Utc),
+)  # fmt: skip
+_trials = sa.Table(
+    "hpsearch_trials", metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("study_id", sa.BigInteger),
+    sa.Column("number", sa.Integer), sa.Column("state", sa.String(16)), sa.Column("reason", sa.Text),
+    sa.Column("params", _Json), sa.Column("settings", _Json), sa.Column("seed", sa.BigInteger),
+    sa.Column("attempt", sa.Integer), sa.Column("retry_of", sa.Integer), sa.Column("started_at", _Utc),
+    sa.Column("ended_at", _Utc), sa.Column("device_seconds", sa.Double), sa.Column("host", sa.String(255)),
+    sa.Column("device", sa.String(255)), sa.Column("last_epoch", sa.Double),
+    sa.Column("best_evaluation", sa.Integer), sa.Column("best_epoch", sa.Double),
+    sa.Column("best_valid_loss", sa.Double), sa.Column("num_parameters", sa.BigInteger),
+    sa.Column("micro_batch_size", sa.Integer), sa.Column("checkpoint", sa.Text), sa.Column("error", sa.Text),
+    sa.Column("provenance", _Json),
+)  # fmt: skip
+_points = sa.Table(
+    "hpsearch_points", metadata,
+    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("evaluation", sa.Integer, primary_key=True),
+    sa.Column("epoch", sa.Double), sa.Column("step", sa.Integer), sa.Column("train_loss", sa.Double),
+    sa.Column("valid_loss", sa.Double), sa.Column("learning_rate", sa.Double), sa.Column("tokens", sa.BigInteger),
+    sa.Column("seconds", sa.Double),
+)  # fmt: skip
+_scores = sa.Table(
+    "hpsearch_scores", metadata,
+    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("metric", sa.String(32), primary_key=True),
+    sa.Column("value", sa.Double), sa.Column("low", sa.Double), sa.Column("high", sa.Double),
+    sa.Column("n", sa.Integer), sa.Column("contract", _Json),
+)  # fmt: skip
+_decisions = sa.Table(
+    "hpsearch_decisions", metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("trial_id", sa.BigInteger),
+    sa.Column("evaluation", sa.Integer), sa.Column("verdict", sa.String(16)), sa.Column("action", sa.String(16)),
+    sa.Column("evidence", _Json), sa.Column("decided_at", _Utc),
+)  # fmt: skip
+_leases = sa.Table(
+    "hpsearch_leases", metadata,
+    sa.Column("study_id", sa.BigInteger, primary_key=True), sa.Column("holder", sa.String(255)),
+    sa.Column("token", sa.BigInteger), sa.Column("beat", sa.BigInteger), sa.Column("acquired_at", _Utc),
+    sa.Column("heartbeat_at", _Utc),
+)  # fmt: skip
+_leaderboard = sa.table(
+    "hpsearch_leaderboard",
+    *(sa.column(name) for name in (
+        "study", "task", "test_rank", "valid_rank", "trial", "state", "metric", "score", "score_low", "score_high",
+        "score_n", "test_perplexity", "test_bits_per_byte", "test_bleu", "test_f1", "valid_loss", "best_epoch",
+        "last_epoch", "num_parameters", "device_seconds", "reason", "checkpoint",
+    )),
+    sa.column("params", _Json),
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewStudy:
+    """What is written when a study starts."""
+
+    name: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    spec: dict[str, Any]
+    fingerprint: str
+    overrides: list[str]
+    budget_trials: int
+    data: dict[str, Any]
+
+
+class Store:
+    """A study store. Pickles as nothing: a process that needs one opens its own."""
+
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        """Open a store, making or upgrading its tables when `create`. Raises StoreError."""
+        self.url = url
+        self._engine = self._open_engine(url, create)
+        with self._guarded():
+            with self._engine.connect() as connection:
+                found = migrations.version(connection)
+            if found > len(migrations.STEPS):
+                raise StoreError(
+                    f"the store {self.shown_url} has schema version {found}, written by a newer hpsearch; this one "
+                    f"knows version {len(migrations.STEPS)}. Upgrade hpsearch, or name another store with --store"
+                )
+            if create and found < len(migrations.STEPS):
+                with self._engine.begin() as connection:
+                    migrations.migrate(connection)
+            elif found == 0:
+                raise StoreError(f"{self.shown_url} holds no studies: nothing has been launched into it yet")
+            elif found < len(migrations.STEPS):
+                raise StoreError(
+                    f"the store {self.shown_url} has the older schema version {found}; the next launch into it upgrades it"
+                )
+
+    @staticmethod
+    def preflight(url: str) -> str:
+        """One word on whether the store can be written, without writing: `new` or `exists`. Raises StoreError."""
+        file = _sqlite_file(_parsed(url))
+        if file is None:
+            if _parsed(url).get_backend_name() == "sqlite":
+                return "new"
+            Store._try_connect(url)
+            return "exists"
+        folder = file.parent
+        if not folder.is_dir():
+            raise StoreError(f"cannot write the store {url}: there is no folder {folder}")
+        if not os.access(file if file.exists() else folder, os.W_OK) or (file.exists() and not file.is_file()):
+            raise StoreError(f"cannot write the store {url}: {file if file.exists() else folder} is not writable")
+        if file.exists():
+            Store._try_connect(url)
+            return "exists"
+        return "new"
+
+    @staticmethod
+    def _try_connect(url: str) -> None:
+        engine = sa.create_engine(_parsed(url))
+        try:
+            with engine.connect() as connection:
+                migrations_known = migrations.version(connection)
+        except DBAPIError as error:
+            raise StoreError(_unreachable(url, error)) from error
+        finally:
+            engine.dispose()
+        if migrations_known > len(migrations.STEPS):
+            raise StoreError(f"the store {hide_password(url)} was written by a newer hpsearch; upgrade hpsearch")
+
+    @property
+    def shown_url(self) -> str:
+        """The URL with its password hidden: the only form that may be printed or logged."""
+        return self._engine.url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # Studies
+
+    def add_study(self, study: NewStudy) -> int:
+        with self._guarded(), self._engine.begin() as connection:
+            values = {**asdict(study), "created_at": _now()}
+            return int(connection.execute(sa.insert(_studies).values(values).returning(_studies.c.id)).scalar_one())
+
+    def set_budget(self, study_id: int, trials: int) -> None:
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(sa.update(_studies).where(_studies.c.id == study_id).values(budget_trials=trials))
+
+    def find_study(self, name: str) -> Row | None:
+        rows = self._rows(sa.select(_studies).where(_studies.c.name == name))
+        return rows[0] if rows else None
+
+    def study(self, name: str) -> Row:
+        """The study of this name. Raises UnknownStudyError with the names that there are."""
+        row = self.find_study(name)
+        if row is None:
+            names = [str(known["name"]) for known in self._rows(sa.select(_studies.c.name).order_by(_studies.c.name))]
+            there = f"studies in this store: {', '.join(names)}" if names else "this store holds no studies"
+            raise UnknownStudyError(f"no study named '{name}' in {self.shown_url}; {there}")
+        return row
+
+    def studies(self) -> list[Row]:
+        """Every study with its number of trials by state, its lease holder and its best test score."""
+        counts: dict[int, dict[str, int]] = {}
+        for row in self._rows(
+            sa.select(_trials.c.study_id, _trials.c.state, sa.func.count().label("count")).group_by(
+                _trials.c.study_id, _trials.c.state
+            )
+        ):
+            counts.setdefault(row["study_id"], {})[row["state"]] = row["count"]
+        best = {
+            row["study"]: row
+            for row in self._rows(sa.select(_leaderboard).where(_leaderboard.c.test_rank == 1))
+        }
+        holders = {row["study_id"]: row for row in self._rows(sa.select(_leases))}
+        return [
+            {
+                **row,
+                "states": counts.get(row["id"], {}),
+                "best": best.get(row["name"]),
+                "lease": holders.get(row["id"]),
+            }
+            for row in self._rows(sa.select(_studies).order_by(_studies.c.created_at))
+        ]
+
+    # Trials: the events of a study in flight
+
+    def start_trial(self, study_id: int, config: TrialConfig, *, attempt: int, retry_of: int | None) -> int:
+        with self._guarded(), self._engine.begin() as connection:
+            values = {
+                "study_id": study_id,
+                "number": config.number,
+                "state": TrialState.RUNNING.value,
+                "reason": "",
+                "params": config.params,
+                "settings": {"model": config.model.model_dump(), "training": config.training.model_dump()},
+                "seed": config.seed,
+                "attempt": attempt,
+                "retry_of": retry_of,
+                "started_at": _now(),
+                "provenance": {},
+            }
+            return int(connection.execute(sa.insert(_trials).values(values).returning(_trials.c.id)).scalar_one())
+
+    def add_point(self, trial_id: int, point: Point) -> None:
+        with self._guarded(), self._engine.begin() as connection:
+            values = {key: _finite(value) for key, value in asdict(point).items()}
+            connection.execute(sa.insert(_points).values(trial_id=trial_id, **values))
+
+    def add_decision(
+        self, trial_id: int, *, evaluation: int, verdict: str, action: str, evidence: dict[str, Any]
+    ) -> None:
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(
+                sa.insert(_decisions).values(
+                    trial_id=trial_id,
+                    evaluation=evaluation,
+                    verdict=verdict,
+                    action=action,
+                    evidence=evidence,
+                    decided_at=_now(),
+                )
+            )
+
+    def finish_trial(self, trial_id: int, result: TrialResult, *, last_epoch: float | None) -> None:
+        """Give a live trial its end, with its scores. Raises StoreError when it has one already."""
+        with self._guarded(), self._engine.begin() as connection:
+            updated = connection.execute(
+                sa.update(_trials)
+                .where(_trials.c.id == trial_id, _trials.c.state.in_([state.value for state in LIVE]))
+                .values(
+                    state=result.state.value,
+                    reason=result.reason,
+                    ended_at=_now(),
+                    device_seconds=result.seconds,
+                    host=result.host,
+                    device=result.device,
+                    last_epoch=last_epoch,
+                    best_evaluation=result.best_evaluation,
+                    best_epoch=result.best_epoch,
+                    best_valid_loss=result.best_valid_loss,
+                    num_parameters=result.num_parameters,
+                    micro_batch_size=result.micro_batch_size,
+                    checkpoint=result.checkpoint,
+                    error=result.error,
+                    provenance=result.provenance,
+                )
+            )
+            if updated.rowcount != 1:
+                raise StoreError(f"trial row {trial_id} has ended already, so it cannot become {result.state}")
+            for score in result.scores:
+                connection.execute(sa.insert(_scores).values(trial_id=trial_id, **asdict(score)))
+
+    # Reads
+
+    def trials(self, study_id: int) -> list[Row]:
+        return self._rows(sa.select(_trials).where(_trials.c.study_id == study_id).order_by(_trials.c.number))
+
+    def trial(self, study: Row, number: int) -> Row:
+        rows = self._rows(sa.select(_trials).where(_trials.c.study_id == study["id"], _trials.c.number == number))
+        if not rows:
+            last = max((row["number"] for row in self.trials(study["id"])), default=None)
+            there = "it has none yet" if last is None else f"it has trials 0 to {last}"
+            raise UnknownStudyError(f"study '{study['name']}' has no trial {number}; {there}")
+        return rows[0]
+
+    def points(self, trial_id: int) -> list[Row]:
+        return self._rows(sa.select(_points).where(_points.c.trial_id == trial_id).order_by(_points.c.evaluation))
+
+    def scores(self, trial_id: int) -> list[Row]:
+        return self._rows(sa.select(_scores).where(_scores.c.trial_id == trial_id).order_by(_scores.c.metric.desc()))
+
+    def decisions(self, trial_id: int) -> list[Row]:
+        return self._rows(sa.select(_decisions).where(_decisions.c.trial_id == trial_id).order_by(_decisions.c.id))
+
+    def leaderboard(self, study: str, *, top: int | None = None) -> list[Row]:
+        query = sa.select(_leaderboard).where(_leaderboard.c.study == study)
+        return self._rows(query.order_by(_leaderboard.c.test_rank, _leaderboard.c.trial).limit(top))
+
+    # Leases: one driver per study
+
+    def acquire_lease(self, study: str, study_id: int, holder: str) -> int:
+        """Become the driver of a study; returns the fencing token. Raises StudyBusyError when there is one alive."""
+        with self._guarded(), self._engine.begin() as connection:
+            if connection.dialect.name == "sqlite":
+                # Takes SQLite's write lock before reading, so that two launches cannot both see a free lease.
+                connection.execute(sa.update(_leases).where(_leases.c.study_id == -1).values(beat=0))
+            found = connection.execute(
+                sa.select(_leases).where(_leases.c.study_id == study_id).with_for_update()
+            ).mappings()
+            lease = found.first()
+            values = {"holder": holder, "beat": 0, "acquired_at": _now(), "heartbeat_at": _now()}
+            if lease is None:
+                connection.execute(sa.insert(_leases).values(study_id=study_id, token=1, **values))
+                return 1
+            age = (_now() - lease["heartbeat_at"]).total_seconds()
+            if lease["beat"] >= 0 and age < LEASE_TIMEOUT_S:
+                raise StudyBusyError(
+                    f"study '{study}' is held by {lease['holder']} since {lease['acquired_at']:%Y-%m-%d %H:%M:%S} UTC "
+                    f"(last sign of life {age:.0f} s ago); stop that launch first, or wait {LEASE_TIMEOUT_S} s if it is dead"
+                )
+            token = int(lease["token"]) + 1
+            connection.execute(sa.update(_leases).where(_leases.c.study_id == study_id).values(token=token, **values))
+            return token
+
+    def renew_lease(self, study_id: int, token: int) -> bool:
+        """A beat of the heart; False when somebody else holds the lease by now."""
+        return self._update_lease(study_id, token, beat=_leases.c.beat + 1)
+
+    def release_lease(self, study_id: int, token: int) -> bool:
+        return self._update_lease(study_id, token, beat=-1)
+
+    def _update_lease(self, study_id: int, token: int, *, beat: Any) -> bool:
+        with self._guarded(), self._engine.begin() as connection:
+            updated = connection.execute(
+                sa.update(_leases)
+                .where(_leases.c.study_id == study_id, _leases.c.token == token)
+                .values(beat=beat, heartbeat_at=_now())
+            )
+            return updated.rowcount == 1
+
+    # Plumbing
+
+    def _rows(self, query: sa.Select[Any]) -> list[Row]:
+        with self._guarded(), self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def _open_engine(self, url: str, create: bool) -> sa.Engine:
+        parsed = _parsed(url)
+        file = _sqlite_file(parsed)
+        if file is not None and not file.exists() and not create:
+            raise StoreError(
+                f"there is no store at {url}; name the one that the study was launched with (--store or HPSEARCH_STORE)"
+            )
+        if file is not None and create:
+            Store.preflight(url)
+        engine = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
+        configure_engine(engine, may_write=create)
+        return engine
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise StoreError(_unreachable(self.url, error)) from error
+
+
+def configure_engine(engine: sa.Engine, *, may_write: bool = True) -> None:
+    """Give every connection of an engine (ours, or Optuna's) the settings that a shared SQLite file needs."""
+    if engine.dialect.name != "sqlite":
+        return
+
+    @sa.event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        if may_write:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.close()
+
+    engine.dispose()
+
+
+def _parsed(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise StoreError(
+            f"cannot read the store URL '{hide_password(url)}'; expected sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        ) from None
+    except ImportError as error:
+        raise StoreError(f"the store {hide_password(url)} needs a driver that is not installed: {error}") from None
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise StoreError(f"a store is SQLite or PostgreSQL, not {parsed.get_backend_name()}")
+    return parsed
+
+
+def _sqlite_file(url: sa.URL) -> Path | None:
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return None
+    return Path(url.database)
+
+
+def _unreachable(url: str, error: DBAPIError) -> str:
+    cause = hide_password(str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error).__name__)
+    return f"the store {hide_password(url)} cannot be used: {cause}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(child) for child in value]
+    return value
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,248 @@
+"""The training loop, the same for every task: settings and a task in, one Point per evaluation out.
+
+Knows nothing of Optuna, Ray or SQL. Losses are summed and divided by the number of predicted tokens of the whole
+batch, so that accumulation over micro-batches changes nothing; when memory runs out the micro-batch is halved and the
+sampled batch size stays. No value is read from the device between two evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from hpsearch.settings import RunSettings
+from hpsearch.tasks.base import Batch, Task
+from hpsearch.trial import Point, Score
+
+CHECKPOINT = "model.safetensors"
+
+
+class OutOfMemoryError(Exception):
+    """The run does not fit in memory, not even one example at a time."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, on all devices."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU that this process was given, if there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Trainer:
+    """One run. `points()` trains it; `score()` then judges its best checkpoint on the test split."""
+
+    def __init__(self, task: Task, settings: RunSettings, *, seed: int, device: torch.device, folder: Path) -> None:
+        self.task = task
+        self.settings = settings
+        self.device = device
+        self.folder = folder
+        self.best: Point | None = None
+        self.micro_batch_size = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
+        self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+        self._order = np.random.default_rng(seed)
+        self._model: nn.Module = task.model.to(device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self._half = settings.precision == "bfloat16" or (
+            settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        if settings.compile:
+            self._model.compile()  # type: ignore[no-untyped-call]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.task.num_examples["train"] / self.settings.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.settings.num_epochs
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """Steps within an epoch after which validation loss is taken; the last is the end of the epoch."""
+        wanted = self.settings.evaluations_per_epoch or 1
+        return sorted({max(1, round(part * self.steps_per_epoch / wanted)) for part in range(1, wanted + 1)})
+
+    @property
+    def total_evaluations(self) -> int:
+        return len(self.evaluation_steps) * self.settings.num_epochs
+
+    def points(self) -> Iterator[Point]:
+        """Train to the end, yielding a Point per evaluation; the best so far is on disk before it is yielded.
+
+        Close the iterator to stop early. Raises OutOfMemoryError.
+        """
+        optimizer = self._optimizer()
+        started = time.perf_counter()
+        evaluation_steps = set(self.evaluation_steps)
+        batch_size = self.settings.batch_size
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss_count = step = evaluation = tokens = 0
+        for epoch in range(self.settings.num_epochs):
+            order = self._order.permutation(self.task.num_examples["train"])
+            self._model.train()
+            for step_in_epoch in range(1, self.steps_per_epoch + 1):
+                learning_rate = self._learning_rate(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                indices = order[(step_in_epoch - 1) * batch_size : step_in_epoch * batch_size]
+                batch_loss, count = self._step(optimizer, indices)
+                loss_sum += batch_loss
+                loss_count += count
+                tokens += count
+                step += 1
+                if step_in_epoch not in evaluation_steps:
+                    continue
+                evaluation += 1
+                valid_loss = self._mean_loss("validation")
+                point = Point(
+                    evaluation=evaluation,
+                    epoch=epoch + step_in_epoch / self.steps_per_epoch,
+                    step=step,
+                    train_loss=loss_sum.item() / loss_count,
+                    valid_loss=valid_loss,
+                    learning_rate=learning_rate,
+                    tokens=tokens,
+                    seconds=time.perf_counter() - started,
+                )
+                if math.isfinite(valid_loss) and (self.best is None or valid_loss < self.best.valid_loss):
+                    self.best = point
+                    self._save()
+                yield point
+                loss_sum.zero_()
+                loss_count = 0
+                self._model.train()
+
+    def score(self) -> tuple[Score, ...]:
+        """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
+        assert self.best is not None
+        load_model(self._model, self.folder / CHECKPOINT, device=str(self.device))
+        return self.task.score([losses for losses, _ in self._evaluate("test")])
+
+    def _step(self, optimizer: torch.optim.Optimizer, indices: NDArray[np.int64]) -> tuple[Tensor, int]:
+        """One optimizer step over a whole batch; returns its summed loss (on the device) and predicted tokens."""
+        while True:
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate_and_step(optimizer, indices)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self.micro_batch_size == 1:
+                    raise OutOfMemoryError(str(error).splitlines()[0]) from error
+            self.micro_batch_size = math.ceil(self.micro_batch_size / 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate_and_step(
+        self, optimizer: torch.optim.Optimizer, indices: NDArray[np.int64]
+    ) -> tuple[Tensor, int]:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        for start in range(0, len(indices), self.micro_batch_size):
+            batch = self._to_device(self.task.batch("train", indices[start : start + self.micro_batch_size]))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+                losses, predicted = self.task.losses(batch)
+            loss = losses.sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            count += predicted
+        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
+        torch._foreach_div_([parameter.grad for parameter in parameters], float(count))
+        if self.settings.gradient_clip:
+            nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
+        optimizer.step()
+        return total, count
+
+    def _mean_loss(self, split: str) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        for losses, predicted in self._evaluate(split):
+            total += losses.sum(dtype=torch.float64)
+            count += predicted
+        return total.item() / count
+
+    @torch.no_grad()
+    def _evaluate(self, split: str) -> Iterator[tuple[Tensor, int]]:
+        """Unreduced losses and predicted tokens of each batch of a split, in order, without dropout."""
+        self._model.eval()
+        size, total = self.task.evaluation_batch_size(), self.task.num_examples[split]
+        start = 0
+        while start < total:
+            try:
+                batch = self._to_device(self.task.batch(split, np.arange(start, min(start + size, total))))
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+                    losses, predicted = self.task.losses(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise OutOfMemoryError(str(error).splitlines()[0]) from error
+                size = math.ceil(size / 2)
+                continue
+            yield losses, predicted
+            start += size
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW (Loshchilov & Hutter, 2019); biases, gains and other vectors are not decayed."""
+        settings = self.settings
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            fused=True,
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        """Linear warm-up to the peak, then the schedule down to `final_lr_fraction` of it at the last step."""
+        settings = self.settings
+        warmup = round(settings.warmup_fraction * self.total_steps)
+        if step < warmup:
+            return settings.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.total_steps - 1 - warmup)
+        decay = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[settings.schedule]
+        floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
+        return settings.learning_rate * (floor + (1.0 - floor) * decay)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch)
+
+    def _save(self) -> None:
+        """The weights as a folder that transformers loads; the old file stands until the new one is whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f".{CHECKPOINT}"
+        save_model(self._model, str(scratch), metadata={"format": "pt"})
+        os.replace(scratch, self.folder / CHECKPOINT)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

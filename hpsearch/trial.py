@@ -1,0 +1,137 @@
+"""The words of the field that cross rooms: what a trial is asked to run, what it reports, how it ends."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from hpsearch.pruning import Judgement, OverfitRule
+from hpsearch.settings import ModelSettings, RunSettings, Strict
+
+
+class TrialState(StrEnum):
+    """What happened to a trial. Optuna's state, which says what the sampler should learn, is in `search`."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    OVERFIT = "overfit"
+    PLATEAU = "plateau"
+    UNPROMISING = "unpromising"
+    DIVERGED = "diverged"
+    INFEASIBLE = "infeasible"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+LIVE = frozenset({TrialState.RUNNING, TrialState.PAUSED})
+RANKED = frozenset({TrialState.COMPLETED, TrialState.OVERFIT, TrialState.PLATEAU})
+"""Trials that ended with a checkpoint worth scoring on the test split."""
+PRUNED = frozenset({TrialState.OVERFIT, TrialState.PLATEAU, TrialState.UNPROMISING, TrialState.DIVERGED})
+"""What a person reads as "pruned", each with its reason."""
+
+
+class Decision(StrEnum):
+    """What search answers to a point."""
+
+    CONTINUE = "continue"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One evaluation of a run. It has no field for a test score: search cannot see one."""
+
+    evaluation: int
+    """Counted from 1."""
+    epoch: float
+    """Epochs trained so far; whole at the end of an epoch."""
+    step: int
+    """Optimizer steps taken so far."""
+    train_loss: float
+    """Mean since the last evaluation, in nats per token, with dropout on."""
+    valid_loss: float
+    """Mean over the whole validation split, in nats per token."""
+    learning_rate: float
+    tokens: int
+    """Training tokens seen so far."""
+    seconds: float
+    """Device-seconds spent so far, evaluation included."""
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.epoch == int(self.epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One test metric with its 95 % interval and everything that makes it comparable."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    """Test documents or examples behind the value."""
+    contract: dict[str, Any] = field(default_factory=dict)
+    """Two scores may be compared only when their contracts are equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """How a trial ended, as its worker saw it."""
+
+    state: TrialState
+    reason: str
+    best_evaluation: int | None = None
+    best_epoch: float | None = None
+    best_valid_loss: float | None = None
+    scores: tuple[Score, ...] = ()
+    judgement: dict[str, Any] | None = None
+    """Verdict and evidence of the last judgement."""
+    num_parameters: int | None = None
+    micro_batch_size: int | None = None
+    device: str | None = None
+    host: str | None = None
+    seconds: float = 0.0
+    """Device-seconds, test scoring included."""
+    checkpoint: str | None = None
+    error: str | None = None
+    """Traceback of a trial that failed."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Versions and thread count that the numbers depend on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TrialResult:
+        scores = tuple(Score(**score) for score in content.get("scores", ()))
+        return cls(**{**content, "state": TrialState(content["state"]), "scores": scores})
+
+
+def judgement_dict(judgement: Judgement) -> dict[str, Any]:
+    return {"verdict": judgement.verdict.value, "evidence": judgement.evidence.as_dict()}
+
+
+class TrialConfig(Strict):
+    """Everything a worker needs to run one trial. Travels as JSON; holds no secret and no handle."""
+
+    study: str
+    number: int
+    task: str
+    seed: int
+    params: dict[str, Any]
+    """What the sampler chose."""
+    model: ModelSettings
+    training: RunSettings
+    rule: OverfitRule | None
+    """None when overfitting does not prune."""
+    data: str
+    """Folder of the tokenized data."""
+    folder: str
+    """Folder of this trial's files."""
+    threads: int
+    device: str = "auto"
+    """auto: the GPU given to this process if there is one."""
