@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from hpsearch.pruning import Judgement, OverfitRule
+from hpsearch.pruning import Evidence, Judgement, OverfitRule, Verdict
 from hpsearch.settings import ModelSettings, RunSettings, Strict
 
 
@@ -65,6 +66,29 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A point and the verdict on the curve up to it."""
+
+    point: Point
+    judgement: Judgement
+    stops: bool
+    """True when the worker ends the run at this verdict: the next thing it sends is its result."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Progress:
+        content = json.loads(text)
+        judgement = content["judgement"]
+        return cls(
+            point=Point(**content["point"]),
+            judgement=Judgement(verdict=Verdict(judgement["verdict"]), evidence=Evidence(**judgement["evidence"])),
+            stops=content["stops"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """One test metric with its 95 % interval and everything that makes it comparable."""
 
@@ -102,11 +126,12 @@ class TrialResult:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions and thread count that the numbers depend on."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> TrialResult:
+    def from_json(cls, text: str) -> TrialResult:
+        content = json.loads(text)
         scores = tuple(Score(**score) for score in content.get("scores", ()))
         return cls(**{**content, "state": TrialState(content["state"]), "scores": scores})
 

@@ -12,7 +12,7 @@ import socket
 import time
 import traceback
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,21 +22,13 @@ import hpsearch
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
 from hpsearch.tasks import build_task
 from hpsearch.trainer import OutOfMemoryError, Trainer, pick_device, seed_everything
-from hpsearch.trial import RANKED, Point, TrialConfig, TrialResult, TrialState, judgement_dict
+from hpsearch.trial import RANKED, Point, Progress, TrialConfig, TrialResult, TrialState, judgement_dict
 
 _STATE_OF = {
     Verdict.OVERFITTING: TrialState.OVERFIT,
     Verdict.PLATEAU: TrialState.PLATEAU,
     Verdict.DIVERGING: TrialState.DIVERGED,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """A point and the verdict on the curve up to it. If the verdict stops the run, the next thing is its result."""
-
-    point: Point
-    judgement: Judgement
 
 
 def run_trial(config: TrialConfig) -> Generator[Progress, None, TrialResult]:
@@ -86,7 +78,7 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
         curve.append(point)
         judgement = judge(curve, trainer.total_evaluations, rule)
         stops = judgement.stops and (config.rule is not None or _is_broken(judgement))
-        yield Progress(point=point, judgement=judgement)
+        yield Progress(point=point, judgement=judgement, stops=stops)
         if stops:
             break
     else:

@@ -1,0 +1,432 @@
+"""The commands as functions: `launch`, `check`, `open_study`, `studies`. The command line calls these and prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpsearch.errors import (
+    EXIT_FINISHED,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+    EXIT_TOO_MANY_FAILED,
+    HpsearchError,
+    UsageError,
+)
+from hpsearch.ranking import Leaderboard, frame, leaderboard
+from hpsearch.spec import DEFAULT_STORE, StudySpec, load_study
+from hpsearch.store import LEASE_TIMEOUT_S, NewStudy, Row, Store
+from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
+from hpsearch.trial import RANKED, TrialState
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpsearch.data import DataCard
+    from hpsearch.study import Event, Listener, StudyRun
+
+MAX_FAILED_SHARE = 0.5
+"""A study that finished with a larger share of failed trials ends in exit code 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study in a store, as a person reads it."""
+
+    name: str
+    store: str
+    exit_code: int = EXIT_FINISHED
+    """What the launch that returned it ended in; 0 for a study that was just opened."""
+    stop_reason: str | None = None
+    """Why the launch ended before the budget was used, if it did."""
+
+    def board(self, *, top: int | None = None) -> Leaderboard:
+        with _opened(self.store) as store:
+            return leaderboard(store, self.name, top=top)
+
+    def leaderboard(self, *, top: int | None = None) -> pd.DataFrame:
+        """Ranked trials as a frame, best test score first; sampled settings are columns `param_NAME`."""
+        return frame(self.board(top=top))
+
+    @property
+    def best(self) -> Row | None:
+        """The trial with the best test score; None while there is none."""
+        return self.board(top=1).best
+
+    def trials(self) -> list[Row]:
+        """Every trial in any state, by number."""
+        with _opened(self.store) as store:
+            return store.trials(store.study(self.name)["id"])
+
+    def trial(self, number: int) -> Row:
+        """One trial with its curve (`points`), `scores` and `decisions`. Raises UnknownStudyError."""
+        with _opened(self.store) as store:
+            row = store.trial(store.study(self.name), number)
+            return {
+                **row,
+                "points": store.points(row["id"]),
+                "scores": store.scores(row["id"]),
+                "decisions": store.decisions(row["id"]),
+            }
+
+
+def store_url(store: str | None = None) -> str:
+    """The store to read: the argument, then HPSEARCH_STORE, then sqlite:///hpsearch.db."""
+    return store or os.environ.get("HPSEARCH_STORE") or DEFAULT_STORE
+
+
+def open_study(name: str, *, store: str | None = None) -> Study:
+    """A study by name. Raises UnknownStudyError, StoreError."""
+    url = store_url(store)
+    with _opened(url) as opened:
+        opened.study(name)
+    return Study(name=name, store=url)
+
+
+def studies(*, store: str | None = None) -> list[Row]:
+    """All studies of a store, oldest first, with trials by state, best test score and lease."""
+    with _opened(store_url(store)) as opened:
+        return opened.studies()
+
+
+def launch(
+    study: str | os.PathLike[str] | StudySpec,
+    *,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    trials: int | None = None,
+    store: str | None = None,
+    backend: str | None = None,
+    listen: Listener | None = None,
+) -> Study:
+    """Run a study to the end of its budget, or go on with it; returns it with `.best` and `.leaderboard()`.
+
+    Interrupted by SIGINT or SIGTERM it returns, too, with `exit_code` 130 or 143. `listen` hears every Event.
+    Raises the errors of `hpsearch.errors`.
+    """
+    given = isinstance(study, StudySpec)
+    spec = (
+        study
+        if isinstance(study, StudySpec)
+        else load_study(study, overrides=overrides, name=name, trials=trials, store=store, backend=backend)
+    )
+    return _launch(spec, [] if given else _recorded(overrides, name, trials, backend), listen or _silent)
+
+
+def _launch(spec: StudySpec, overrides: list[str], listen: Listener) -> Study:
+    from hpsearch.backends import open_backend
+    from hpsearch.data import prepare
+    from hpsearch.search import Search
+    from hpsearch.study import Event, StopRequestedError, StudyRun
+
+    def note(text: str) -> None:
+        listen(Event(kind="note", facts={"text": text}))
+
+    Store.preflight(spec.store)
+    _refuse_change(spec)
+    with ThreadPoolExecutor(1) as helper:
+        # Ray needs seconds to start; the text is read and tokenized meanwhile.
+        preparing = helper.submit(_prepare_data, spec, prepare)
+        with open_backend(spec, note) as backend:
+            folder, card = preparing.result()
+            store = Store(spec.store, create=True)
+            try:
+                row = _register(store, spec, overrides, card)
+                with _lease(store, row) as lease:
+                    run = StudyRun(
+                        spec=spec,
+                        study=row,
+                        store=store,
+                        search=Search(spec, spec.store),
+                        data=folder,
+                        threads=backend.placement.cpus_per_trial,
+                        listen=listen,
+                    )
+                    orphans = run.adopt_orphans()
+                    listen(Event(kind="study", facts=_opening(spec, store, card, backend.placement.where, orphans, run)))
+                    lease.on_loss = lambda: run.request_stop("another driver took the study over")
+                    with _signals(run) as signals:
+                        try:
+                            backend.run(run)
+                        except StopRequestedError:
+                            pass
+                        finally:
+                            run.interrupt_live()
+                    code = signals.exit_code or _verdict(run)
+                    return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
+            finally:
+                store.close()
+
+
+def check(spec: StudySpec) -> dict[str, Any]:
+    """What a launch would do, touching nothing: space, first settings, data, store, devices, tokens to train.
+
+    Raises the error that the launch would raise.
+    """
+    from hpsearch.data import measure
+    from hpsearch.search import first_suggestions
+    from hpsearch.tasks.causal_lm import build_config
+
+    store_state = Store.preflight(spec.store)
+    existing = _existing(spec)
+    card = None if spec.data.hub else measure(spec.data, spec.tokenizer)
+    for settings in _corner_models(spec):
+        build_config(settings, card.vocab_size if card else spec.tokenizer.vocab_size)
+    suggestions = first_suggestions(spec, 3)
+    return {
+        "schema_version": 1,
+        "study": spec.model_dump(mode="json", exclude={"store"}),
+        "space_size": spec.space.size if spec.space.size != float("inf") else None,
+        "dimensions": list(spec.space.dimensions),
+        "evaluations_per_epoch": spec.evaluations_per_epoch,
+        "first_settings": suggestions,
+        "store": store_state,
+        "resumes": existing,
+        "devices": _devices(),
+        "data": card.__dict__ if card else None,
+        "estimated_tokens": _estimated_tokens(spec, card) if card else None,
+    }
+
+
+def _estimated_tokens(spec: StudySpec, card: DataCard) -> int:
+    """Tokens that the whole budget would train on without any pruning, from the mean epochs of 64 random settings."""
+    from hpsearch.search import first_suggestions
+    from hpsearch.spec import SamplerSpec
+
+    random = spec.model_copy(update={"sampler": SamplerSpec(name="random")})
+    random._space = spec.space
+    epochs = [spec.settings_for(params)[1].num_epochs for params in first_suggestions(random, 64)]
+    return int(sum(epochs) / len(epochs) * spec.budget.trials * card.tokens["train"])
+
+
+def _corner_models(spec: StudySpec) -> Iterator[Any]:
+    """Model settings with each searched architecture, so that a misfit is found before any trial starts."""
+    from hpsearch.space import Choice
+
+    first = {
+        name: dimension.values[0] if isinstance(dimension, Choice) else _whole(dimension.low, dimension.integer)
+        for name, dimension in spec.space.dimensions.items()
+        if not dimension.when
+    }
+    architectures = spec.space.dimensions.get("architecture")
+    for name in architectures.values if isinstance(architectures, Choice) else (None,):
+        yield spec.settings_for({**first, **({"architecture": name} if name else {})})[0]
+
+
+def _whole(value: float, integer: bool) -> float:
+    return int(value) if integer else value
+
+
+def _prepare_data(spec: StudySpec, prepare: Callable[..., tuple[Path, DataCard]]) -> tuple[Path, DataCard]:
+    from hpsearch.tasks.causal_lm import build_config
+
+    folder, card = prepare(spec.data, spec.tokenizer, Path(spec.folder))
+    for settings in _corner_models(spec):
+        build_config(settings, card.vocab_size)
+    return folder, card
+
+
+def _existing(spec: StudySpec) -> dict[str, int] | None:
+    """Trials by state of the study that a launch would go on with; None when it is new. Refuses a changed study."""
+    if Store.preflight(spec.store) == "new":
+        return None
+    store = Store(spec.store, create=False) if _holds_studies(spec.store) else None
+    if store is None:
+        return None
+    try:
+        row = store.find_study(spec.name)
+        if row is None:
+            return None
+        _refuse_difference(row, spec)
+        return leaderboard(store, spec.name).states
+    finally:
+        store.close()
+
+
+def _holds_studies(url: str) -> bool:
+    from hpsearch.errors import StoreError
+
+    try:
+        Store(url, create=False).close()
+    except StoreError as error:
+        if "holds no studies" in str(error) or "older schema" in str(error):
+            return False
+        raise
+    return True
+
+
+def _refuse_change(spec: StudySpec) -> None:
+    _existing(spec)
+
+
+def _refuse_difference(row: Row, spec: StudySpec) -> None:
+    if row["fingerprint"] == spec.fingerprint:
+        return
+    lines = [
+        f"  {path}: {_shown(old)} -> {_shown(new)}" for path, old, new in _differences(row["spec"], spec.record())
+    ]
+    raise UsageError(
+        f"study '{spec.name}' is in the store already, from a file that says something else:\n"
+        + "\n".join(lines)
+        + "\nUndo the change to go on with it, or give the new study a name of its own with --name"
+    )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, old, new
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is None else str(value)
+
+
+def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCard) -> Row:
+    row = store.find_study(spec.name)
+    if row is None:
+        metric = RANKING_METRIC[spec.task]
+        store.add_study(
+            NewStudy(
+                name=spec.name,
+                task=spec.task,
+                metric=metric,
+                higher_is_better=HIGHER_IS_BETTER[metric],
+                spec=spec.record(),
+                fingerprint=spec.fingerprint,
+                overrides=overrides,
+                budget_trials=spec.budget.trials,
+                data=card.__dict__,
+            )
+        )
+        return store.study(spec.name)
+    _refuse_difference(row, spec)
+    if row["data"]["fingerprint"] != card.fingerprint:
+        raise UsageError(
+            f"study '{spec.name}' was begun on other text (data fingerprint {row['data']['fingerprint']}, now "
+            f"{card.fingerprint}): another Python or changed files. Its scores would not compare; use a new --name"
+        )
+    if row["budget_trials"] != spec.budget.trials:
+        store.set_budget(row["id"], spec.budget.trials)
+    return row
+
+
+class _Lease:
+    on_loss: Callable[[], None] = staticmethod(lambda: None)
+
+
+@contextmanager
+def _lease(store: Store, row: Row) -> Iterator[_Lease]:
+    """Hold the study's lease, with a heart that beats in a thread."""
+    holder = f"{socket.gethostname()}, process {os.getpid()}"
+    token = store.acquire_lease(row["name"], row["id"], holder)
+    lease = _Lease()
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(LEASE_TIMEOUT_S / 6):
+            try:
+                if not store.renew_lease(row["id"], token):
+                    lease.on_loss()
+                    return
+            except HpsearchError:
+                continue  # the store is away for now; the next beat may reach it
+
+    heart = threading.Thread(target=beat, name="hpsearch-lease", daemon=True)
+    heart.start()
+    try:
+        yield lease
+    finally:
+        done.set()
+        heart.join()
+        store.release_lease(row["id"], token)
+
+
+class _Signals:
+    exit_code = EXIT_FINISHED
+
+
+@contextmanager
+def _signals(run: StudyRun) -> Iterator[_Signals]:
+    """SIGINT and SIGTERM ask the run to stop; a second one ends the process at once, as usual."""
+    seen = _Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    codes = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+    before = {number: signal.getsignal(number) for number in codes}
+
+    def stop(number: int, _: Any) -> None:
+        seen.exit_code = codes[signal.Signals(number)]
+        run.request_stop(f"stopped by {signal.Signals(number).name}")
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in codes:
+        signal.signal(number, stop)
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _verdict(run: StudyRun) -> int:
+    """0 for a study that is worth reading; 3 when too many trials failed or none can be ranked."""
+    failed = run.states.get(TrialState.FAILED, 0)
+    ranked = sum(run.states.get(state, 0) for state in RANKED)
+    if ranked == 0 or failed > MAX_FAILED_SHARE * run.num_finished:
+        return EXIT_TOO_MANY_FAILED
+    return EXIT_FINISHED
+
+
+def _opening(
+    spec: StudySpec, store: Store, card: DataCard, where: str, orphans: int, run: StudyRun
+) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "store": store.shown_url,
+        "where": where,
+        "budget": spec.budget.trials,
+        "finished": run.num_finished,
+        "orphans": orphans,
+        "data": card.__dict__,
+    }
+
+
+def _recorded(overrides: Sequence[str], name: str | None, trials: int | None, backend: str | None) -> list[str]:
+    """The overrides as they are kept with the study; the store is not one of them, it may hold a password."""
+    given = {"--name": name, "--trials": trials, "--backend": backend}
+    return [
+        *(f"--set {override}" for override in overrides),
+        *(f"{option} {value}" for option, value in given.items() if value is not None),
+    ]
+
+
+def _devices() -> list[str]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [*gpus, f"{os.cpu_count()} CPUs"]
+
+
+def _silent(event: Event) -> None:
+    del event
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Store]:
+    store = Store(url)
+    try:
+        yield store
+    finally:
+        store.close()

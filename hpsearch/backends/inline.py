@@ -1,0 +1,50 @@
+"""Runs the trials one by one in this process: for a debugger, for a first look, for tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hpsearch.backends import Placement
+from hpsearch.spec import StudySpec
+from hpsearch.study import StudyRun
+from hpsearch.trial import Decision
+
+
+@contextmanager
+def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[Inline]:
+    # Read by OpenMP when torch is first imported; waiting threads that spin slow every other process down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(spec.resources.cpus_per_trial))
+    yield Inline(spec)
+
+
+class Inline:
+    def __init__(self, spec: StudySpec) -> None:
+        gpus = spec.resources.gpus_per_trial
+        self.placement = Placement(
+            parallel=1,
+            cpus_per_trial=spec.resources.cpus_per_trial,
+            gpus_per_trial=0 if gpus == "auto" else gpus,
+            where="in this process, one trial at a time",
+        )
+        self._device = "cpu" if gpus == 0 else "auto"
+
+    def run(self, run: StudyRun) -> None:
+        from hpsearch.worker import run_trial
+
+        while (config := run.next_trial()) is not None:
+            trial = run_trial(config.model_copy(update={"device": self._device}))
+            try:
+                while True:
+                    run.check_stop()
+                    if run.on_progress(config.number, next(trial)) is Decision.STOP:
+                        trial.close()
+                        run.on_stopped(config.number)
+                        break
+            except StopIteration as end:
+                run.on_result(config.number, end.value)
+            finally:
+                trial.close()
+            run.check_stop()

@@ -1,0 +1,295 @@
+"""Ray Tune places trials on CPUs and GPUs and runs them in warm workers. Owns Ray.
+
+A thin Searcher and a thin TrialScheduler translate Tune's callbacks into the events of a StudyRun and take no decision.
+Tune's own record-keeping (loggers, snapshots, pickled searcher state) is off or empty: nothing is resumed from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Read by Ray and Tune when they are imported or started.
+os.environ.update(
+    {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "TUNE_WARN_THRESHOLD_S": "10",
+    }
+)
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from hpsearch.backends import Placement
+from hpsearch.errors import ClusterError
+from hpsearch.spec import StudySpec
+from hpsearch.study import StopRequestedError, StudyRun
+from hpsearch.trial import Decision, Progress, TrialConfig, TrialResult
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
+START_ATTEMPTS = 3
+"""Ray gives a node 30 s to come up, which a loaded machine can miss."""
+
+
+@contextmanager
+def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTune]:
+    """Start a Ray of our own on this machine, and end it afterwards."""
+    scratch = Path(tempfile.mkdtemp(prefix="hps-"))  # short: Ray's sockets live below it, in paths of 107 bytes
+    had_token = "RAY_AUTH_TOKEN" in os.environ
+    # Ray would otherwise leave a token file in the home folder.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        _start(scratch, note)
+        yield RayTune(spec, scratch)
+    finally:
+        ray.shutdown()
+        if not had_token:
+            os.environ.pop("RAY_AUTH_TOKEN", None)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start(scratch: Path, note: Callable[[str], None]) -> None:
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(scratch),
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise ClusterError(f"Ray did not start in {attempt} attempts: {error}") from error
+            note(f"Ray did not start ({str(error).splitlines()[0]}); trying again")
+            time.sleep(attempt)
+
+
+class RayTune:
+    def __init__(self, spec: StudySpec, scratch: Path) -> None:
+        self.placement = _place(spec, ray.cluster_resources())
+        self._scratch = scratch
+
+    def run(self, run: StudyRun) -> None:
+        for name in ("ray.tune", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        bridge = _Bridge(run, self.placement.parallel)
+        place = self.placement
+        resources = {"cpu": float(place.cpus_per_trial), "gpu": float(place.gpus_per_trial)}
+        tuner = tune.Tuner(
+            tune.with_resources(_Trainable, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=_BridgeSearcher(bridge),
+                scheduler=_BridgeScheduler(bridge),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(self._scratch / "results"),
+                callbacks=[_StopWatch(bridge)],
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            tuner.fit()
+        except Exception as error:
+            stop = _cause(error, StopRequestedError)
+            if stop is not None:
+                raise stop from None
+            if bridge.error is not None:
+                raise bridge.error from None
+            raise ClusterError(f"Ray Tune ended: {error}") from error
+
+
+def _place(spec: StudySpec, cluster: dict[str, float]) -> Placement:
+    cpus, gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0)
+    wanted = spec.resources
+    gpus_per_trial = (1.0 if gpus else 0.0) if wanted.gpus_per_trial == "auto" else float(wanted.gpus_per_trial)
+    if gpus_per_trial > gpus:
+        raise ClusterError(f"resources.gpus_per_trial is {gpus_per_trial:g}, but Ray sees {gpus:g} GPUs here")
+    if wanted.cpus_per_trial > cpus:
+        raise ClusterError(f"resources.cpus_per_trial is {wanted.cpus_per_trial}, but Ray sees {cpus} CPUs here")
+    fit = cpus // wanted.cpus_per_trial
+    if gpus_per_trial:
+        fit = min(fit, int(gpus / gpus_per_trial))
+    parallel = fit if wanted.parallel == "auto" else min(wanted.parallel, fit)
+    each = f"{wanted.cpus_per_trial} CPU" + (f" and {gpus_per_trial:g} GPU" if gpus_per_trial else "")
+    return Placement(
+        parallel=max(1, parallel),
+        cpus_per_trial=wanted.cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        where=f"Ray on this machine ({cpus} CPUs, {gpus:g} GPUs), {parallel} at a time, {each} each",
+    )
+
+
+class _Bridge:
+    """Tune's names for trials, and ours, around the one StudyRun. Pickles as nothing."""
+
+    def __init__(self, run: StudyRun, parallel: int) -> None:
+        self.run: StudyRun | None = run
+        self.parallel = parallel
+        self.numbers: dict[str, int] = {}
+        """Tune's trial id to our number, for trials that have not ended."""
+        self.stopped: set[str] = set()
+        self.error: Exception | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"run": None, "parallel": self.parallel, "numbers": {}, "stopped": set(), "error": None}
+
+    @contextmanager
+    def events(self) -> Iterator[StudyRun]:
+        """The run, with the first error in one of its events kept: Tune wraps or swallows what callbacks raise."""
+        assert self.run is not None
+        try:
+            yield self.run
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+
+class _BridgeSearcher(Searcher):  # type: ignore[misc]
+    def __init__(self, bridge: _Bridge) -> None:
+        super().__init__(metric=None, mode=None)
+        self._bridge = bridge
+
+    def suggest(self, trial_id: str) -> Any:
+        bridge = self._bridge
+        if len(bridge.numbers) >= bridge.parallel:
+            return None
+        with bridge.events() as run:
+            config = run.next_trial()
+        if config is None:
+            # An interruption or a failure may still free a place in the budget while others run.
+            return Searcher.FINISHED if not bridge.numbers else None
+        bridge.numbers[trial_id] = config.number
+        return {"trial": config.model_dump_json()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._bridge.numbers.pop(trial_id, None)
+        if number is None:
+            return
+        with self._bridge.events() as run:
+            if trial_id in self._bridge.stopped:
+                run.on_stopped(number)
+            elif not error and result is not None and "result" in result:
+                run.on_result(number, TrialResult.from_json(result["result"]))
+            else:
+                run.on_lost(number, "the worker died without a result")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a study is resumed from its store."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a study is resumed from its store."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: a study is resumed from its store."""
+
+
+class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
+    def __init__(self, bridge: _Bridge) -> None:
+        super().__init__()
+        self._bridge = bridge
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        with self._bridge.events() as run:
+            decision = run.on_progress(self._bridge.numbers[trial.trial_id], Progress.from_json(result["progress"]))
+        if decision is Decision.STOP:
+            self._bridge.stopped.add(trial.trial_id)
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        number = self._bridge.numbers.pop(trial.trial_id, None)
+        if number is None:
+            return
+        file = trial.error_file
+        text = Path(file).read_text(errors="replace") if file and Path(file).is_file() else ""
+        with self._bridge.events() as run:
+            run.on_lost(number, text)
+
+
+class _StopWatch(tune.Callback):  # type: ignore[misc]
+    """Breaks Tune's loop when the study is to stop."""
+
+    def __init__(self, bridge: _Bridge) -> None:
+        self._bridge = bridge
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._bridge.run is not None:
+            self._bridge.run.check_stop()
+
+
+class _Trainable(tune.Trainable):  # type: ignore[misc]
+    """A warm worker: it keeps its process, and so its imports, from trial to trial."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            progress = next(self._trial)
+        except StopIteration as end:
+            return {"done": True, "result": end.value.to_json()}
+        return {"progress": progress.to_json()}
+
+    def cleanup(self) -> None:
+        self._trial.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the worker writes its own checkpoints."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing: the worker reads its own checkpoints."""
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        trial = TrialConfig.model_validate_json(config["trial"])
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ["OMP_NUM_THREADS"] = str(trial.threads)
+        from hpsearch.worker import run_trial
+
+        self._trial = run_trial(trial)
+
+
+def _trial_name(trial: Trial) -> str:
+    return str(trial.trial_id)
+
+
+def _cause(error: BaseException | None, kind: type[StopRequestedError]) -> StopRequestedError | None:
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,361 @@
+"""Optuna decides: it proposes settings, hears each curve, and says keep or stop. Owns Optuna.
+
+The deciding study lives in memory, so that asking costs no SQL; every event is written through to an `RDBStorage` in
+the study's own store, which the unmodified `optuna-dashboard` and `optuna.load_study` open, and from which the deciding
+study is filled again at the next launch. The driver is the only writer, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import TrialState as OptunaState
+
+from hpsearch.errors import StoreError, hide_password
+from hpsearch.space import Choice, Dimension, Space
+from hpsearch.spec import SamplerSpec, StudySpec, UnpromisingSpec
+from hpsearch.store import configure_engine
+from hpsearch.trial import TrialState
+
+VALUE_NAME = "validation loss (nats per token)"
+
+OPTUNA_STATE = {
+    TrialState.COMPLETED: OptunaState.COMPLETE,
+    TrialState.OVERFIT: OptunaState.COMPLETE,
+    TrialState.PLATEAU: OptunaState.COMPLETE,
+    TrialState.PAUSED: OptunaState.RUNNING,
+    TrialState.RUNNING: OptunaState.RUNNING,
+    TrialState.UNPROMISING: OptunaState.PRUNED,
+    TrialState.DIVERGED: OptunaState.PRUNED,
+    TrialState.INFEASIBLE: OptunaState.PRUNED,
+    TrialState.FAILED: OptunaState.FAIL,
+    TrialState.INTERRUPTED: OptunaState.FAIL,
+}
+"""What the sampler should learn from what happened. An overfit run is COMPLETE with its best value: its best checkpoint
+is a valid answer, and told as PRUNED it would rank behind every complete trial with its last, worst value."""
+
+_MIRRORED_ATTRIBUTES = ("grid_id", "search_space", "completed_rung_", "failed_trial", "retry_history")
+"""System attributes that a resumed study needs. CMA-ES's pickled optimizer is none of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Settings to try next, under their trial number."""
+
+    number: int
+    params: dict[str, Any]
+
+
+class Search:
+    """A study's sampler and cross-trial pruner, with its record in SQL."""
+
+    def __init__(self, spec: StudySpec, store_url: str | None) -> None:
+        """Open the study in the store, taking up what it holds; without a store, decide in memory only."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._space = spec.space
+        self._is_grid = spec.sampler.name == "grid"
+        self._record = _Record(store_url, spec.name) if store_url else None
+        history = self._record.history() if self._record else []
+        self._brain = optuna.create_study(
+            study_name=spec.name,
+            storage=InMemoryStorage(),
+            sampler=_make_sampler(spec.sampler, spec.space, _seed_after(spec.seed, len(history))),
+            pruner=_make_pruner(spec.prune.unpromising, spec.max_epochs),
+        )
+        self._brain.add_trials(history)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True when a grid has no setting left that was not tried."""
+        if not self._is_grid:
+            return False
+        taken = [trial for trial in self._trials() if trial.state is not OptunaState.FAIL]
+        return len(taken) >= self._space.size
+
+    def ask(self) -> Suggestion:
+        """Propose settings; the trial is RUNNING from here on."""
+        trial = self._brain.ask()
+        for name, dimension in self._space.dimensions.items():
+            if self._space.is_active(name, trial.params):
+                _suggest(trial, name, dimension)
+        return self._begin(trial.number)
+
+    def ask_again(self, number: int) -> Suggestion:
+        """The settings of an interrupted trial as a new trial, with Optuna's own record of a retry."""
+        failed = self._trial(number)
+        attributes = {"failed_trial": number, "retry_history": [], **_mirrored(failed)}
+        attributes["retry_history"] = [*attributes["retry_history"], number]
+        self._brain.add_trial(
+            create_trial(
+                state=OptunaState.RUNNING,
+                params=failed.params,
+                distributions=failed.distributions,
+                system_attrs=attributes,
+            )
+        )
+        return self._begin(len(self._trials()) - 1)
+
+    def report(self, number: int, *, epoch: int, valid_loss: float) -> bool:
+        """Record the validation loss at the end of an epoch; True when the trial is unpromising and should stop."""
+        self._each_storage(number, "set_trial_intermediate_value", epoch, valid_loss)
+        return bool(self._brain.pruner.prune(self._brain, self._trial(number)))
+
+    def tell(self, number: int, state: TrialState, *, value: float | None, notes: dict[str, Any]) -> None:
+        """End a trial. `value` is its best validation loss; `notes` become attributes that the dashboard shows."""
+        if self._record:
+            for key, note in notes.items():
+                self._record.storage.set_trial_user_attr(self._record.ids[number], key, note)
+            for key, attribute in _mirrored(self._trial(number)).items():
+                if key.startswith("completed_rung_"):
+                    self._record.storage.set_trial_system_attr(self._record.ids[number], key, attribute)
+        optuna_state = OPTUNA_STATE[state]
+        values: list[float] | None = None
+        if optuna_state is OptunaState.COMPLETE:
+            assert value is not None
+            values = [value]
+        elif state is TrialState.UNPROMISING:
+            intermediate = self._trial(number).intermediate_values
+            values = [intermediate[max(intermediate)]] if intermediate else None
+        self._each_storage(number, "set_trial_state_values", optuna_state, values)
+
+    def unfinished(self) -> list[int]:
+        """Trials that Optuna believes to be running: after a crash, those that were lost."""
+        return [trial.number for trial in self._trials() if not trial.state.is_finished()]
+
+    def _begin(self, number: int) -> Suggestion:
+        trial = self._trial(number)
+        if self._record:
+            self._record.begin(trial)
+        return Suggestion(number=number, params=dict(trial.params))
+
+    def _each_storage(self, number: int, method: str, *arguments: Any) -> None:
+        getattr(self._brain._storage, method)(self._trial(number)._trial_id, *arguments)
+        if self._record:
+            getattr(self._record.storage, method)(self._record.ids[number], *arguments)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._brain.get_trials(deepcopy=False)
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return self._trials()[number]
+
+
+class _Record:
+    """The study as Optuna's own tables hold it."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.storage = _open_storage(url)
+        self._study = optuna.create_study(
+            study_name=name, storage=self.storage, direction="minimize", load_if_exists=True
+        )
+        self._study.set_metric_names([VALUE_NAME])
+        self.ids: dict[int, int] = {}
+
+    def history(self) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=False)
+        self.ids = {trial.number: trial._trial_id for trial in trials}
+        return trials
+
+    def begin(self, trial: FrozenTrial) -> None:
+        template = create_trial(
+            state=OptunaState.RUNNING,
+            params=trial.params,
+            distributions=trial.distributions,
+            system_attrs=_mirrored(trial),
+        )
+        self.ids[trial.number] = self.storage.create_new_trial(self._study._study_id, template)
+
+
+
+
+def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
+    """The settings that a new study would try first, without touching a store."""
+    search = Search(spec, None)
+    suggestions = []
+    while len(suggestions) < count and not search.is_exhausted:
+        suggestion = search.ask()
+        suggestions.append(suggestion.params)
+    return suggestions
+
+
+def _open_storage(url: str) -> RDBStorage:
+    # Two first launches into one database can race to make Optuna's tables; the loser finds them at its second try.
+    for attempt in range(3):
+        try:
+            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": not url.startswith("sqlite")})
+            break
+        except Exception as error:
+            if attempt == 2:
+                raise StoreError(f"Optuna cannot use the store {hide_password(url)}: {hide_password(str(error))}") from error
+            time.sleep(0.5 * (attempt + 1))
+    configure_engine(storage.engine)
+    return storage
+
+
+def _seed_after(seed: int, trials: int) -> int:
+    """The study's seed, or one of its own for a study that goes on after so many trials."""
+    return seed if trials == 0 else int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
+
+
+def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> None:
+    if isinstance(dimension, Choice):
+        trial.suggest_categorical(name, dimension.values)
+    elif dimension.integer:
+        trial.suggest_int(name, int(dimension.low), int(dimension.high), step=int(dimension.step or 1), log=dimension.log)
+    else:
+        trial.suggest_float(name, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
+
+
+def _make_sampler(spec: SamplerSpec, space: Space, seed: int) -> BaseSampler:
+    has_conditions = any(dimension.when for dimension in space.dimensions.values())
+    samplers: dict[str, Callable[[], BaseSampler]] = {
+        "tpe": lambda: _Clipped(
+            optuna.samplers.TPESampler(
+                n_startup_trials=spec.startup_trials,
+                seed=seed,
+                multivariate=True,
+                group=has_conditions,
+                constant_liar=True,
+            )
+        ),
+        "gp": lambda: _Clipped(
+            optuna.samplers.GPSampler(
+                n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False
+            )
+        ),
+        "cmaes": lambda: _Clipped(
+            optuna.samplers.CmaEsSampler(
+                n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False
+            )
+        ),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "qmc": lambda: optuna.samplers.QMCSampler(
+            scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
+        ),
+        "grid": lambda: optuna.samplers.GridSampler(
+            {name: _grid_values(dimension) for name, dimension in space.dimensions.items()}, seed=seed
+        ),
+    }
+    return samplers[spec.name]()
+
+
+def _grid_values(dimension: Dimension) -> Sequence[Any]:
+    if isinstance(dimension, Choice):
+        return dimension.values
+    count = int(dimension.size)
+    step = dimension.step or 1
+    values = [dimension.low + index * step for index in range(count)]
+    return [int(value) for value in values] if dimension.integer else values
+
+
+def _make_pruner(spec: UnpromisingSpec, max_epochs: int) -> optuna.pruners.BasePruner:
+    # Optuna warms up while step < n_warmup_steps, and our steps are epochs counted from 1.
+    warmup = spec.warmup_epochs + 1
+    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+        "none": optuna.pruners.NopPruner,
+        "median": lambda: optuna.pruners.MedianPruner(spec.startup_trials, warmup),
+        "percentile": lambda: optuna.pruners.PercentilePruner(spec.percentile, spec.startup_trials, warmup),
+        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=spec.min_epochs, reduction_factor=spec.reduction_factor
+        ),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(
+            min_resource=spec.min_epochs,
+            max_resource=max(max_epochs, spec.min_epochs),
+            reduction_factor=spec.reduction_factor,
+        ),
+    }
+    return pruners[spec.rule]()
+
+
+def _mirrored(trial: FrozenTrial) -> dict[str, Any]:
+    return {key: value for key, value in trial.system_attrs.items() if key.startswith(_MIRRORED_ATTRIBUTES)}
+
+
+class _Clipped(BaseSampler):
+    """A model-based sampler that sees bad values clipped at the running median, and diverged trials there, too.
+
+    Diverged runs are outliers that wreck a Gaussian process (and are no numbers at all); clipped, they still say
+    "not here". Winsorised targets for Bayesian optimisation: Eriksson & Poloczek, AISTATS 2021 (SCBO), appendix.
+    """
+
+    def __init__(self, inner: BaseSampler) -> None:
+        self._inner = inner
+
+    def reseed_rng(self) -> None:
+        self._inner.reseed_rng()
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._inner.infer_relative_search_space(_clipped_view(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._inner.sample_relative(_clipped_view(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._inner.sample_independent(_clipped_view(study), trial, param_name, param_distribution)
+
+
+def _clipped_view(study: optuna.Study) -> optuna.Study:
+    return _ClippedStudy(study)  # type: ignore[return-value]
+
+
+class _ClippedStudy:
+    """A study whose trials read clipped; everything else is the study's."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._inner_study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner_study, name)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[OptunaState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = clip_at_median(self._inner_study._get_trials(deepcopy=False, use_cache=use_cache))
+        chosen = [trial for trial in trials if states is None or trial.state in states]
+        return copy.deepcopy(chosen) if deepcopy else chosen
+
+
+def clip_at_median(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials with complete values above the median lowered to it, and valueless pruned ones complete at it."""
+    values = [
+        trial.value
+        for trial in trials
+        if trial.state is OptunaState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
+    ]
+    if not values:
+        return list(trials)
+    median = float(np.median(values))
+    return [_at(trial, median) if _is_clipped(trial, median) else trial for trial in trials]
+
+
+def _is_clipped(trial: FrozenTrial, median: float) -> bool:
+    if trial.state is OptunaState.PRUNED:
+        return trial.value is None
+    return trial.state is OptunaState.COMPLETE and trial.value is not None and trial.value > median
+
+
+def _at(trial: FrozenTrial, value: float) -> FrozenTrial:
+    clipped = copy.copy(trial)
+    clipped.state = OptunaState.COMPLETE
+    clipped.value = value
+    return clipped
