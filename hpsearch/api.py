@@ -25,13 +25,13 @@ from hpsearch.ranking import Leaderboard, frame, leaderboard
 from hpsearch.spec import DEFAULT_STORE, StudySpec, load_study
 from hpsearch.store import LEASE_TIMEOUT_S, NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import RANKED, TrialState
+from hpsearch.trial import RANKED, Event, Listener, TrialState
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from hpsearch.data import DataCard
-    from hpsearch.study import Event, Listener, StudyRun
+    from hpsearch.study import StudyRun
 
 MAX_FAILED_SHARE = 0.5
 """A study that finished with a larger share of failed trials ends in exit code 3."""
@@ -98,7 +98,7 @@ def studies(*, store: str | None = None) -> list[Row]:
 
 
 def launch(
-    study: str | os.PathLike[str] | StudySpec,
+    study: str | os.PathLike[str],
     *,
     overrides: Sequence[str] = (),
     name: str | None = None,
@@ -112,20 +112,16 @@ def launch(
     Interrupted by SIGINT or SIGTERM it returns, too, with `exit_code` 130 or 143. `listen` hears every Event.
     Raises the errors of `hpsearch.errors`.
     """
-    given = isinstance(study, StudySpec)
-    spec = (
-        study
-        if isinstance(study, StudySpec)
-        else load_study(study, overrides=overrides, name=name, trials=trials, store=store, backend=backend)
-    )
-    return _launch(spec, [] if given else _recorded(overrides, name, trials, backend), listen or _silent)
+    spec = load_study(study, overrides=overrides, name=name, trials=trials, store=store, backend=backend)
+    return launch_spec(spec, _recorded(overrides, name, trials, backend), listen or _silent)
 
 
-def _launch(spec: StudySpec, overrides: list[str], listen: Listener) -> Study:
+def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Study:
+    """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
     from hpsearch.backends import open_backend
     from hpsearch.data import prepare
     from hpsearch.search import Search
-    from hpsearch.study import Event, StopRequestedError, StudyRun
+    from hpsearch.study import StopRequestedError, StudyRun
 
     def note(text: str) -> None:
         listen(Event(kind="note", facts={"text": text}))
@@ -184,6 +180,12 @@ def check(spec: StudySpec) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "study": spec.model_dump(mode="json", exclude={"store"}),
+        "fixed": {
+            name: value
+            for settings in spec.settings_for({})
+            for name, value in settings.model_dump().items()
+            if name not in spec.space.dimensions
+        },
         "space_size": spec.space.size if spec.space.size != float("inf") else None,
         "dimensions": list(spec.space.dimensions),
         "evaluations_per_epoch": spec.evaluations_per_epoch,

@@ -263,7 +263,7 @@ def _grid_values(dimension: Dimension) -> Sequence[Any]:
 
 def _make_pruner(spec: UnpromisingSpec, max_epochs: int) -> optuna.pruners.BasePruner:
     # Optuna warms up while step < n_warmup_steps, and our steps are epochs counted from 1.
-    warmup = spec.warmup_epochs + 1
+    warmup = 1 + (math.ceil(max_epochs / 5) if spec.warmup_epochs is None else spec.warmup_epochs)
     pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
         "none": optuna.pruners.NopPruner,
         "median": lambda: optuna.pruners.MedianPruner(spec.startup_trials, warmup),

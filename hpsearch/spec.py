@@ -102,7 +102,11 @@ class UnpromisingSpec(Strict):
 
     rule: PrunerName = "median"
     startup_trials: int = Field(5, ge=0, description="Trials that finish before any is pruned (median, percentile).")
-    warmup_epochs: int = Field(1, ge=0, description="Epochs that no trial is pruned in (median, percentile).")
+    warmup_epochs: int | None = Field(
+        None,
+        ge=0,
+        description="Epochs that no trial is pruned in (median, percentile); by default a fifth of the longest run.",
+    )
     percentile: float = Field(25.0, gt=0, lt=100, description="The best part that is kept (percentile).")
     min_epochs: int = Field(1, ge=1, description="Epochs at the lowest rung (asha, hyperband).")
     reduction_factor: int = Field(3, ge=2, description="One in so many goes on at each rung (asha, hyperband).")

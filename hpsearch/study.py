@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,7 @@ from hpsearch.errors import HpsearchError
 from hpsearch.search import Search, Suggestion
 from hpsearch.spec import StudySpec
 from hpsearch.store import Row, Store
-from hpsearch.trial import LIVE, RANKED, Decision, Point, Progress, TrialConfig, TrialResult, TrialState
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What a person watching wants to know: `study`, `trial_started`, `point`, `trial_ended` or `note`."""
-
-    kind: str
-    trial: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-Listener = Callable[[Event], None]
+from hpsearch.trial import LIVE, RANKED, Decision, Event, Listener, Point, Progress, TrialConfig, TrialResult, TrialState
 
 
 class StopRequestedError(HpsearchError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -160,3 +161,15 @@ class TrialConfig(Strict):
     threads: int
     device: str = "auto"
     """auto: the GPU given to this process if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What a person watching wants to know: `study`, `trial_started`, `point`, `trial_ended` or `note`."""
+
+    kind: str
+    trial: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Listener = Callable[[Event], None]

@@ -1,0 +1,50 @@
+# Every target installs what it needs into .venv first. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+STUDY ?= studies/lm.yaml
+TABLES ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check format bench bench-verdict clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.demo ## Install, run studies/lm.yaml on real text, end with the leaderboard (minutes on 2 cores)
+	$(BIN)/hpsearch launch $(STUDY)
+
+test: .venv/.dev ## Install and run all tests
+	$(BIN)/pytest
+
+test-fast: .venv/.dev ## The tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+check: .venv/.dev ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## Format the code and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-verdict ## Every benchmark that the README quotes
+
+bench-verdict: .venv/.demo ## The overfitting rule beside other stop rules; TABLES=FOLDER adds published curves
+	$(BIN)/python benchmarks/verdict.py $(if $(TABLES),--tables $(TABLES))
+
+clean: ## Remove the virtual environment, caches and the default run folder; studies in hpsearch.db stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis hpsearch-runs build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hpsearch needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dashboard]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/.demo

@@ -1,0 +1,271 @@
+"""The `hpsearch` command: parse, call one function, print. Data goes to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from hpsearch.errors import EXIT_BUG, EXIT_IO, EXIT_SIGINT, HpsearchError, hide_password
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXIT_CODES = """\b
+Exit codes:
+  0  finished
+  2  the command, the study file or the data cannot be used as given
+  3  finished, but no trial can be ranked or more than half of them failed
+  4  another driver holds the study
+  69 the store cannot be reached, read or written
+  70 a bug of hpsearch
+  74 files of the run cannot be written
+  75 Ray could not be started or was lost; launch again to go on
+  130, 143 stopped by SIGINT or SIGTERM; launch again to go on"""
+
+
+class _Group(click.Group):
+    """Turns every error into one message and the exit code that it is documented to have."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        debug = "--debug" in sys.argv or bool(os.environ.get("HPSEARCH_DEBUG"))
+        try:
+            code = super().main(*args, **kwargs)
+            sys.stdout.flush()
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+            sys.exit(EXIT_SIGINT)
+        except BrokenPipeError:
+            # The reader of our output has gone (`| head`); nothing is wrong.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except HpsearchError as error:
+            if debug:
+                traceback.print_exc()
+            print(f"Error: {hide_password(str(error))}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if debug:
+                traceback.print_exc()
+            print(f"Error: {error.strerror}: {error.filename or ''}", file=sys.stderr)
+            sys.exit(EXIT_IO)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            print(
+                f"Error: {type(error).__name__}: {hide_password(str(error))}\n"
+                "This is a bug of hpsearch; run the command again with --debug to see where.",
+                file=sys.stderr,
+            )
+            sys.exit(EXIT_BUG)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _store_option(command: Command) -> Command:
+    return click.option("--store", metavar="URL", help="The study store [HPSEARCH_STORE, sqlite:///hpsearch.db].")(command)
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _study_options(command: Command) -> Command:
+    for option in (
+        click.option("--backend", type=click.Choice(["ray", "inline"]), help="What runs the trials."),
+        click.option("--store", metavar="URL", help="The study store, over HPSEARCH_STORE and the file's."),
+        click.option("--name", help="Another name for the study."),
+        click.option("--trials", type=click.IntRange(min=1), help="Another number of trials."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as search.num_layers.max=4."),
+        click.argument("study_file", metavar="STUDY"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="hpsearch")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Find the hyperparameters of a language model: Optuna decides, Ray Tune runs, SQL remembers.
+
+    Write a study file, then: hpsearch check STUDY; hpsearch launch STUDY; hpsearch rank NAME.
+    """
+
+
+@main.command()
+@_study_options
+@click.option("--dry-run", is_flag=True, help="Only say what would be done, as `check`.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
+@click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="Rows of the leaderboard at the end.")
+def launch(study_file: str, dry_run: bool, quiet: bool, as_json: bool, top: int, **options: Any) -> int:
+    """Run a study to the end of its budget, or go on with one that was stopped.
+
+    Ends with the leaderboard. Ctrl-C ends the running trials as interrupted; the same command goes on with them.
+    """
+    if dry_run:
+        return _check(study_file, as_json, options)
+    from hpsearch import api, terminal
+
+    console = _console(stderr=True)
+    with terminal.progress(console, quiet=quiet or as_json) as listen:
+        study = api.launch(study_file, **options, listen=terminal.json_lines(sys.stdout) if as_json else listen)
+    board = study.board(top=top)
+    if as_json:
+        print(terminal.to_json({"event": "leaderboard", **board.to_json()}).replace("\n", ""))
+    else:
+        _print_board(board)
+    if study.stop_reason and not quiet:
+        print(f"\n{study.stop_reason}. To go on:\n  {_command_again()}", file=sys.stderr)
+    elif study.exit_code and not quiet:
+        print("\nMost trials failed, or none can be ranked: see `hpsearch show STUDY TRIAL`.", file=sys.stderr)
+    return study.exit_code
+
+
+@main.command()
+@_study_options
+@_json_option
+def check(study_file: str, as_json: bool, **options: Any) -> int:
+    """Validate a study file and say what a launch would do; touches nothing."""
+    return _check(study_file, as_json, options)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of study files, for editors."""
+    import json
+
+    from hpsearch.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+@_store_option
+@_json_option
+def studies(store: str | None, as_json: bool) -> None:
+    """List the studies of a store."""
+    from hpsearch import api, terminal
+
+    rows = api.studies(store=store)
+    if as_json:
+        print(terminal.to_json({"schema_version": 1, "studies": rows}))
+    else:
+        _console().print(terminal.studies_table(rows) if rows else "no studies yet")
+
+
+@main.command()
+@click.argument("study")
+@_store_option
+@click.option("--top", type=click.IntRange(min=1), help="Only the best so many.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@_json_option
+def rank(study: str, store: str | None, top: int | None, as_csv: bool, markdown: bool, as_json: bool) -> None:
+    """Rank the trials of a study by their test score."""
+    from hpsearch import api, terminal
+    from hpsearch.ranking import flat_rows
+
+    if as_csv + markdown + as_json > 1:
+        raise click.UsageError("give one of --csv, --markdown and --json")
+    board = api.open_study(study, store=store).board(top=top)
+    if as_json:
+        print(terminal.to_json(board.to_json()))
+    elif markdown:
+        print(terminal.leaderboard_markdown(board))
+    elif as_csv:
+        rows = flat_rows(board)
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["test_rank", "trial"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _print_board(board)
+
+
+@main.command()
+@click.argument("study")
+@click.argument("trial", type=int)
+@_store_option
+@_json_option
+def show(study: str, trial: int, store: str | None, as_json: bool) -> None:
+    """Show one trial: settings, curve, verdict with its evidence, test score."""
+    from hpsearch import api, terminal
+
+    row = api.open_study(study, store=store).trial(trial)
+    if as_json:
+        print(terminal.to_json({"schema_version": 1, "study": study, **row}))
+    else:
+        console = _console()
+        console.print(terminal.trial_report(row, console.width))
+
+
+@main.command()
+@click.argument("study")
+@_store_option
+@_json_option
+def best(study: str, store: str | None, as_json: bool) -> int:
+    """Print the winner: its settings, score and checkpoint."""
+    from hpsearch import api, terminal
+
+    opened = api.open_study(study, store=store)
+    board = opened.board(top=1)
+    if board.best is None:
+        raise click.UsageError(terminal.leaderboard_notes(board)[0])
+    if as_json:
+        print(terminal.to_json({"schema_version": 1, "study": study, **board.best}))
+    else:
+        console = _console()
+        console.print(terminal.trial_report(opened.trial(board.best["trial"]), console.width))
+    return 0
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the shell completion script, for `eval "$(hpsearch completion bash)"`."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    print(found(main, {}, "hpsearch", "_HPSEARCH_COMPLETE").source())
+
+
+def _check(study_file: str, as_json: bool, options: dict[str, Any]) -> int:
+    from hpsearch import api, terminal
+    from hpsearch.spec import load_study
+
+    found = api.check(load_study(study_file, **options))
+    print(terminal.to_json(found) if as_json else terminal.check_report(found))
+    return 0
+
+
+def _print_board(board: Any) -> None:
+    from hpsearch import terminal
+
+    console = _console()
+    if board.rows:
+        console.print(terminal.leaderboard_table(board))
+    for line in terminal.leaderboard_notes(board):
+        console.print(line, style="dim", markup=False, highlight=False)
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    # A table that is piped keeps its columns; nothing is folded for want of a terminal's width.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
+
+
+def _command_again() -> str:
+    import shlex
+
+    return hide_password(shlex.join(["hpsearch", *sys.argv[1:]]))

@@ -1,0 +1,402 @@
+"""What a person sees in a terminal: tables, a curve, the live progress of a launch. Owns rich.
+
+Everything printed from a study is text, never markup, and control characters in it are shown as escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hpsearch.ranking import Leaderboard, param_names
+from hpsearch.store import Row
+from hpsearch.trial import PRUNED, Event, Listener, TrialState
+
+_COLOURS = {
+    TrialState.COMPLETED: "green",
+    TrialState.OVERFIT: "yellow",
+    TrialState.PLATEAU: "yellow",
+    TrialState.FAILED: "red",
+    TrialState.INFEASIBLE: "red",
+    TrialState.DIVERGED: "magenta",
+    TrialState.UNPROMISING: "blue",
+}
+
+
+def plain(value: Any) -> str:
+    """The value as one line of printable text."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
+
+
+def number(value: Any) -> str:
+    """A setting or a figure in at most 4 significant digits, whole numbers whole."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return plain(value) if value is not None else "-"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}"
+
+
+# Tables
+
+
+def leaderboard_table(board: Leaderboard) -> Table:
+    names = param_names(board.rows)
+    choice = board.validation_choice
+    table = _table("rank", "trial", f"test {board.metric}", "95 % interval", "valid loss", "epoch", "state", *names)
+    for row in board.rows:
+        marked = choice is not None and row["trial"] == choice["trial"]
+        table.add_row(
+            str(row["test_rank"]),
+            str(row["trial"]),
+            Text(f"{row['score']:.2f}", style="bold"),
+            f"{row['score_low']:.2f} - {row['score_high']:.2f}",
+            f"{row['valid_loss']:.4f}{' *' if marked else ''}",
+            f"{row['best_epoch']:.3g}/{row['last_epoch']:.3g}",
+            _state(row["state"]),
+            *(number(row["params"].get(name)) for name in names),
+        )
+    return table
+
+
+def leaderboard_notes(board: Leaderboard) -> list[str]:
+    """What stands under the table."""
+    if board.best is None:
+        return [f"no trial of '{board.study}' can be ranked yet ({counts(board.states) or 'none has ended'})"]
+    choice = board.validation_choice
+    assert choice is not None
+    same = choice["trial"] == board.best["trial"]
+    return [
+        f"* validation would have chosen trial {choice['trial']}"
+        + (", the winner" if same else f", ranked {choice['test_rank']} on the test split"),
+        "epoch: best/last; the best epoch's checkpoint is the one that was scored",
+        f"{counts(board.states)}",
+    ]
+
+
+def leaderboard_markdown(board: Leaderboard) -> str:
+    names = param_names(board.rows)
+    headers = ["rank", "trial", f"test {board.metric}", "95 % interval", "valid loss", "best epoch", "state", *names]
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    for row in board.rows:
+        cells = [
+            row["test_rank"], row["trial"], f"{row['score']:.2f}",
+            f"{row['score_low']:.2f} - {row['score_high']:.2f}", f"{row['valid_loss']:.4f}",
+            f"{row['best_epoch']:.3g}", row["state"], *(number(row["params"].get(name)) for name in names),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def studies_table(rows: Sequence[Row]) -> Table:
+    table = _table("study", "task", "trials", "best", "launched", "driver")
+    for row in rows:
+        best, lease = row["best"], row["lease"]
+        held = lease is not None and lease["beat"] >= 0
+        table.add_row(
+            plain(row["name"]),
+            plain(row["task"]),
+            f"{counts(row['states']) or 'none yet'} (of {row['budget_trials']})",
+            f"{row['metric']} {best['score']:.2f} (trial {best['trial']})" if best else "-",
+            f"{row['created_at']:%Y-%m-%d %H:%M}",
+            plain(lease["holder"]) if held else "-",
+        )
+    return table
+
+
+def counts(states: dict[str, int]) -> str:
+    """`12 trials: 5 completed, 7 pruned (4 overfit, 3 unpromising)`; empty when there are none."""
+    there = {state: count for state, count in states.items() if count}
+    if not there:
+        return ""
+    pruned = {state: there.pop(state) for state in list(there) if state in PRUNED}
+    parts = [f"{count} {state}" for state, count in there.items()]
+    if pruned:
+        detail = ", ".join(f"{count} {state}" for state, count in pruned.items())
+        parts.append(f"{sum(pruned.values())} pruned ({detail})")
+    total = sum(there.values()) + sum(pruned.values())
+    return f"{total} trial{'s' if total != 1 else ''}: {', '.join(parts)}"
+
+
+def check_report(found: dict[str, Any]) -> str:
+    """What `check` found, for a person."""
+    study, data = found["study"], found["data"]
+    size = "infinite (a range is continuous)" if found["space_size"] is None else f"{found['space_size']:,.0f}"
+    lines = [
+        f"study        {study['name']} ({study['task']})",
+        f"searches     {', '.join(found['dimensions']) or 'nothing: every setting is fixed'}",
+        f"space        {size} settings; {study['budget']['trials']} trials by {study['sampler']['name']}",
+        f"fixed        {_fixed(found['fixed'], {})}",
+        f"pruning      overfit {'on' if study['prune']['overfit'] else 'off'}, "
+        f"unpromising by {study['prune']['unpromising']['rule']}; {found['evaluations_per_epoch']} evaluations per epoch",
+    ]
+    for index, params in enumerate(found["first_settings"]):
+        label = "first tries" if index == 0 else ""
+        lines.append(f"{label:<12} {', '.join(f'{name}={number(value)}' for name, value in params.items())}")
+    if data:
+        lines += [
+            f"data         {data['documents']['train']:,} / {data['documents']['validation']:,} / "
+            f"{data['documents']['test']:,} documents for training / validation / test, "
+            f"{data['duplicates']:,} duplicates dropped (fingerprint {data['fingerprint']})",
+            f"tokens       {data['tokens']['train']:,} / {data['tokens']['validation']:,} / {data['tokens']['test']:,} "
+            f"(vocabulary {data['vocab_size']:,})",
+            f"leakage      {data['seen_ngrams']:.1%} of the validation split's word 5-grams stand in training",
+            f"to train     about {found['estimated_tokens']:,} tokens without pruning",
+        ]
+    else:
+        lines.append("data         from the hub, not fetched by check")
+    resumed = found["resumes"]
+    lines += [
+        f"store        {'will be made' if found['store'] == 'new' else 'reachable'}",
+        f"resumes      {counts(resumed) or 'a study without trials' if resumed is not None else 'nothing: a new study'}",
+        f"devices      {', '.join(found['devices'])}",
+    ]
+    return "\n".join(plain(line) for line in lines)
+
+
+def trial_report(trial: Row, width: int) -> Group:
+    """Settings, curve, verdict with its evidence, and test score of one trial."""
+    facts = _table("", "", header=False)
+    pruned = " (pruned)" if trial["state"] in PRUNED else ""
+    settings = {**trial["settings"]["model"], **trial["settings"]["training"]}
+    rows: list[tuple[str, Any]] = [
+        ("state", f"{trial['state']}{pruned}: {trial['reason'] or 'in progress'}"),
+        ("sampled", ", ".join(f"{name}={number(value)}" for name, value in trial["params"].items()) or "nothing"),
+        ("fixed", _fixed(settings, trial["params"])),
+        ("attempt", f"{trial['attempt']}" + (f", retry of trial {trial['retry_of']}" if trial["retry_of"] is not None else "")),
+        ("ran on", f"{trial['host'] or '?'} ({trial['device'] or '?'}), {trial['device_seconds'] or 0:.1f} s"),
+    ]
+    if trial["best_valid_loss"] is not None:
+        at = f" at epoch {trial['best_epoch']:.3g}" if trial["best_epoch"] is not None else ""
+        rows.append(("best validation", f"{trial['best_valid_loss']:.4f} nats/token{at}"))
+    for score in trial["scores"]:
+        name = score["metric"].replace("_", " ")
+        rows.append((f"test {name}", f"{score['value']:.4f} (95 %: {score['low']:.4f} - {score['high']:.4f}, n={score['n']})"))
+    if trial["checkpoint"]:
+        rows.append(("checkpoint", trial["checkpoint"]))
+    for name, value in rows:
+        facts.add_row(Text(name, style="dim"), plain(value))
+    parts: list[Any] = [facts]
+    points = trial["points"]
+    if points:
+        parts += [Text(), Text(curve_plot(points, width=min(width, 100), best=trial["best_evaluation"]))]
+    for decision in trial["decisions"]:
+        evidence = ", ".join(f"{key}={number(value)}" for key, value in decision["evidence"].items() if value is not None)
+        line = f"evaluation {decision['evaluation']:>3}: {decision['verdict']} -> {decision['action']} ({evidence})"
+        parts.append(Text(plain(line)))
+    if trial["error"]:
+        parts += [Text(), Text("\n".join(plain(line) for line in trial["error"].splitlines()), style="red")]
+    return Group(*parts)
+
+
+def curve_plot(points: Sequence[Row], *, width: int = 80, height: int = 14, best: int | None = None) -> str:
+    """Training (`.`) and validation (`o`) loss against epochs as text; `*` marks the best checkpoint."""
+    finite = [
+        point[name] for point in points for name in ("train_loss", "valid_loss") if _is_finite(point[name])
+    ]
+    if not finite:
+        return "no finite loss to draw"
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+    columns = max(10, width - 10)
+    first, last = points[0]["epoch"], points[-1]["epoch"]
+    grid = [[" "] * columns for _ in range(height)]
+    for name, sign in (("train_loss", "."), ("valid_loss", "o")):
+        for point in points:
+            if not _is_finite(point[name]):
+                continue
+            column = round((point["epoch"] - first) / ((last - first) or 1.0) * (columns - 1))
+            row = round((high - point[name]) / span * (height - 1))
+            grid[row][column] = "*" if name == "valid_loss" and point["evaluation"] == best else sign
+    lines = []
+    for index, row in enumerate(grid):
+        label = high - span * index / (height - 1)
+        lines.append(f"{label:8.3f} |{''.join(row).rstrip()}")
+    left, right = f"{first:.3g}", f"epoch {last:.3g}"
+    lines.append(" " * 9 + "+" + "-" * columns)
+    lines.append(" " * 10 + left + right.rjust(max(0, columns - len(left))))
+    lines.append(" " * 10 + "o validation, . training loss (nats per token), * best checkpoint")
+    return "\n".join(lines)
+
+
+# Progress of a launch
+
+
+@contextmanager
+def progress(console: Console, *, quiet: bool) -> Iterator[Listener]:
+    """A listener that shows a launch: live on a terminal, one line per event elsewhere, nothing when quiet."""
+    if quiet:
+        yield lambda event: None
+        return
+    if not console.is_terminal or console.is_dumb_terminal:
+        lines = _Lines(console)
+        yield lines.hear
+        return
+    view = _LiveView(console)
+    with Live(get_renderable=view.render, console=console, refresh_per_second=4, transient=True):
+        yield view.hear
+
+
+def json_lines(stream: IO[str]) -> Listener:
+    """A listener that writes each event as one line of JSON."""
+
+    def hear(event: Event) -> None:
+        facts = {key: _jsonable(value) for key, value in event.facts.items()}
+        print(json.dumps({"event": event.kind, "trial": event.trial, **facts}), file=stream, flush=True)
+
+    return hear
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def hear(self, event: Event) -> None:
+        if event.kind == "point":
+            point = event.facts["point"]
+            if not point.ends_epoch:
+                return
+        self._console.print(Text(describe(event)), soft_wrap=True)
+
+
+def describe(event: Event) -> str:
+    """One line on an event."""
+    facts = event.facts
+    if event.kind == "study":
+        data = facts["data"]
+        again = f", {facts['finished']} done before" if facts["finished"] else ""
+        return (
+            f"study {facts['name']}: {facts['budget']} trials{again} on {facts['where']}; "
+            f"{data['tokens']['train']:,} training tokens; store {facts['store']}"
+        )
+    if event.kind == "trial_started":
+        params = ", ".join(f"{name}={number(value)}" for name, value in facts["params"].items())
+        return f"trial {event.trial} started: {plain(params)}"
+    if event.kind == "point":
+        point = facts["point"]
+        return (
+            f"trial {event.trial} epoch {point.epoch:g}/{facts['epochs']}: train {point.train_loss:.3f}, "
+            f"valid {point.valid_loss:.3f}, {facts['verdict']}"
+        )
+    if event.kind == "trial_ended":
+        result = facts["result"]
+        score = f", test {result.scores[0].metric} {result.scores[0].value:.2f}" if result.scores else ""
+        pruned = " (pruned)" if result.state in PRUNED else ""
+        return f"trial {event.trial} {result.state}{pruned}: {plain(result.reason)}{score}"
+    return plain(facts.get("text", event.kind))
+
+
+class _LiveView:
+    """The state of a launch, drawn again a few times a second."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._opening: dict[str, Any] = {}
+        self._running: dict[int, dict[str, Any]] = {}
+        self._states: dict[str, int] = {}
+        self._best: tuple[float, int] | None = None
+        self._ended = 0
+        self._started = time.monotonic()
+
+    def hear(self, event: Event) -> None:
+        facts = event.facts
+        if event.kind == "study":
+            self._opening = facts
+            self._started = time.monotonic()
+        elif event.kind == "trial_started":
+            assert event.trial is not None
+            self._running[event.trial] = {**facts, "point": None, "verdict": ""}
+        elif event.kind == "point":
+            assert event.trial is not None
+            self._running[event.trial].update(facts)
+            return
+        elif event.kind == "trial_ended":
+            assert event.trial is not None
+            self._running.pop(event.trial, None)
+            result = facts["result"]
+            self._states[result.state] = self._states.get(result.state, 0) + 1
+            self._ended += 1
+            if result.best_valid_loss is not None and result.scores:
+                self._best = min(self._best or (math.inf, 0), (result.best_valid_loss, event.trial))
+            self._console.print(Text(describe(event), style=_COLOURS.get(result.state, "")), highlight=False)
+            return
+        if event.kind in ("study", "note"):
+            self._console.print(Text(describe(event)), highlight=False)
+
+    def render(self) -> Group:
+        table = _table("trial", "epoch", "train", "valid", "verdict", "settings")
+        for trial, facts in sorted(self._running.items()):
+            point = facts["point"]
+            table.add_row(
+                str(trial),
+                f"{point.epoch:.2f}/{facts['epochs']}" if point else f"-/{facts['epochs']}",
+                f"{point.train_loss:.3f}" if point else "-",
+                f"{point.valid_loss:.3f}" if point else "-",
+                facts["verdict"],
+                plain(", ".join(f"{name}={number(value)}" for name, value in facts.get("params", {}).items())),
+            )
+        return Group(table, Text(self._summary(), style="bold"))
+
+    def _summary(self) -> str:
+        if not self._opening:
+            return "starting"
+        parts = [counts({str(state): count for state, count in self._states.items()}) or "no trial has ended yet"]
+        if self._best:
+            parts.append(f"best validation loss {self._best[0]:.4f} (trial {self._best[1]})")
+        left = self._opening["budget"] - self._opening["finished"] - self._ended
+        if self._ended and left > 0:
+            seconds = (time.monotonic() - self._started) / self._ended * left
+            parts.append(f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left")
+        return "; ".join(parts)
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    table = Table(box=None, show_header=header, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_COLOURS.get(TrialState(state), ""))
+
+
+def _fixed(settings: dict[str, Any], params: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={number(value)}"
+        for name, value in settings.items()
+        if name not in params and value is not None and value != {}
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {key: _jsonable(getattr(value, key)) for key in value.__dataclass_fields__}
+    if isinstance(value, dict):
+        return {key: _jsonable(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(child) for child in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_json(value: Any) -> str:
+    """Any result of a reading command as JSON: times in ISO 8601, what is no number as null."""
+    return json.dumps(_jsonable(value), indent=2)

