@@ -98,8 +98,9 @@ def judge(curve: Sequence[Losses], total_evaluations: int, rule: OverfitRule) ->
     best = best_evaluation(curve)
     finite = all(math.isfinite(loss) for loss in (*valid, *train))
     rising = mann_kendall_z(valid[-rule.window :]) if finite and len(valid) >= rule.window else None
-    training = mann_kendall_z(train[-rule.window :]) if finite and len(train) >= rule.window else None
     since_best = len(valid) - best if best is not None else len(valid)
+    # What the training loss did since validation was at its best, or over the window if that is longer.
+    training = mann_kendall_z(train[-max(rule.window, since_best + 1) :]) if finite and len(train) > 1 else None
 
     def judgement(verdict: Verdict, reason: str) -> Judgement:
         evidence = Evidence(
@@ -122,9 +123,9 @@ def judge(curve: Sequence[Losses], total_evaluations: int, rule: OverfitRule) ->
     if len(curve) < max(math.ceil(rule.warmup * total_evaluations), 1):
         return judgement(Verdict.TOO_EARLY, "too early")
     if rising is not None and rising > rule.z:
-        return judgement(_cause(train, rule), "rising trend")
+        return judgement(_cause(training, rule), "rising trend")
     if since_best >= rule.patience:
-        return judgement(_cause(train, rule), "patience")
+        return judgement(_cause(training, rule), "patience")
     if rising is None:
         return judgement(Verdict.TOO_EARLY, "too early")
     return judgement(Verdict.HEALTHY, "falling" if since_best == 0 else "no trend")
@@ -156,8 +157,8 @@ def mann_kendall_z(values: Sequence[float]) -> float:
     return score / math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
 
 
-def _cause(train: Sequence[float], rule: OverfitRule) -> Verdict:
-    trend = mann_kendall_z(train[-rule.window :])
+def _cause(training_trend: float | None, rule: OverfitRule) -> Verdict:
+    trend = training_trend or 0.0
     if trend < -rule.z:
         return Verdict.OVERFITTING
     return Verdict.DIVERGING if trend > rule.z else Verdict.PLATEAU

@@ -138,13 +138,19 @@ class ResourceSpec(Strict):
     gpus_per_trial: float | Literal["auto"] = Field("auto", description="Whole or a fraction; auto: 1 if there are any.")
     parallel: int | Literal["auto"] = Field("auto", description="Trials at once; auto: as many as fit.")
 
-    @model_validator(mode="after")
-    def _possible(self) -> ResourceSpec:
-        if self.gpus_per_trial != "auto" and (self.gpus_per_trial < 0 or self.gpus_per_trial > 1):
-            raise ValueError(f"gpus_per_trial: expected auto or a number from 0 to 1, got {self.gpus_per_trial}")
-        if self.parallel != "auto" and self.parallel < 1:
-            raise ValueError(f"parallel: expected auto or a whole number of at least 1, got {self.parallel}")
-        return self
+    @field_validator("gpus_per_trial", mode="before")
+    @classmethod
+    def _gpus(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, str | bool) or not 0 <= value <= 1):
+            raise ValueError(f"expected auto or a number from 0 to 1, got {value!r}")
+        return value
+
+    @field_validator("parallel", mode="before")
+    @classmethod
+    def _parallel(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"expected auto or a whole number of at least 1, got {value!r}")
+        return value
 
 
 _DIMENSION_SCHEMA: dict[str, Any] = {
@@ -396,14 +402,10 @@ def _interpolate(content: dict[str, Any], problems: list[Problem]) -> None:
 
 def _problem(error: Any) -> Problem:
     path = tuple(error["loc"])
-    # pydantic names the arms of a union as if they were keys.
-    path = tuple(part for part in path if part not in ("int", "float", "literal['auto']"))
     if error["type"] == "extra_forbidden":
         return Problem(path=path, message=f"unknown key '{path[-1]}'{_known_keys(path)}", at_key=True)
     if error["type"] == "missing":
         return Problem(path=path[:-1], message=f"missing key '{path[-1]}'")
-    if path[-1:] and path[0] == "resources":
-        return Problem(path=path, message=f"expected auto or a number, got {error.get('input')!r}")
     return Problem(path=path, message=readable(error))
 
 

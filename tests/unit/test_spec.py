@@ -1,0 +1,205 @@
+"""A study file's mistakes end here: every one with its place, all at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from hpsearch.errors import SpecError
+from hpsearch.space import Choice, Range, parse_space
+from hpsearch.spec import StudySpec, json_schema, load_study
+
+BASE = "name: a\ntask: causal_lm\ndata: {corpus: python_docs}\n"
+ROOT = Path(__file__).parents[2]
+
+
+def load(tmp_path: Path, text: str, **options: Any) -> StudySpec:
+    file = tmp_path / "s.yaml"
+    file.write_text(text)
+    return load_study(file, **options)
+
+
+def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path, text, **options)
+    return [line.removeprefix(f"{tmp_path}/") for line in caught.value.lines]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        pytest.param("trails: 3", "s.yaml:4:1: trails: unknown key 'trails'; did you mean 'budget.trials'?", id="unknown key"),
+        pytest.param("num_layers: 3", "s.yaml:4:1: num_layers: unknown key 'num_layers'; it belongs under 'search', 'model' or 'training'", id="misplaced"),
+        pytest.param("search: {n_layers: 3}", "s.yaml:4:10: search.n_layers: unknown setting; did you mean 'num_layers'?", id="synonym"),
+        pytest.param("search: {learnig_rate: 3}", "s.yaml:4:10: search.learnig_rate: unknown setting; did you mean 'learning_rate'?", id="misspelt setting"),
+        pytest.param("search: {num_layers: {min: 1, maximum: 4}}", "s.yaml:4:31: search.num_layers.maximum: unknown key 'maximum'; did you mean 'max'?", id="misspelt bound"),
+        pytest.param("search: {num_layers: {min: 4, max: 1}}", "s.yaml:4:22: search.num_layers: min (4) must be below max (1)", id="low over high"),
+        pytest.param("search: {num_layers: {min: 4, max: 4}}", "s.yaml:4:22: search.num_layers: min (4) must be below max (4)", id="empty range"),
+        pytest.param("search: {learning_rate: {min: 0, max: 1, scale: log}}", "s.yaml:4:31: search.learning_rate.min: a log range must start above 0, got min: 0", id="log from 0"),
+        pytest.param("search: {learning_rate: {min: x, max: 1}}", "s.yaml:4:31: search.learning_rate.min: expected a number, got 'x'", id="text bound"),
+        pytest.param("search: {learning_rate: {max: 1}}", "s.yaml:4:25: search.learning_rate: a range needs 'min' (or give 'values' for choices)", id="half a range"),
+        pytest.param("search: {batch_size: []}", "s.yaml:4:22: search.batch_size: empty: expected at least one value", id="no choices"),
+        pytest.param("search: {batch_size: [8, 8]}", "s.yaml:4:26: search.batch_size.1: 8 is given twice", id="twice"),
+        pytest.param("search: {batch_size: [8, 1.5]}", "s.yaml:4:26: search.batch_size.1: expected a whole number, got 1.5", id="part of a sequence"),
+        pytest.param("search: {batch_size: {min: 1.0, max: 8}}", "s.yaml:4:28: search.batch_size.min: expected a whole number, got 1.0", id="part of a bound"),
+        pytest.param("search: {dropout: {min: 0, max: 1}}", "s.yaml:4:33: search.dropout.max: expected less than 1.0, got 1", id="bound of a setting"),
+        pytest.param("search: {num_layers: {min: 1, max: 4, step: 9}}", "s.yaml:4:45: search.num_layers.step: step (9) is larger than the range (1 to 4)", id="step"),
+        pytest.param("search: {dropout: {min: 0, max: 0.5, when: {num_layer: 2}}, num_layers: [1, 2]}", "s.yaml:4:45: search.dropout.when.num_layer: 'num_layer' is not searched; did you mean 'num_layers'?", id="when of nothing"),
+        pytest.param("search: {dropout: {values: [0.1], when: {num_layers: 2}}, num_layers: {values: [2], when: {dropout: 0.1}}}", "s.yaml:4:41: search.dropout.when: depends on itself, by way of other settings", id="when in a circle"),
+        pytest.param("search: {learning_rate: {distribution: log_uniform, min: -9, max: -1}}", "log_uniform_values", id="W&B exponents"),
+        pytest.param("budget: {trials: -1}", "s.yaml:4:18: budget.trials: expected at least 1, got -1", id="negative budget"),
+        pytest.param("budget: {minutes: 0}", "s.yaml:4:19: budget.minutes: expected more than 0.0, got 0", id="no time"),
+        pytest.param("seed: yes", "s.yaml:4:7: seed: expected a whole number, got 'yes'", id="text for a number"),
+        pytest.param("sampler: tpee", "s.yaml:4:10: sampler.name: expected 'tpe', 'gp', 'random', 'cmaes', 'grid' or 'qmc', got 'tpee'", id="sampler"),
+        pytest.param("sampler: grid\nsearch: {learning_rate: {min: 0.1, max: 1.0}}", "s.yaml:5:25: search.learning_rate: the grid sampler needs a list of values, or a range with step", id="endless grid"),
+        pytest.param("prune: {overfit: {patince: 3}}", "s.yaml:4:19: prune.overfit.patince: unknown key 'patince'; did you mean 'patience'?", id="rule"),
+        pytest.param("model: {dropout: 0.1}\nsearch: {dropout: [0.1, 0.2]}", "s.yaml:4:9: model.dropout: 'dropout' stands under 'search' as well; keep one", id="fixed and searched"),
+        pytest.param("model: {hidden_size: 100, num_heads: 3}", "num_heads (3) does not divide hidden_size (100)", id="heads"),
+        pytest.param("resources: {gpus_per_trial: 2}", "s.yaml:4:29: resources.gpus_per_trial: expected auto or a number from 0 to 1, got 2", id="gpus"),
+        pytest.param("store: ${NOT_SET_ANYWHERE}", "s.yaml:4:8: store: the environment has no NOT_SET_ANYWHERE; set it, or write ${NOT_SET_ANYWHERE:-default}", id="environment"),
+        pytest.param("metric: {name: loss}", "s.yaml:4:1: metric: a W&B sweep key: hpsearch always minimises validation loss", id="W&B metric"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, line: str) -> None:
+    found = mistakes(tmp_path, BASE + text + "\n")
+    assert len(found) == 1
+    assert line in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        pytest.param("task: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:1: missing key 'name'", id="name"),
+        pytest.param("name: ../up\ntask: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:7: name: expected letters", id="path"),
+        pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: expected 'causal_lm', got 'lm'", id="task"),
+        pytest.param("name: a\ntask: causal_lm\ndata: {}\n", "s.yaml:3:7: data: expected exactly one of corpus, files and hub, got none", id="no data"),
+        pytest.param("name: a\ntask: causal_lm\ndata: {files: gone.txt}\n", "data.files.train: no such file", id="no file"),
+        pytest.param("name: a\ntask: causal_lm\ndata: {files: s.yaml}\n", "cannot tell the format of s.yaml", id="format"),
+    ],
+)  # fmt: skip
+def test_what_must_be_there_is_asked_for(tmp_path: Path, text: str, line: str) -> None:
+    found = mistakes(tmp_path, text)
+    assert len(found) == 1
+    assert line in found[0]
+
+
+def test_all_mistakes_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "name: a b\ntask: lm\ntrails: 3\ndata: {corpus: python_docs}\nsearch:\n  bs: [8]\n  num_layers: {min: 3, max: 1}\nbudget: {trials: 0}\n"
+    assert [int(line.split(":")[1]) for line in mistakes(tmp_path, text)] == [1, 2, 3, 6, 7, 8]
+
+
+def test_a_wrong_override_is_named_as_typed(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, BASE, overrides=["search.num_layers.max=4"])[0].startswith("--set search.num_layers.max=4: ")
+    assert "expected KEY=VALUE" in mistakes(tmp_path, BASE, overrides=["trials"])[0]
+    assert mistakes(tmp_path, BASE, name="no/slash")[0].startswith("--name no/slash: ")
+
+
+@pytest.mark.parametrize(
+    ("raw", "dimension"),
+    [
+        pytest.param({"min": 1e-4, "max": 1, "scale": "log"}, Range(low=1e-4, high=1, log=True), id="ours"),
+        pytest.param({"min": 1e-4, "max": 1e-1, "distribution": "log_uniform_values"}, Range(low=1e-4, high=0.1, log=True), id="W&B log"),
+        pytest.param({"distribution": "uniform", "min": 1, "max": 2}, Range(low=1, high=2), id="W&B uniform"),
+        pytest.param({"distribution": "q_uniform", "min": 0.5, "max": 2, "q": 0.5}, Range(low=0.5, high=2, step=0.5), id="W&B q"),
+        pytest.param({"values": [1e-3, 1e-2]}, Choice(values=(1e-3, 1e-2)), id="W&B values"),
+        pytest.param([1e-3, 1e-2], Choice(values=(1e-3, 1e-2)), id="list"),
+    ],
+)  # fmt: skip
+def test_spaces_as_people_write_them(raw: Any, dimension: Any) -> None:
+    space, problems = parse_space({"learning_rate": raw})
+    assert not problems
+    assert space.dimensions == {"learning_rate": dimension}
+
+
+def test_whole_numbers_at_both_ends_make_an_integer_range() -> None:
+    space, problems = parse_space(
+        {
+            "num_layers": {"min": 1, "max": 4},
+            "batch_size": {"min": 8, "max": 64, "distribution": "log_uniform_values"},
+            "dropout": {"min": 0, "max": 0.5},
+            "config.n_inner": {"min": 64, "max": 128, "step": 32},
+        }
+    )
+    assert not problems
+    assert [dimension.integer for dimension in space.dimensions.values()] == [True, True, False, True]  # type: ignore[union-attr]
+    assert space.size == math.inf
+    assert space.dimensions["config.n_inner"].size == 3  # type: ignore[union-attr]
+
+
+def test_conditions_order_the_space_and_decide() -> None:
+    space, problems = parse_space(
+        {
+            "dropout": {"min": 0.0, "max": 0.5, "when": {"num_layers": {"min": 3}, "schedule": ["cosine", "linear"]}},
+            "num_layers": {"min": 1, "max": 4},
+            "schedule": ["cosine", "linear", "constant"],
+        }
+    )
+    assert not problems
+    assert list(space.dimensions) == ["num_layers", "schedule", "dropout"]
+    assert space.is_active("dropout", {"num_layers": 3, "schedule": "linear"})
+    assert not space.is_active("dropout", {"num_layers": 2, "schedule": "linear"})
+    assert not space.is_active("dropout", {"num_layers": 4, "schedule": "constant"})
+
+
+def test_a_pasted_wandb_sweep_is_understood(tmp_path: Path) -> None:
+    spec = load(
+        tmp_path,
+        BASE + "method: bayes\nparameters:\n  learning_rate: {distribution: log_uniform_values, min: 1e-5, max: 0.1}\n"
+        "  batch_size: {values: [16, 32]}\n  num_epochs: {value: 5}\n  num_layers: {min: 2, max: 8}\n",
+    )
+    assert spec.sampler.name == "tpe"
+    assert spec.space.fixed == {"num_epochs": 5}
+    assert list(spec.space.dimensions) == ["learning_rate", "batch_size", "num_layers"]
+    wrong = mistakes(tmp_path, BASE + "parameters:\n  lr: {values: [1]}\n")
+    assert wrong == ["s.yaml:5:3: search.lr: unknown setting; did you mean 'learning_rate'?"]
+
+
+def test_the_longest_run_gets_some_forty_evaluations(tmp_path: Path) -> None:
+    def per_epoch(epochs: str) -> int:
+        return load(tmp_path, BASE + f"search: {{num_epochs: {epochs}}}\n").evaluations_per_epoch
+
+    assert per_epoch("{min: 2, max: 16}") in (2, 3)
+    assert per_epoch("[2, 4]") == 10
+    assert per_epoch("100") == 1
+    assert load(tmp_path, BASE + "training: {evaluations_per_epoch: 7}\n").evaluations_per_epoch == 7
+
+
+def test_settings_of_a_trial_lie_over_the_files(tmp_path: Path) -> None:
+    spec = load(tmp_path, BASE + "model: {hidden_size: 64, config: {n_inner: 99}}\nsearch: {dropout: 0.3, num_layers: [1, 5], config.n_inner: [7, 8]}\n")
+    model, training = spec.settings_for({"num_layers": 5, "config.n_inner": 8})
+    assert (model.num_layers, model.hidden_size, model.dropout, model.config) == (5, 64, 0.3, {"n_inner": 8})
+    assert training.evaluations_per_epoch == 10
+
+
+def test_the_store_comes_from_option_environment_file_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(tmp_path, BASE).store == "sqlite:///hpsearch.db"
+    with_store = BASE + "store: ${SOME_STORE:-sqlite:///file.db}\n"
+    assert load(tmp_path, with_store).store == "sqlite:///file.db"
+    monkeypatch.setenv("SOME_STORE", "sqlite:///some.db")
+    assert load(tmp_path, with_store).store == "sqlite:///some.db"
+    monkeypatch.setenv("HPSEARCH_STORE", "sqlite:///environment.db")
+    assert load(tmp_path, with_store).store == "sqlite:///environment.db"
+    assert load(tmp_path, with_store, store="sqlite:///option.db").store == "sqlite:///option.db"
+
+
+def test_the_fingerprint_is_of_the_study_not_of_its_place(tmp_path: Path) -> None:
+    one = load(tmp_path, BASE)
+    assert load(tmp_path, BASE, trials=99, store="sqlite:///x.db", backend="inline").fingerprint == one.fingerprint
+    assert load(tmp_path, BASE + "seed: 1\n").fingerprint != one.fingerprint
+
+
+def test_the_schema_accepts_our_studies_and_refuses_a_misspelt_key() -> None:
+    schema = json_schema()
+    for file in (ROOT / "studies").glob("*.yaml"):
+        study = json.loads(json.dumps(yaml.safe_load(file.read_text().replace("e-", ".0e-"))))
+        jsonschema.validate(study, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**study, "trails": 3}, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**study, "search": {"num_layer": 3}}, schema)

@@ -1,0 +1,292 @@
+"""The loop: exact losses, schedules, memory trouble, checkpoints. On a real tiny transformer and real text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hpsearch.data import load_split, prepare
+from hpsearch.errors import UsageError
+from hpsearch.pruning import OverfitRule
+from hpsearch.settings import ModelSettings, RunSettings
+from hpsearch.spec import DataSpec, TokenizerSpec
+from hpsearch.tasks.base import bootstrap_ratio
+from hpsearch.tasks.causal_lm import CausalLM, build_config
+from hpsearch.trainer import OutOfMemoryError, Trainer, seed_everything
+from hpsearch.trial import Point, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.worker import run_trial
+
+MODEL = ModelSettings(hidden_size=32, num_heads=2, num_layers=1, context_length=32, init_std=0.08)
+RUN = RunSettings(learning_rate=1e-2, batch_size=16, num_epochs=2, evaluations_per_epoch=2)
+WIDER = MODEL.model_copy(update={"hidden_size": 64})
+OVERFITTING = RUN.model_copy(update={"num_epochs": 30, "batch_size": 8, "schedule": "constant"})
+"""With the wider model, validation loss turns within ten epochs."""
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    return prepare(DataSpec(corpus="python_docs", fraction=0.08), TokenizerSpec(vocab_size=300), folder)[0]
+
+
+@pytest.fixture
+def make(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    def trainer(run: RunSettings = RUN, model: ModelSettings = MODEL, seed: int = 0) -> Trainer:
+        seed_everything(seed)
+        return Trainer(CausalLM(data, model), run, seed=seed, device=CPU, folder=tmp_path / "trial")
+
+    return trainer
+
+
+@pytest.fixture
+def config(data: Path, tmp_path: Path) -> TrialConfig:
+    return TrialConfig(
+        study="s", number=3, task="causal_lm", seed=0, params={}, model=MODEL, training=RUN, rule=OverfitRule(),
+        data=str(data), folder=str(tmp_path / "trial"), threads=1,
+    )  # fmt: skip
+
+
+def finish(config: TrialConfig) -> tuple[list[Progress], TrialResult]:
+    trial, heard = run_trial(config), []
+    while True:
+        try:
+            heard.append(next(trial))
+        except StopIteration as end:
+            return heard, end.value
+
+
+def losses(points: Iterator[Point]) -> list[tuple[float, float]]:
+    return [(point.train_loss, point.valid_loss) for point in points]
+
+
+def test_training_lowers_both_losses(make: Callable[..., Trainer]) -> None:
+    points = list(make().points())
+    assert points[-1].valid_loss < points[0].valid_loss < math.log(300) + 1
+    assert [point.epoch for point in points] == pytest.approx([0.5, 1.0, 1.5, 2.0], abs=0.1)
+    assert [point.evaluation for point in points] == [1, 2, 3, 4]
+    assert points[1].ends_epoch
+    assert not points[0].ends_epoch
+
+
+def test_an_epoch_sees_every_training_window_once(make: Callable[..., Trainer], data: Path) -> None:
+    trainer = make(RUN.model_copy(update={"num_epochs": 1}))
+    seen: list[int] = []
+    batch = trainer.task.batch
+    trainer.task.batch = lambda split, indices: (seen.extend(indices.tolist()) if split == "train" else None, batch(split, indices))[1]  # type: ignore[method-assign]
+    points = list(trainer.points())
+    assert sorted(seen) == list(range(trainer.task.num_examples["train"]))
+    assert seen != sorted(seen)
+    assert points[-1].tokens == len(seen) * 32
+    assert len(seen) * 32 <= len(load_split(data, "train").tokens) - 1 < (len(seen) + 1) * 32
+
+
+def test_the_same_seed_gives_the_same_curve_to_the_bit(make: Callable[..., Trainer]) -> None:
+    once = losses(make().points())
+    assert losses(make().points()) == once
+    assert losses(make(seed=1).points()) != once
+
+
+def test_micro_batches_change_nothing_but_memory(make: Callable[..., Trainer]) -> None:
+    whole = losses(make().points())
+    parts = losses(make(RUN.model_copy(update={"micro_batch_size": 5})).points())
+    assert np.array(parts) == pytest.approx(np.array(whole), rel=1e-4)
+
+
+def test_memory_trouble_halves_the_micro_batch_and_keeps_the_batch(make: Callable[..., Trainer]) -> None:
+    trainer, expected = make(), losses(make().points())
+    compute = trainer.task.losses
+
+    def limited(batch: Any) -> Any:
+        # No GPU here: the allocator's own exception, raised where it would be.
+        if torch.is_grad_enabled() and len(batch[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute(batch)
+
+    trainer.task.losses = limited  # type: ignore[method-assign]
+    assert np.array(losses(trainer.points())) == pytest.approx(np.array(expected), rel=1e-4)
+    assert trainer.micro_batch_size == 4
+
+
+def test_what_never_fits_is_said(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+
+    def full(batch: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.task.losses = full  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemoryError, match="CUDA out of memory"):
+        list(trainer.points())
+
+
+def test_other_errors_are_not_taken_for_memory_trouble(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+
+    def broken(batch: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    trainer.task.losses = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(trainer.points())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_warms_up_and_follows_its_schedule(make: Callable[..., Trainer], schedule: str) -> None:
+    run = RUN.model_copy(update={"schedule": schedule, "warmup_fraction": 0.25, "final_lr_fraction": 0.2, "num_epochs": 4})
+    trainer = make(run)
+    rates = [trainer._learning_rate(step) for step in range(trainer.total_steps)]
+    warmup = round(0.25 * len(rates))
+    assert max(rates) == pytest.approx(1e-2)
+    assert all(later > earlier for earlier, later in pairwise(rates[:warmup]))
+    assert all(later <= earlier for earlier, later in pairwise(rates[warmup:]))
+    assert rates[-1] == pytest.approx(1e-2 if schedule == "constant" else 2e-3)
+
+
+def test_only_matrices_are_decayed(make: Callable[..., Trainer]) -> None:
+    decayed, spared = make(RUN.model_copy(update={"weight_decay": 0.1}))._optimizer().param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert {parameter.dim() for parameter in decayed["params"]} == {2}
+    assert {parameter.dim() for parameter in spared["params"]} == {1}
+
+
+def test_the_best_checkpoint_is_scored_not_the_last(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = make(OVERFITTING.model_copy(update={"num_epochs": 14}), WIDER)
+    points = list(trainer.points())
+    assert trainer.best is not None
+    assert trainer.best.valid_loss == min(point.valid_loss for point in points)
+    assert trainer.best.evaluation < len(points), "this run is made to overfit"
+    trainer.score()
+    assert trainer._mean_loss("validation") == trainer.best.valid_loss
+
+
+def test_the_scores_are_transformers_own_loss_on_the_exported_folder(config: TrialConfig) -> None:
+    _, result = finish(config)
+    model = AutoModelForCausalLM.from_pretrained(config.folder)
+    tokens = torch.from_numpy(load_split(Path(config.data), "test").tokens.astype(np.int64))
+    total = count = 0.0
+    for start in range(0, len(tokens) - 1, 32):
+        window = tokens[start : start + 33][None]
+        with torch.no_grad():
+            logits = model(input_ids=window[:, :-1]).logits
+        loss = model.loss_function(logits, None, vocab_size=logits.shape[-1], shift_labels=window[:, 1:])
+        total += loss.item() * (window.shape[1] - 1)
+        count += window.shape[1] - 1
+    perplexity, bits = result.scores
+    assert perplexity.value == pytest.approx(math.exp(total / count), rel=1e-5)
+    sizes = load_split(Path(config.data), "test").document_bytes.sum()
+    assert bits.value == pytest.approx(total / math.log(2) / sizes, rel=1e-5)
+    assert perplexity.low < perplexity.value < perplexity.high
+    assert perplexity.contract["tokenizer"] == json.loads((Path(config.data) / "card.json").read_text())["tokenizer"]
+
+
+def test_an_exported_folder_generates_text(config: TrialConfig) -> None:
+    finish(config)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{config.folder}/tokenizer.json")
+    model = AutoModelForCausalLM.from_pretrained(config.folder)
+    prompt = tokenizer("The class", return_tensors="pt").input_ids
+    assert model.generate(prompt, max_new_tokens=5, do_sample=False).shape == (1, prompt.shape[1] + 5)
+
+
+def test_a_run_ends_where_its_verdict_says(config: TrialConfig) -> None:
+    config = config.model_copy(update={"model": WIDER, "training": OVERFITTING})
+    heard, result = finish(config)
+    assert result.state is TrialState.OVERFIT
+    assert [progress.stops for progress in heard] == [False] * (len(heard) - 1) + [True]
+    assert len(heard) < 60
+    assert result.best_evaluation is not None
+    assert result.best_evaluation < len(heard)
+    assert "validation loss" in result.reason
+    heard, result = finish(config.model_copy(update={"rule": None}))
+    assert (result.state, len(heard)) == (TrialState.COMPLETED, 60)
+
+
+@pytest.mark.parametrize("rule", [OverfitRule(), None])
+def test_a_loss_that_is_no_number_ends_the_run_unranked(config: TrialConfig, rule: OverfitRule | None) -> None:
+    wild = RUN.model_copy(update={"learning_rate": 1e30, "gradient_clip": 0.0})
+    heard, result = finish(config.model_copy(update={"training": wild, "rule": rule}))
+    assert result.state is TrialState.DIVERGED
+    assert not result.scores
+    assert len(heard) < 4
+    assert not Path(config.folder).exists()
+
+
+def test_a_trial_that_raises_fails_alone_with_its_traceback(config: TrialConfig) -> None:
+    _, result = finish(config.model_copy(update={"data": "/nowhere"}))
+    assert result.state is TrialState.FAILED
+    assert result.error is not None
+    assert "Traceback" in result.error
+    assert "card.json" in result.reason
+
+
+def test_what_does_not_fit_is_infeasible(config: TrialConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: CausalLM, batch: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(CausalLM, "losses", full)
+    _, result = finish(config)
+    assert result.state is TrialState.INFEASIBLE
+    assert "micro-batch 1" in result.reason
+
+
+def test_a_trial_closed_early_leaves_no_files(config: TrialConfig) -> None:
+    trial = run_trial(config)
+    next(trial)
+    assert (Path(config.folder) / "model.safetensors").is_file()
+    trial.close()
+    assert not Path(config.folder).exists()
+
+
+def test_results_and_progress_survive_the_wire(config: TrialConfig) -> None:
+    heard, result = finish(config)
+    assert Progress.from_json(heard[0].to_json()) == heard[0]
+    assert TrialResult.from_json(result.to_json()) == result
+    assert TrialConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "opt", "qwen2", "mistral", "gemma", "qwen3"])
+def test_settings_reach_every_architecture_under_its_own_names(architecture: str) -> None:
+    settings = ModelSettings(architecture=architecture, num_layers=3, hidden_size=64, num_heads=4, context_length=16)
+    model = AutoModelForCausalLM.from_config(build_config(settings, 300))
+    assert model.config.num_hidden_layers == 3
+    assert model.get_input_embeddings().weight.shape == (300, 64)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    tokens = torch.arange(16)[None]
+    assert torch.isfinite(model(input_ids=tokens, labels=tokens).loss)
+
+
+def test_dropout_reaches_the_model() -> None:
+    config = build_config(ModelSettings(dropout=0.3), 300)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.3, 0.3, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architecture": "gtp2"}, "transformers knows no architecture 'gtp2'"),
+        ({"architecture": "vit"}, "'vit' has no causal language model"),
+        ({"config": {"n_iner": 3}}, r"model\.config\.n_iner: the configuration of 'gpt2' has no such key"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_config(ModelSettings(**settings), 300)
+
+
+def test_the_bootstrap_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        tokens = rng.integers(5, 200, 150).astype(float)
+        nats = tokens * rng.normal(4.0, 0.5, 150)
+        low, high = bootstrap_ratio(nats, tokens, seed=seed, resamples=400)
+        hits += low < 4.0 < high
+    assert 0.90 <= hits / 200 <= 0.99
