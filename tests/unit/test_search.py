@@ -1,0 +1,207 @@
+"""Optuna through our hands: states of the table, same seed same trials, clipped values, grids, retries."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState as OptunaState
+from optuna.trial import create_trial
+
+from hpsearch.search import OPTUNA_STATE, Search, clip_at_median, first_suggestions
+from hpsearch.spec import StudySpec, load_study
+from hpsearch.trial import TrialState
+
+BASE = """name: s
+task: causal_lm
+data: {corpus: python_docs}
+search:
+  learning_rate: {min: 1e-4, max: 1e-1, scale: log}
+  num_layers: {min: 1, max: 4}
+  num_epochs: {min: 1, max: 9}
+"""
+
+
+def spec(tmp_path: Path, *overrides: str) -> StudySpec:
+    file = tmp_path / "s.yaml"
+    file.write_text(BASE)
+    return load_study(file, overrides=overrides)
+
+
+def loss_of(params: dict[str, Any]) -> float:
+    """A bowl in log learning rate, a little better with depth."""
+    return float((math.log10(params["learning_rate"]) + 2.5) ** 2 - 0.05 * params["num_layers"])
+
+
+def optimise(search: Search, trials: int) -> list[dict[str, Any]]:
+    tried = []
+    for _ in range(trials):
+        suggestion = search.ask()
+        search.tell(suggestion.number, TrialState.COMPLETED, value=loss_of(suggestion.params), notes={})
+        tried.append(suggestion.params)
+    return tried
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "cmaes", "qmc"])
+def test_the_same_seed_gives_the_same_trials(tmp_path: Path, sampler: str) -> None:
+    study = spec(tmp_path, f"sampler={sampler}")
+    once = optimise(Search(study, None), 14)
+    assert optimise(Search(study, None), 14) == once
+    assert optimise(Search(spec(tmp_path, f"sampler={sampler}", "seed=1"), None), 14) != once
+    assert first_suggestions(study, 3) == once[:3] or sampler in ("tpe", "gp", "cmaes")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
+def test_a_model_searches_better_than_chance(tmp_path: Path, sampler: str) -> None:
+    late = optimise(Search(spec(tmp_path, f"sampler={sampler}"), None), 40)[30:]
+    chance = optimise(Search(spec(tmp_path, "sampler=random"), None), 40)[30:]
+    assert sorted(map(loss_of, late))[5] < sorted(map(loss_of, chance))[5]
+
+
+def test_a_grid_is_tried_once_and_then_exhausted(tmp_path: Path) -> None:
+    study = spec(tmp_path, "sampler=grid", "search.learning_rate=[1e-3, 1e-2]", "search.num_epochs=3")
+    search = Search(study, None)
+    tried = []
+    while not search.is_exhausted:
+        suggestion = search.ask()
+        search.tell(suggestion.number, TrialState.COMPLETED, value=1.0, notes={})
+        tried.append(tuple(suggestion.params.values()))
+    assert sorted(tried) == [(rate, layers) for rate in (1e-3, 1e-2) for layers in (1, 2, 3, 4)]
+
+
+def test_conditional_settings_are_sampled_only_where_they_hold(tmp_path: Path) -> None:
+    study = spec(tmp_path, "search.dropout={min: 0.0, max: 0.5, when: {num_layers: {min: 3}}}")
+    for params in optimise(Search(study, None), 30):
+        assert ("dropout" in params) == (params["num_layers"] >= 3)
+
+
+@pytest.mark.parametrize(
+    ("state", "optuna_state", "value"),
+    [
+        (TrialState.COMPLETED, OptunaState.COMPLETE, 2.5),
+        (TrialState.OVERFIT, OptunaState.COMPLETE, 2.5),
+        (TrialState.PLATEAU, OptunaState.COMPLETE, 2.5),
+        (TrialState.UNPROMISING, OptunaState.PRUNED, 3.0),
+        (TrialState.DIVERGED, OptunaState.PRUNED, None),
+        (TrialState.INFEASIBLE, OptunaState.PRUNED, None),
+        (TrialState.FAILED, OptunaState.FAIL, None),
+        (TrialState.INTERRUPTED, OptunaState.FAIL, None),
+    ],
+)
+def test_the_record_says_what_the_table_says(
+    tmp_path: Path, state: TrialState, optuna_state: OptunaState, value: float | None
+) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    search = Search(spec(tmp_path), url)
+    suggestion = search.ask()
+    assert optuna.load_study(study_name="s", storage=url).trials[0].state is OptunaState.RUNNING
+    for epoch, loss in enumerate([4.0, 2.5, 3.0], start=1):
+        search.report(suggestion.number, epoch=epoch, valid_loss=loss)
+    search.tell(suggestion.number, state, value=2.5, notes={"outcome": state.value})
+    trial = optuna.load_study(study_name="s", storage=url).trials[0]
+    assert trial.state is optuna_state
+    assert trial.value == value
+    assert trial.params == suggestion.params
+    assert trial.intermediate_values == {1: 4.0, 2: 2.5, 3: 3.0}
+    assert trial.user_attrs["outcome"] == state.value
+
+
+def test_every_state_has_its_optuna_state() -> None:
+    assert set(OPTUNA_STATE) == set(TrialState)
+
+
+@pytest.mark.parametrize("rule", ["median", "percentile", "asha", "hyperband"])
+def test_a_hopeless_trial_is_stopped_after_the_warm_up(tmp_path: Path, rule: str) -> None:
+    search = Search(spec(tmp_path, f"prune.unpromising={rule}"), None)
+    for _ in range(12):
+        number = search.ask().number
+        for epoch in range(1, 10):
+            search.report(number, epoch=epoch, valid_loss=3.0 / epoch)
+        search.tell(number, TrialState.COMPLETED, value=1 / 3, notes={})
+    stopped = []
+    for _ in range(6):
+        number = search.ask().number
+        epoch = next((epoch for epoch in range(1, 10) if search.report(number, epoch=epoch, valid_loss=9.0)), 99)
+        search.tell(number, TrialState.UNPROMISING, value=None, notes={})
+        stopped.append(epoch)
+    assert min(stopped) < 9
+    if rule in ("median", "percentile"):
+        assert stopped == [3] * 6, "a fifth of the longest run is 2 epochs"
+
+
+def test_no_rule_stops_nothing(tmp_path: Path) -> None:
+    search = Search(spec(tmp_path, "prune.unpromising=none"), None)
+    optimise(search, 12)
+    number = search.ask().number
+    assert not any(search.report(number, epoch=epoch, valid_loss=99.0) for epoch in range(1, 10))
+
+
+def trial(value: float | None, state: OptunaState = OptunaState.COMPLETE) -> optuna.trial.FrozenTrial:
+    return create_trial(state=state, value=value)
+
+
+def test_bad_values_are_clipped_at_the_median_and_diverged_trials_put_there() -> None:
+    trials = [trial(1.0), trial(2.0), trial(90.0), trial(None, OptunaState.PRUNED), trial(5.0, OptunaState.PRUNED), trial(None, OptunaState.FAIL)]
+    seen = clip_at_median(trials)
+    assert [(one.state, one.value) for one in seen] == [
+        (OptunaState.COMPLETE, 1.0), (OptunaState.COMPLETE, 2.0), (OptunaState.COMPLETE, 2.0),
+        (OptunaState.COMPLETE, 2.0), (OptunaState.PRUNED, 5.0), (OptunaState.FAIL, None),
+    ]  # fmt: skip
+    assert [one.value for one in trials] == [1.0, 2.0, 90.0, None, 5.0, None], "the record itself is not changed"
+    assert clip_at_median(trials[3:4]) == trials[3:4]
+
+
+def test_a_gaussian_process_is_not_wrecked_by_outliers(tmp_path: Path) -> None:
+    search = Search(spec(tmp_path, "sampler=gp"), None)
+    tried = []
+    for _ in range(30):
+        suggestion = search.ask()
+        if suggestion.params["learning_rate"] > 2e-2:
+            search.tell(suggestion.number, TrialState.DIVERGED, value=None, notes={})
+        else:
+            value = loss_of(suggestion.params) + (1e6 if suggestion.params["learning_rate"] < 3e-4 else 0)
+            search.tell(suggestion.number, TrialState.COMPLETED, value=value, notes={})
+        tried.append(suggestion.params["learning_rate"])
+    assert sum(3e-4 < rate < 2e-2 for rate in tried[20:]) >= 7
+
+
+def test_a_study_goes_on_from_its_store_with_all_it_learned(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = spec(tmp_path)
+    before = optimise(Search(study, url), 12)
+    search = Search(study, url)
+    after = optimise(search, 3)
+    assert not any(params in before for params in after)
+    loaded = optuna.load_study(study_name="s", storage=url)
+    assert [trial.number for trial in loaded.trials] == list(range(15))
+    assert loaded.best_value == min(map(loss_of, [*before, *after]))
+
+
+def test_a_retry_keeps_settings_and_lineage(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    search = Search(spec(tmp_path), url)
+    first = search.ask()
+    search.tell(first.number, TrialState.INTERRUPTED, value=None, notes={})
+    second = search.ask_again(first.number)
+    search.tell(second.number, TrialState.INTERRUPTED, value=None, notes={})
+    third = Search(spec(tmp_path), url).ask_again(second.number)
+    assert third.params == first.params
+    trial = optuna.load_study(study_name="s", storage=url).trials[third.number]
+    assert trial.system_attrs["retry_history"] == [0, 1]
+    assert trial.system_attrs["failed_trial"] == 0
+
+
+def test_what_a_crash_left_running_is_found(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    lost = Search(spec(tmp_path), url).ask()
+    assert Search(spec(tmp_path), url).unfinished() == [lost.number]
+
+
+def test_no_pickle_reaches_the_store(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    optimise(Search(spec(tmp_path, "sampler=cmaes"), url), 14)
+    attributes = {key for one in optuna.load_study(study_name="s", storage=url).trials for key in one.system_attrs}
+    assert not any(key.startswith("cma") for key in attributes)

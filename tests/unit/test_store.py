@@ -1,0 +1,230 @@
+"""The store on SQLite and PostgreSQL: events in order, leases, views, migrations, and stores that cannot be used."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from hpsearch import migrations
+from hpsearch import store as store_module
+from hpsearch.errors import StoreError, StudyBusyError, UnknownStudyError
+from hpsearch.ranking import flat_rows, frame, leaderboard
+from hpsearch.settings import ModelSettings, RunSettings
+from hpsearch.store import NewStudy, Store, metadata
+from hpsearch.trial import Point, Score, TrialConfig, TrialResult, TrialState
+
+STUDY = NewStudy(
+    name="s", task="causal_lm", metric="perplexity", higher_is_better=False, spec={"name": "s"}, fingerprint="f",
+    overrides=["--trials 3"], budget_trials=3, data={"fingerprint": "d"},
+)  # fmt: skip
+POINT = Point(evaluation=1, epoch=0.5, step=9, train_loss=3.0, valid_loss=2.0, learning_rate=0.1, tokens=99, seconds=1.5)
+OVERFIT = TrialResult(state=TrialState.OVERFIT, reason="turned", best_evaluation=1, best_epoch=0.5, best_valid_loss=2.0)
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    opened = Store(store_url, create=True)
+    yield opened
+    opened.close()
+
+
+def config(number: int, **params: object) -> TrialConfig:
+    return TrialConfig(
+        study="s", number=number, task="causal_lm", seed=0, params=params, model=ModelSettings(),
+        training=RunSettings(), rule=None, data="d", folder="f", threads=1,
+    )  # fmt: skip
+
+
+def scored(perplexity: float, valid_loss: float) -> TrialResult:
+    score = Score(metric="perplexity", value=perplexity, low=perplexity - 1, high=perplexity + 1, n=9, contract={"unit": "token"})
+    bits = replace(score, metric="bits_per_byte", value=1.0)
+    return replace(OVERFIT, best_valid_loss=valid_loss, scores=(score, bits))
+
+
+def start(store: Store, number: int, **params: object) -> int:
+    row = store.find_study("s")
+    study_id = row["id"] if row else store.add_study(STUDY)
+    return store.start_trial(study_id, config(number, **params), attempt=1, retry_of=None)
+
+
+def test_what_is_written_is_read(store: Store) -> None:
+    trial = start(store, 0, learning_rate=0.1)
+    store.add_point(trial, POINT)
+    store.add_point(trial, replace(POINT, evaluation=2, valid_loss=math.nan, train_loss=math.inf))
+    store.add_decision(trial, evaluation=2, verdict="diverging", action="stop", evidence={"z": math.nan, "rule": "r"})
+    store.finish_trial(trial, scored(7.0, 2.0), last_epoch=1.0)
+    study = store.study("s")
+    assert (study["spec"], study["overrides"], study["data"]) == ({"name": "s"}, ["--trials 3"], {"fingerprint": "d"})
+    assert study["created_at"].utcoffset() == timedelta(0)
+    row = store.trial(study, 0)
+    assert (row["state"], row["params"], row["last_epoch"]) == ("overfit", {"learning_rate": 0.1}, 1.0)
+    assert row["ended_at"] >= row["started_at"]
+    first, second = store.points(trial)
+    assert (first["valid_loss"], first["tokens"]) == (2.0, 99)
+    assert (second["valid_loss"], second["train_loss"]) == (None, None)
+    assert store.decisions(trial)[0]["evidence"] == {"z": None, "rule": "r"}
+    assert [score["metric"] for score in store.scores(trial)] == ["perplexity", "bits_per_byte"]
+
+
+def test_a_finished_trial_stays_finished(store: Store) -> None:
+    trial = start(store, 0)
+    store.finish_trial(trial, OVERFIT, last_epoch=1.0)
+    with pytest.raises(StoreError, match="has ended already, so it cannot become failed"):
+        store.finish_trial(trial, replace(OVERFIT, state=TrialState.FAILED), last_epoch=1.0)
+    assert store.trial(store.study("s"), 0)["state"] == "overfit"
+
+
+def test_a_point_is_written_once(store: Store) -> None:
+    trial = start(store, 0)
+    store.add_point(trial, POINT)
+    with pytest.raises(StoreError):
+        store.add_point(trial, POINT)
+    assert len(store.points(trial)) == 1
+
+
+def test_a_trial_number_is_given_once(store: Store) -> None:
+    start(store, 0)
+    with pytest.raises(StoreError):
+        start(store, 0)
+
+
+def test_the_leaderboard_ranks_by_test_and_tells_validations_choice(store: Store) -> None:
+    for number, (perplexity, valid_loss) in enumerate([(9.0, 1.9), (7.0, 2.0), (8.0, 2.5)]):
+        store.finish_trial(start(store, number, num_layers=number), scored(perplexity, valid_loss), last_epoch=1.0)
+    store.finish_trial(start(store, 3, dropout=0.1), TrialResult(state=TrialState.FAILED, reason="x"), last_epoch=None)
+    board = leaderboard(store, "s")
+    assert [row["trial"] for row in board.rows] == [1, 2, 0]
+    assert [row["test_rank"] for row in board.rows] == [1, 2, 3]
+    assert board.best is not None
+    assert board.best["test_perplexity"] == 7.0
+    assert board.validation_choice is not None
+    assert board.validation_choice["trial"] == 0
+    assert board.states == {"overfit": 3, "failed": 1}
+    top = leaderboard(store, "s", top=1)
+    assert [row["trial"] for row in top.rows] == [1, 0], "validation's choice is shown beside the top"
+    table = frame(board)
+    assert list(table["param_num_layers"]) == [1, 2, 0]
+    assert "test_bleu" not in table.columns
+    assert list(flat_rows(board)[0]) == list(table.columns)
+
+
+def test_the_views_serve_any_sql_client(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/a.db", create=True)
+    for number, perplexity in enumerate([9.0, 7.0]):
+        trial = start(store, number)
+        store.add_point(trial, POINT)
+        store.finish_trial(trial, scored(perplexity, 2.0), last_epoch=1.0)
+    store.close()
+    with sqlite3.connect(tmp_path / "a.db") as plain:
+        plain.row_factory = sqlite3.Row
+        rows = plain.execute("SELECT * FROM hpsearch_leaderboard").fetchall()
+        assert [(row["trial"], row["test_rank"], row["test_perplexity"]) for row in rows] == [(1, 1, 7.0), (0, 2, 9.0)]
+        curves = plain.execute("SELECT * FROM hpsearch_curves").fetchall()
+        assert [(row["trial"], row["train_loss"], row["valid_loss"]) for row in curves] == [(0, 3.0, 2.0), (1, 3.0, 2.0)]
+        assert plain.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_a_store_without_ranked_trials_has_an_empty_leaderboard(store: Store) -> None:
+    start(store, 0)
+    board = leaderboard(store, "s")
+    assert (board.rows, board.best, board.validation_choice) == ([], None, None)
+    assert frame(board).empty
+
+
+def test_what_is_not_there_is_named_with_what_is(store: Store) -> None:
+    with pytest.raises(UnknownStudyError, match="this store holds no studies"):
+        store.study("x")
+    start(store, 0)
+    with pytest.raises(UnknownStudyError, match="studies in this store: s"):
+        store.study("x")
+    with pytest.raises(UnknownStudyError, match="study 's' has no trial 7; it has trials 0 to 0"):
+        store.trial(store.study("s"), 7)
+
+
+def test_studies_are_listed_with_states_best_and_holder(store: Store) -> None:
+    store.finish_trial(start(store, 0), scored(7.0, 2.0), last_epoch=1.0)
+    start(store, 1)
+    store.acquire_lease("s", store.study("s")["id"], "here")
+    (row,) = store.studies()
+    assert row["states"] == {"overfit": 1, "running": 1}
+    assert row["best"]["trial"] == 0
+    assert row["lease"]["holder"] == "here"
+
+
+def test_one_driver_holds_a_study(store: Store) -> None:
+    start(store, 0)
+    study = store.study("s")["id"]
+    token = store.acquire_lease("s", study, "first")
+    with pytest.raises(StudyBusyError, match="study 's' is held by first since"):
+        store.acquire_lease("s", study, "second")
+    assert store.renew_lease(study, token)
+    assert store.release_lease(study, token)
+    assert store.acquire_lease("s", study, "second") == token + 1
+    assert not store.renew_lease(study, token), "the first has lost it"
+
+
+def test_a_dead_drivers_lease_is_taken_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(store, 0)
+    study = store.study("s")["id"]
+    token = store.acquire_lease("s", study, "dead")
+    monkeypatch.setattr(store_module, "LEASE_TIMEOUT_S", 0)
+    assert store.acquire_lease("s", study, "alive") == token + 1
+
+
+def test_the_tables_are_what_the_migrations_make(store: Store) -> None:
+    found = sa.inspect(store._engine)
+    for name, table in metadata.tables.items():
+        assert [column["name"] for column in found.get_columns(name)] == [column.name for column in table.columns]
+
+
+def test_every_step_migrates_from_the_one_before(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [*migrations.STEPS, lambda dialect: ["ALTER TABLE hpsearch_trials ADD COLUMN later INTEGER"]]
+    for count in range(1, len(steps) + 1):
+        monkeypatch.setattr(migrations, "STEPS", steps[:count])
+        opened = Store(store_url, create=True)
+        if count == 1:
+            start(opened, 0)
+        assert opened.trial(opened.study("s"), 0)["number"] == 0
+        opened.close()
+    monkeypatch.setattr(migrations, "STEPS", steps[:1])
+    with pytest.raises(StoreError, match="schema version 2, written by a newer hpsearch"):
+        Store(store_url)
+    with pytest.raises(StoreError, match="newer hpsearch"):
+        Store.preflight(store_url)
+
+
+def test_reading_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no store at"):
+        Store(f"sqlite:///{tmp_path}/none.db")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(StoreError, match="holds no studies"):
+        Store(f"sqlite:///{tmp_path}/empty.db")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense", "cannot read the store URL"),
+        ("mysql://u:secret@h/d", "SQLite or PostgreSQL, not mysql|needs a driver"),
+        ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
+        ("postgresql://u:secret@127.0.0.1:9/d", "cannot be used"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_named_without_its_password(url: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
+        Store.preflight(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("not a database at all" * 100)
+    with pytest.raises(StoreError, match="file is not a database"):
+        Store.preflight(f"sqlite:///{tmp_path}/text.db")
