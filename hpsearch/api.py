@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,22 +133,21 @@ def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Stud
         preparing = helper.submit(_prepare_data, spec, prepare)
         with open_backend(spec, note) as backend:
             folder, card = preparing.result()
-            store = Store(spec.store, create=True)
-            try:
+            with _opened(spec.store, create=True) as store:
                 row = _register(store, spec, overrides, card)
-                with _lease(store, row) as lease:
+                with _lease(store, row) as lease, closing(Search(spec, spec.store)) as search:
                     run = StudyRun(
                         spec=spec,
                         study=row,
                         store=store,
-                        search=Search(spec, spec.store),
+                        search=search,
                         data=folder,
                         threads=backend.placement.cpus_per_trial,
                         listen=listen,
                     )
-                    orphans = run.adopt_orphans()
-                    listen(Event(kind="study", facts=_opening(spec, store, card, backend.placement.where, orphans, run)))
                     lease.on_loss = lambda: run.request_stop("another driver took the study over")
+                    orphans = run.adopt_orphans()
+                    listen(_opening(spec, store, card, backend.placement.where, orphans, run))
                     with _signals(run) as signals:
                         try:
                             backend.run(run)
@@ -158,8 +157,6 @@ def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Stud
                             run.interrupt_live()
                     code = signals.exit_code or _verdict(run)
                     return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
-            finally:
-                store.close()
 
 
 def check(spec: StudySpec) -> dict[str, Any]:
@@ -391,10 +388,8 @@ def _verdict(run: StudyRun) -> int:
     return EXIT_FINISHED
 
 
-def _opening(
-    spec: StudySpec, store: Store, card: DataCard, where: str, orphans: int, run: StudyRun
-) -> dict[str, Any]:
-    return {
+def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, orphans: int, run: StudyRun) -> Event:
+    facts = {
         "name": spec.name,
         "store": store.shown_url,
         "where": where,
@@ -403,6 +398,7 @@ def _opening(
         "orphans": orphans,
         "data": card.__dict__,
     }
+    return Event(kind="study", facts=facts)
 
 
 def _recorded(overrides: Sequence[str], name: str | None, trials: int | None, backend: str | None) -> list[str]:
@@ -426,8 +422,8 @@ def _silent(event: Event) -> None:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[Store]:
-    store = Store(url)
+def _opened(url: str, *, create: bool = False) -> Iterator[Store]:
+    store = Store(url, create=create)
     try:
         yield store
     finally:

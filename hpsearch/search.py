@@ -135,6 +135,12 @@ class Search:
         """Trials that Optuna believes to be running: after a crash, those that were lost."""
         return [trial.number for trial in self._trials() if not trial.state.is_finished()]
 
+    def close(self) -> None:
+        """Give the connections to the store back."""
+        if self._record:
+            self._record.storage.remove_session()
+            self._record.storage.engine.dispose()
+
     def _begin(self, number: int) -> Suggestion:
         trial = self._trial(number)
         if self._record:

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from hpsearch.errors import Problem
 from hpsearch.settings import SEARCHABLE, SYNONYMS, Scalar
 
-Condition = dict[str, Any]
-"""Parent name to what it must be: a list of values, or a Range."""
+KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class Space:
         return float(self.fixed.get(name, default))
 
 
-def parse_space(raw: Any, path: tuple[str | int, ...] = ("search",)) -> tuple[Space, list[Problem]]:
+def parse_space(raw: Any, path: KeyPath = ("search",)) -> tuple[Space, list[Problem]]:
     """The space that a `search:` mapping describes, and everything wrong with it."""
     if raw is None:
         raw = {}
@@ -99,8 +98,7 @@ def parse_space(raw: Any, path: tuple[str | int, ...] = ("search",)) -> tuple[Sp
     fixed: dict[str, Scalar] = {}
     dimensions: dict[str, Dimension] = {}
     problems: list[Problem] = []
-    for name, value in raw.items():
-        here = (*path, name)
+    for name, here, value in _entries(raw, path):
         if name not in SEARCHABLE and not (name.startswith("config.") and len(name) > len("config.")):
             problems.append(Problem(path=here, message=f"unknown setting{_hint(name)}", at_key=True))
             continue
@@ -115,6 +113,16 @@ def parse_space(raw: Any, path: tuple[str | int, ...] = ("search",)) -> tuple[Sp
             fixed[name] = parsed
     ordered, order_problems = _ordered(dimensions, fixed, path)
     return Space(fixed=fixed, dimensions=ordered), problems + order_problems
+
+
+def _entries(raw: dict[str, Any], path: KeyPath) -> Iterator[tuple[str, KeyPath, Any]]:
+    """Name, place and value of every entry; `config: {KEY: ...}` is the same as `config.KEY: ...`."""
+    for name, value in raw.items():
+        if name == "config" and isinstance(value, dict):
+            for key, inner in value.items():
+                yield f"config.{key}", (*path, name, key), inner
+        else:
+            yield name, (*path, name), value
 
 
 class _Wrong(Exception):
@@ -230,7 +238,7 @@ def _parse_when(raw: Any) -> tuple[tuple[str, Dimension], ...]:
     return tuple(conditions)
 
 
-def _values(name: str, raw: Any, path: tuple[str | int, ...]) -> tuple[Scalar, ...]:
+def _values(name: str, raw: Any, path: KeyPath) -> tuple[Scalar, ...]:
     if not isinstance(raw, list) or not raw:
         raise _Wrong("empty: expected at least one value", *path)
     values = tuple(_checked(name, value, (*path, index)) for index, value in enumerate(raw))
@@ -240,7 +248,7 @@ def _values(name: str, raw: Any, path: tuple[str | int, ...]) -> tuple[Scalar, .
     return values
 
 
-def _checked(name: str, value: Any, path: tuple[str | int, ...]) -> Scalar:
+def _checked(name: str, value: Any, path: KeyPath) -> Scalar:
     """The value as the setting's type, or _Wrong with what was expected."""
     if not isinstance(value, Scalar):
         raise _Wrong(f"expected a number, text, true or false, got {_shown(value)}", *path)
@@ -254,7 +262,7 @@ def _checked(name: str, value: Any, path: tuple[str | int, ...]) -> Scalar:
 
 
 def _ordered(
-    dimensions: dict[str, Dimension], fixed: dict[str, Scalar], path: tuple[str | int, ...]
+    dimensions: dict[str, Dimension], fixed: dict[str, Scalar], path: KeyPath
 ) -> tuple[dict[str, Dimension], list[Problem]]:
     """The dimensions with parents first, and every `when` that cannot hold."""
     problems = []

@@ -275,6 +275,7 @@ def describe(event: Event) -> str:
     if event.kind == "study":
         data = facts["data"]
         again = f", {facts['finished']} done before" if facts["finished"] else ""
+        again += f", {facts['orphans']} left running by a driver that died" if facts["orphans"] else ""
         return (
             f"study {facts['name']}: {facts['budget']} trials{again} on {facts['where']}; "
             f"{data['tokens']['train']:,} training tokens; store {facts['store']}"

@@ -56,16 +56,14 @@ START_ATTEMPTS = 3
 def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTune]:
     """Start a Ray of our own on this machine, and end it afterwards."""
     scratch = Path(tempfile.mkdtemp(prefix="hps-"))  # short: Ray's sockets live below it, in paths of 107 bytes
-    had_token = "RAY_AUTH_TOKEN" in os.environ
-    # Ray would otherwise leave a token file in the home folder.
+    # Ray would otherwise leave a token file in the home folder. It reads the variable once in a process: one token
+    # serves all launches.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         _start(scratch, note)
         yield RayTune(spec, scratch)
     finally:
         ray.shutdown()
-        if not had_token:
-            os.environ.pop("RAY_AUTH_TOKEN", None)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -237,12 +235,14 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class _StopWatch(tune.Callback):  # type: ignore[misc]
-    """Breaks Tune's loop when the study is to stop."""
+    """Breaks Tune's loop when the study is to stop, and when an event failed: Tune itself would wait for ever."""
 
     def __init__(self, bridge: _Bridge) -> None:
         self._bridge = bridge
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._bridge.error is not None:
+            raise self._bridge.error
         if self._bridge.run is not None:
             self._bridge.run.check_stop()
 

@@ -1,0 +1,297 @@
+"""A whole study, from YAML to ranked rows, on both backends and both databases, as a user would notice it."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+
+import hpsearch
+from hpsearch.errors import StudyBusyError, UsageError
+from hpsearch.store import Store
+from hpsearch.trial import Event
+
+pytestmark = pytest.mark.slow
+
+COLUMNS = "trial, evaluation, epoch, step, train_loss, valid_loss, learning_rate, tokens"
+
+OVERFIT = [
+    "model.hidden_size=64",
+    "training.schedule=constant",
+    "training.evaluations_per_epoch=2",
+    "search.learning_rate=1e-2",
+    "search.batch_size=[8, 16]",
+    "search.num_epochs=30",
+]
+"""Settings under which validation loss turns within ten epochs."""
+
+
+def curves(file: Path, study: str) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(file) as plain:
+        return plain.execute(f"SELECT {COLUMNS} FROM hpsearch_curves WHERE study = ?", [study]).fetchall()
+
+
+def test_a_study_file_becomes_a_ranked_record(tiny: Path, tmp_path: Path) -> None:
+    study = hpsearch.launch(tiny)
+    assert study.exit_code == 0
+    board = study.leaderboard()
+    assert list(board["test_perplexity"]) == sorted(board["test_perplexity"])
+    assert study.best is not None
+    assert study.best["test_perplexity"] == board["test_perplexity"].min()
+    assert set(board["state"]) <= {"completed", "overfit", "plateau"}
+    assert (board["score_low"] < board["score"]).all()
+    assert (board["score"] < board["score_high"]).all()
+    assert {"param_learning_rate", "param_batch_size", "param_num_epochs"} <= set(board.columns)
+    trial = study.trial(int(study.best["trial"]))
+    assert len(trial["points"]) >= 2
+    assert trial["best_valid_loss"] == min(point["valid_loss"] for point in trial["points"])
+    assert {score["metric"] for score in trial["scores"]} == {"perplexity", "bits_per_byte"}
+    assert (Path(trial["checkpoint"]) / "model.safetensors").is_file()
+    assert len(study.trials()) == 4
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["runs", "studies.db", "tiny.yaml"], "no litter"
+
+
+def test_optuna_alone_reads_what_happened(tiny: Path, tmp_path: Path) -> None:
+    study = hpsearch.launch(tiny, trials=6, overrides=["prune.unpromising.warmup_epochs=0", "prune.unpromising.startup_trials=2"])
+    loaded = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/studies.db")
+    ours = study.trials()
+    assert [trial.number for trial in loaded.trials] == [row["number"] for row in ours]
+    table = {"completed": "COMPLETE", "overfit": "COMPLETE", "plateau": "COMPLETE", "unpromising": "PRUNED", "diverged": "PRUNED"}
+    for trial, row in zip(loaded.trials, ours, strict=True):
+        assert trial.state.name == table[row["state"]]
+        assert trial.params == row["params"]
+        assert trial.intermediate_values
+        if trial.state.name == "COMPLETE":
+            assert trial.value == row["best_valid_loss"]
+    ranked = [row for row in ours if row["state"] in ("completed", "overfit", "plateau")]
+    assert loaded.best_value == min(row["best_valid_loss"] for row in ranked)
+    assert any(row["state"] == "unpromising" for row in ours)
+
+
+def test_runs_that_overfit_are_pruned_scored_and_ranked(tiny: Path) -> None:
+    study = hpsearch.launch(tiny, trials=2, overrides=OVERFIT)
+    rows = study.trials()
+    assert {row["state"] for row in rows} == {"overfit"}
+    for row in rows:
+        trial = study.trial(row["number"])
+        assert trial["best_epoch"] < trial["last_epoch"] < 30
+        last = trial["decisions"][-1]
+        assert (last["verdict"], last["action"]) == ("overfitting", "stop")
+        assert last["evidence"]["best_evaluation"] == trial["best_evaluation"]
+        assert last["evidence"]["valid_trend_z"] > 1.64 or last["evidence"]["since_best"] >= 10
+        assert last["evidence"]["train_trend_z"] < -1.64
+    assert len(study.leaderboard()) == 2
+
+
+def test_the_test_split_is_seen_by_nobody_who_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpsearch.tasks.causal_lm import CausalLM
+
+    looks: list[str] = []
+    batch = CausalLM.batch
+    monkeypatch.setattr(CausalLM, "batch", lambda self, split, indices: (looks.append(split), batch(self, split, indices))[1])
+    events: list[tuple[str, int]] = []
+    hpsearch.launch(tiny, trials=2, listen=lambda event: events.append((event.kind, looks.count("test"))))
+    seen = 0
+    for kind, so_far in events:
+        if kind == "trial_ended":
+            assert so_far > seen, "scored once, at its end"
+            seen = so_far
+        else:
+            assert so_far == seen, "and not before"
+
+
+def test_inline_and_ray_leave_the_same_rows(tiny: Path, tmp_path: Path) -> None:
+    serial = ["resources.parallel=1", "prune.unpromising.warmup_epochs=0", "prune.unpromising.startup_trials=2"]
+    for backend in ("inline", "ray"):
+        hpsearch.launch(tiny, name=backend, backend=backend, trials=6, overrides=serial)
+    assert not ray.is_initialized()
+    file = tmp_path / "studies.db"
+    inline, on_ray = curves(file, "inline"), curves(file, "ray")
+    assert inline == on_ray, "equal to the bit"
+    assert len(inline) > 10
+    rows = [hpsearch.open_study(name, store=f"sqlite:///{file}").trials() for name in ("inline", "ray")]
+    for one, other in zip(*rows, strict=True):
+        for key in ("number", "state", "reason", "params", "settings", "seed", "last_epoch", "best_epoch", "best_valid_loss"):
+            assert one[key] == other[key], key
+    boards = [hpsearch.open_study(name, store=f"sqlite:///{file}").leaderboard() for name in ("inline", "ray")]
+    assert list(boards[0]["score"]) == list(boards[1]["score"])
+
+
+def test_ray_runs_trials_side_by_side_and_leaves_no_litter(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    at_once: list[int] = []
+    running: set[int] = set()
+
+    def listen(event: Event) -> None:
+        if event.kind == "trial_started":
+            running.add(event.trial or 0)
+        elif event.kind == "trial_ended":
+            running.discard(event.trial or 0)
+        at_once.append(len(running))
+
+    before = set(Path("/tmp").iterdir())
+    study = hpsearch.launch(tiny, backend="ray", trials=5, listen=listen, overrides=["resources.parallel=2"])
+    assert study.exit_code == 0
+    assert max(at_once) == 2
+    assert {row["state"] for row in study.trials()} <= {"completed", "overfit", "plateau"}
+    left = {path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith(("hps-", "ray"))}
+    assert not left
+    assert not [path for path in home.rglob("*") if path.is_file() and "ray" in str(path).lower()]
+
+
+def test_the_same_study_on_postgresql(tiny: Path, postgres_store: str) -> None:
+    study = hpsearch.launch(tiny, store=postgres_store)
+    assert study.exit_code == 0
+    assert len(study.leaderboard()) == 4
+    loaded = optuna.load_study(study_name="tiny", storage=postgres_store)
+    assert loaded.best_value == min(row["best_valid_loss"] for row in study.trials())
+    sqlite = hpsearch.launch(tiny)
+    assert [row["params"] for row in sqlite.trials()] == [row["params"] for row in study.trials()]
+    assert [row["best_valid_loss"] for row in sqlite.trials()] == [row["best_valid_loss"] for row in study.trials()]
+
+
+def test_a_finished_study_launched_again_does_nothing(tiny: Path) -> None:
+    before = hpsearch.launch(tiny, trials=2).trials()
+    again = hpsearch.launch(tiny, trials=2)
+    assert again.exit_code == 0
+    assert again.trials() == before
+
+
+def test_a_larger_budget_goes_on_with_the_study(tiny: Path) -> None:
+    before = hpsearch.launch(tiny, trials=2).trials()
+    after = hpsearch.launch(tiny, trials=3).trials()
+    assert after[:2] == before
+    assert len(after) == 3
+
+
+def test_a_changed_study_is_refused_with_the_difference(tiny: Path) -> None:
+    before = hpsearch.launch(tiny, trials=1).trials()
+    with pytest.raises(UsageError, match=r"search\.num_layers: 1 -> 2") as caught:
+        hpsearch.launch(tiny, overrides=["search.num_layers=2"])
+    assert "--name" in str(caught.value)
+    assert hpsearch.open_study("tiny", store=f"sqlite:///{tiny.parent}/studies.db").trials() == before
+
+
+@pytest.mark.parametrize("backend", ["inline", "ray"])
+def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: str) -> None:
+    study = hpsearch.launch(tiny, backend=backend, overrides=["budget.minutes=0.02", "search.num_epochs=9"], trials=3)
+    assert study.stop_reason is not None
+    assert "0.02 minutes" in study.stop_reason
+    stopped = study.trials()
+    assert not [row for row in stopped if row["state"] == "running"]
+    interrupted = [row for row in stopped if row["state"] == "interrupted"]
+    study = hpsearch.launch(tiny, backend=backend, overrides=["search.num_epochs=9"], trials=3)
+    rows = study.trials()
+    assert len([row for row in rows if row["state"] != "interrupted"]) == 3
+    for row in interrupted:
+        (retry,) = [other for other in rows if other["retry_of"] == row["number"]]
+        assert (retry["params"], retry["attempt"]) == (row["params"], row["attempt"] + 1)
+
+
+def test_a_trial_that_raises_fails_alone_on_ray(tiny: Path) -> None:
+    # A width that no number of heads divides cannot be built; the other trials go on.
+    study = hpsearch.launch(tiny, backend="ray", overrides=["search.config.n_head=[2, 3]", "sampler=random"], trials=4)
+    rows = study.trials()
+    assert {row["state"] for row in rows} == {"completed", "failed"}
+    failed = next(row for row in rows if row["state"] == "failed")
+    assert "Traceback" in failed["error"]
+    assert study.exit_code == 0 if sum(row["state"] == "failed" for row in rows) <= 2 else 3
+
+
+def test_a_worker_that_dies_fails_its_trial_alone(tiny: Path) -> None:
+    import os
+    import signal
+
+    import psutil
+
+    killed: list[int] = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "point" and event.trial == 0 and not killed:
+            children = psutil.Process().children(recursive=True)
+            (worker,) = [child for child in children if "Trainable" in " ".join(child.cmdline())]
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+
+    study = hpsearch.launch(tiny, backend="ray", trials=3, listen=listen, overrides=["resources.parallel=1"])
+    states = [row["state"] for row in study.trials()]
+    assert killed
+    assert states[0] == "failed"
+    assert set(states[1:]) <= {"completed", "overfit", "plateau"}
+    assert study.trials()[0]["error"]
+
+
+def test_a_study_that_another_driver_holds_is_left_alone(tiny: Path) -> None:
+    study = hpsearch.launch(tiny, trials=1)
+    store = Store(study.store, create=True)
+    token = store.acquire_lease("tiny", store.study("tiny")["id"], "another, process 1")
+    with pytest.raises(StudyBusyError, match="held by another, process 1"):
+        hpsearch.launch(tiny, trials=2)
+    assert len(study.trials()) == 1
+    store.release_lease(store.study("tiny")["id"], token)
+    store.close()
+
+
+def test_what_a_dead_driver_left_running_is_retried(tiny: Path) -> None:
+    study = hpsearch.launch(tiny, trials=1)
+    with sqlite3.connect(tiny.parent / "studies.db") as plain:
+        plain.execute("UPDATE hpsearch_trials SET state = 'running', ended_at = NULL")
+        plain.execute("DELETE FROM hpsearch_scores")
+        plain.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL")
+    rows = hpsearch.launch(tiny, trials=1).trials()
+    assert [(row["state"], row["retry_of"]) for row in rows] == [("interrupted", None), ("completed", 0)]
+    assert rows[0]["params"] == rows[1]["params"]
+    assert len(study.leaderboard()) == 1
+
+
+def test_other_text_is_refused(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the {i} sentence of a small file, number {i * 7}" for i in range(400)))
+    own = tmp_path / "own.yaml"
+    own.write_text(tiny.read_text().replace("{corpus: python_docs, fraction: 0.08}", "{files: text.txt}"))
+    hpsearch.launch(own, trials=1)
+    text.write_text(text.read_text() + "\n\none more sentence that changes the text")
+    with pytest.raises(UsageError, match="was begun on other text"):
+        hpsearch.launch(own, trials=2)
+
+
+def test_llama_and_conditions_run_as_well(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("architecture: gpt2, ", ""))
+    study = hpsearch.launch(
+        tiny,
+        trials=3,
+        overrides=[
+            "search.architecture=[gpt2, llama]",
+            "search.dropout={values: [0.0, 0.1], when: {architecture: gpt2}}",
+            "sampler=random",
+            "seed=3",
+        ],
+    )
+    rows = study.trials()
+    assert {row["state"] for row in rows} == {"completed"}
+    assert {row["params"]["architecture"] for row in rows} == {"gpt2", "llama"}
+    assert all(("dropout" in row["params"]) == (row["params"]["architecture"] == "gpt2") for row in rows)
+
+
+def test_check_touches_nothing_and_tells_what_a_launch_will_do(tiny: Path) -> None:
+    from hpsearch.api import check
+    from hpsearch.spec import load_study
+
+    before = set(tiny.parent.rglob("*"))
+    found = check(load_study(tiny))
+    assert set(tiny.parent.rglob("*")) == before
+    assert found["store"] == "new"
+    assert found["resumes"] is None
+    study = hpsearch.launch(tiny, trials=3)
+    assert [row["params"] for row in study.trials()] == found["first_settings"]
+    assert found["data"] == hpsearch.studies(store=study.store)[0]["data"]
+    assert check(load_study(tiny))["resumes"] == study.board().states
+    json.dumps(found)
