@@ -126,8 +126,7 @@ def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Stud
     def note(text: str) -> None:
         listen(Event(kind="note", facts={"text": text}))
 
-    Store.preflight(spec.store)
-    _refuse_change(spec)
+    _existing(spec)
     with ThreadPoolExecutor(1) as helper:
         # Ray needs seconds to start; the text is read and tokenized meanwhile.
         preparing = helper.submit(_prepare_data, spec, prepare)
@@ -166,13 +165,13 @@ def check(spec: StudySpec) -> dict[str, Any]:
     """
     from hpsearch.data import measure
     from hpsearch.search import first_suggestions
-    from hpsearch.tasks.causal_lm import build_config
+    from hpsearch.tasks.causal_lm import check_model
 
     store_state = Store.preflight(spec.store)
     existing = _existing(spec)
     card = None if spec.data.hub else measure(spec.data, spec.tokenizer)
     for settings in _corner_models(spec):
-        build_config(settings, card.vocab_size if card else spec.tokenizer.vocab_size)
+        check_model(settings, card.vocab_size if card else spec.tokenizer.vocab_size)
     suggestions = first_suggestions(spec, 3)
     return {
         "schema_version": 1,
@@ -225,53 +224,30 @@ def _whole(value: float, integer: bool) -> float:
 
 
 def _prepare_data(spec: StudySpec, prepare: Callable[..., tuple[Path, DataCard]]) -> tuple[Path, DataCard]:
-    from hpsearch.tasks.causal_lm import build_config
+    from hpsearch.tasks.causal_lm import check_model
 
     folder, card = prepare(spec.data, spec.tokenizer, Path(spec.folder))
     for settings in _corner_models(spec):
-        build_config(settings, card.vocab_size)
+        check_model(settings, card.vocab_size)
     return folder, card
 
 
 def _existing(spec: StudySpec) -> dict[str, int] | None:
     """Trials by state of the study that a launch would go on with; None when it is new. Refuses a changed study."""
-    if Store.preflight(spec.store) == "new":
+    if Store.preflight(spec.store) != "current":
         return None
-    store = Store(spec.store, create=False) if _holds_studies(spec.store) else None
-    if store is None:
-        return None
-    try:
+    with _opened(spec.store) as store:
         row = store.find_study(spec.name)
         if row is None:
             return None
         _refuse_difference(row, spec)
         return leaderboard(store, spec.name).states
-    finally:
-        store.close()
-
-
-def _holds_studies(url: str) -> bool:
-    from hpsearch.errors import StoreError
-
-    try:
-        Store(url, create=False).close()
-    except StoreError as error:
-        if "holds no studies" in str(error) or "older schema" in str(error):
-            return False
-        raise
-    return True
-
-
-def _refuse_change(spec: StudySpec) -> None:
-    _existing(spec)
 
 
 def _refuse_difference(row: Row, spec: StudySpec) -> None:
     if row["fingerprint"] == spec.fingerprint:
         return
-    lines = [
-        f"  {path}: {_shown(old)} -> {_shown(new)}" for path, old, new in _differences(row["spec"], spec.record())
-    ]
+    lines = [f"  {path}: {_shown(old)} -> {_shown(new)}" for path, old, new in _differences(row["spec"], spec.record())]
     raise UsageError(
         f"study '{spec.name}' is in the store already, from a file that says something else:\n"
         + "\n".join(lines)

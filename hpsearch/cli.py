@@ -70,7 +70,9 @@ class _Group(click.Group):
 
 
 def _store_option(command: Command) -> Command:
-    return click.option("--store", metavar="URL", help="The study store [HPSEARCH_STORE, sqlite:///hpsearch.db].")(command)
+    return click.option("--store", metavar="URL", help="The study store [HPSEARCH_STORE, sqlite:///hpsearch.db].")(
+        command
+    )
 
 
 def _json_option(command: Command) -> Command:
@@ -83,14 +85,22 @@ def _study_options(command: Command) -> Command:
         click.option("--store", metavar="URL", help="The study store, over HPSEARCH_STORE and the file's."),
         click.option("--name", help="Another name for the study."),
         click.option("--trials", type=click.IntRange(min=1), help="Another number of trials."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as search.num_layers.max=4."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a key, such as search.num_layers.max=4.",
+        ),
         click.argument("study_file", metavar="STUDY"),
     ):
         command = option(command)
     return command
 
 
-@click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="hpsearch")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -105,7 +115,9 @@ def main(debug: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as `check`.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
-@click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, help="Rows of the leaderboard at the end.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=20, show_default=True, help="Rows of the leaderboard at the end."
+)
 def launch(study_file: str, dry_run: bool, quiet: bool, as_json: bool, top: int, **options: Any) -> int:
     """Run a study to the end of its budget, or go on with one that was stopped.
 

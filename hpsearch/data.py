@@ -159,7 +159,9 @@ def measure(data: DataSpec, tokenizer: TokenizerSpec) -> DataCard:
     """The card that `prepare` would write, without writing anything."""
     texts = read_texts(data)
     trained = train_tokenizer(texts.train, tokenizer)
-    return _card(texts, trained, _fingerprint(texts, tokenizer), {split: _encode(texts, split, trained) for split in SPLITS})
+    return _card(
+        texts, trained, _fingerprint(texts, tokenizer), {split: _encode(texts, split, trained) for split in SPLITS}
+    )
 
 
 def read_card(folder: Path) -> DataCard:
@@ -226,7 +228,9 @@ def _read_hub(spec: DataSpec) -> dict[str, list[str]]:
         raise DataError(f"data: cannot load {spec.hub} from the hub: {_first_line(error)}") from error
     if "train" not in loaded:
         raise DataError(f"data: {spec.hub} has no train split; it has {', '.join(loaded)}")
-    return {split: list(_column(loaded[split], spec.column, f"{spec.hub} ({split})")) for split in SPLITS if split in loaded}
+    return {
+        split: list(_column(loaded[split], spec.column, f"{spec.hub} ({split})")) for split in SPLITS if split in loaded
+    }
 
 
 def _column(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[str]:
@@ -268,7 +272,7 @@ def _card(texts: Texts, tokenizer: Tokenizer, fingerprint: str, encoded: dict[st
 
 def _write_arrays(texts: Texts, tokenizer: Tokenizer, fingerprint: str, folder: Path) -> None:
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = int(tokenizer.token_to_id(END_OF_TEXT) or 0)
     encoded = {split: _encode(texts, split, tokenizer) for split in SPLITS}
     for split, documents in encoded.items():
         stream = np.empty(1 + sum(len(ids) + 1 for ids in documents), dtype)

@@ -67,7 +67,7 @@ def frame(board: Leaderboard) -> pd.DataFrame:
 
 
 def flat_rows(board: Leaderboard) -> list[Row]:
-    """The rows with `params` spread into `param_NAME`, the same keys in each, and without columns that are all empty."""
+    """The rows with `params` spread into `param_NAME`, the same keys in each, all-empty columns left out."""
     names = param_names(board.rows)
     flat = [
         {**{key: value for key, value in row.items() if key not in ("params", "study", "task")}}

@@ -185,12 +185,10 @@ class _Record:
         self.ids[trial.number] = self.storage.create_new_trial(self._study._study_id, template)
 
 
-
-
 def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
     """The settings that a new study would try first, without touching a store."""
     search = Search(spec, None)
-    suggestions = []
+    suggestions: list[dict[str, Any]] = []
     while len(suggestions) < count and not search.is_exhausted:
         suggestion = search.ask()
         suggestions.append(suggestion.params)
@@ -205,7 +203,9 @@ def _open_storage(url: str) -> RDBStorage:
             break
         except Exception as error:
             if attempt == 2:
-                raise StoreError(f"Optuna cannot use the store {hide_password(url)}: {hide_password(str(error))}") from error
+                raise StoreError(
+                    f"Optuna cannot use the store {hide_password(url)}: {hide_password(str(error))}"
+                ) from error
             time.sleep(0.5 * (attempt + 1))
     configure_engine(storage.engine)
     return storage
@@ -220,7 +220,9 @@ def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> None:
     if isinstance(dimension, Choice):
         trial.suggest_categorical(name, dimension.values)
     elif dimension.integer:
-        trial.suggest_int(name, int(dimension.low), int(dimension.high), step=int(dimension.step or 1), log=dimension.log)
+        trial.suggest_int(
+            name, int(dimension.low), int(dimension.high), step=int(dimension.step or 1), log=dimension.log
+        )
     else:
         trial.suggest_float(name, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
@@ -238,9 +240,7 @@ def _make_sampler(spec: SamplerSpec, space: Space, seed: int) -> BaseSampler:
             )
         ),
         "gp": lambda: _Clipped(
-            optuna.samplers.GPSampler(
-                n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False
-            )
+            optuna.samplers.GPSampler(n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False)
         ),
         "cmaes": lambda: _Clipped(
             optuna.samplers.CmaEsSampler(

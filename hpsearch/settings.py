@@ -66,7 +66,7 @@ NOT_SEARCHABLE = frozenset({"context_length", "config"})
 
 SEARCHABLE: dict[str, type[Strict]] = {
     **{name: ModelSettings for name in ModelSettings.model_fields if name not in NOT_SEARCHABLE},
-    **{name: TrainingSettings for name in TrainingSettings.model_fields},
+    **dict.fromkeys(TrainingSettings.model_fields, TrainingSettings),
 }
 """Name of every setting that `search:` may hold, and the model that owns it. `config.KEY` is searchable, too."""
 

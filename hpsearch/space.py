@@ -73,9 +73,7 @@ class Space:
 
     def is_active(self, name: str, values: Mapping[str, Any]) -> bool:
         """True if the `when:` of this dimension holds for the values sampled so far."""
-        return all(
-            parent in values and values[parent] in allowed for parent, allowed in self.dimensions[name].when
-        )
+        return all(parent in values and values[parent] in allowed for parent, allowed in self.dimensions[name].when)
 
     def largest(self, name: str, default: float) -> float:
         """The largest value that a numeric setting can take."""
@@ -104,7 +102,7 @@ def parse_space(raw: Any, path: KeyPath = ("search",)) -> tuple[Space, list[Prob
             continue
         try:
             parsed = _parse_entry(name, value)
-        except _Wrong as wrong:
+        except _WrongError as wrong:
             problems.append(Problem(path=(*here, *wrong.path), message=wrong.message, at_key=wrong.at_key))
             continue
         if isinstance(parsed, Choice | Range):
@@ -125,7 +123,7 @@ def _entries(raw: dict[str, Any], path: KeyPath) -> Iterator[tuple[str, KeyPath,
             yield name, (*path, name), value
 
 
-class _Wrong(Exception):
+class _WrongError(Exception):
     def __init__(self, message: str, *path: str | int, at_key: bool = False) -> None:
         self.message, self.path, self.at_key = message, path, at_key
 
@@ -144,7 +142,7 @@ def _parse_entry(name: str, raw: Any) -> Scalar | Dimension:
             synonyms = {"low": "min", "lower": "min", "high": "max", "upper": "max", "choices": "values"}
             best = synonyms.get(str(key)) or (near[0] if near else None)
             hint = f"; did you mean '{best}'?" if best else f"; known keys: {', '.join(_RANGE_KEYS[:6])}"
-            raise _Wrong(f"unknown key '{key}'{hint}", key, at_key=True)
+            raise _WrongError(f"unknown key '{key}'{hint}", key, at_key=True)
     raw = dict(raw)
     when = _parse_when(raw.pop("when")) if "when" in raw else ()
     if "value" in raw:
@@ -170,9 +168,9 @@ _DISTRIBUTIONS = {
 def _parse_range(name: str, raw: dict[str, Any], when: tuple[tuple[str, Dimension], ...]) -> Range:
     for key in ("min", "max"):
         if key not in raw:
-            raise _Wrong(f"a range needs '{key}' (or give 'values' for choices)")
+            raise _WrongError(f"a range needs '{key}' (or give 'values' for choices)")
         if not _is_number(raw[key]):
-            raise _Wrong(f"expected a number, got {_shown(raw[key])}", key)
+            raise _WrongError(f"expected a number, got {_shown(raw[key])}", key)
     log = _scale_is_log(raw)
     step = raw.get("step", raw.get("q"))
     integer = isinstance(raw["min"], int) and isinstance(raw["max"], int) and not _is_float(name)
@@ -180,85 +178,87 @@ def _parse_range(name: str, raw: dict[str, Any], when: tuple[tuple[str, Dimensio
         known = raw["distribution"]
         if known not in _DISTRIBUTIONS:
             extra = "; its bounds are exponents there, write log_uniform_values" if known == "log_uniform" else ""
-            raise _Wrong(f"unknown distribution {_shown(known)}{extra}; known: {', '.join(_DISTRIBUTIONS)}", "distribution")
+            raise _WrongError(
+                f"unknown distribution {_shown(known)}{extra}; known: {', '.join(_DISTRIBUTIONS)}", "distribution"
+            )
         log, whole, stepped = _DISTRIBUTIONS[known]
         if whole and not integer:
-            raise _Wrong("int_uniform needs whole numbers at both ends", "distribution")
+            raise _WrongError("int_uniform needs whole numbers at both ends", "distribution")
         if stepped and step is None:
             step = 1
         integer = integer and (whole or _is_whole(name) or (stepped and isinstance(step, int)))
     low, high = raw["min"], raw["max"]
     if low >= high:
-        raise _Wrong(f"min ({low}) must be below max ({high})")
+        raise _WrongError(f"min ({low}) must be below max ({high})")
     if log and low <= 0:
-        raise _Wrong(f"a log range must start above 0, got min: {low}", "min")
+        raise _WrongError(f"a log range must start above 0, got min: {low}", "min")
     if step is not None:
         key = "step" if "step" in raw else "q"
         if not _is_number(step) or step <= 0:
-            raise _Wrong(f"expected a number above 0, got {_shown(step)}", key)
+            raise _WrongError(f"expected a number above 0, got {_shown(step)}", key)
         if step > high - low:
-            raise _Wrong(f"step ({step}) is larger than the range ({low} to {high})", key)
+            raise _WrongError(f"step ({step}) is larger than the range ({low} to {high})", key)
         if log:
-            raise _Wrong("a log range has no step; give the values as a list instead", key)
+            raise _WrongError("a log range has no step; give the values as a list instead", key)
         if integer and not isinstance(step, int):
-            raise _Wrong(f"whole-number bounds need a whole-number step, got {step}", key)
+            raise _WrongError(f"whole-number bounds need a whole-number step, got {step}", key)
     for key in ("min", "max"):
         value = _checked(name, raw[key], (key,))
         if isinstance(value, int) and not isinstance(raw[key], int):
-            raise _Wrong(f"expected a whole number, got {raw[key]}", key)
+            raise _WrongError(f"expected a whole number, got {raw[key]}", key)
     if _is_whole(name) and not integer:
-        raise _Wrong(f"{name} takes whole numbers; write whole numbers at both ends")
+        raise _WrongError(f"{name} takes whole numbers; write whole numbers at both ends")
     return Range(low=low, high=high, integer=integer, log=log, step=step, when=when)
 
 
 def _scale_is_log(raw: dict[str, Any]) -> bool:
     if "log" in raw and not isinstance(raw["log"], bool):
-        raise _Wrong(f"expected true or false, got {_shown(raw['log'])}", "log")
+        raise _WrongError(f"expected true or false, got {_shown(raw['log'])}", "log")
     if "scale" in raw and raw["scale"] not in ("log", "linear"):
-        raise _Wrong(f"expected log or linear, got {_shown(raw['scale'])}", "scale")
+        raise _WrongError(f"expected log or linear, got {_shown(raw['scale'])}", "scale")
     return bool(raw.get("log", raw.get("scale") == "log"))
 
 
 def _parse_when(raw: Any) -> tuple[tuple[str, Dimension], ...]:
     if not isinstance(raw, dict) or not raw:
-        raise _Wrong("expected a mapping from another setting to its value, list of values or min/max", "when")
+        raise _WrongError("expected a mapping from another setting to its value, list of values or min/max", "when")
     conditions: list[tuple[str, Dimension]] = []
     for parent, allowed in raw.items():
         if isinstance(allowed, dict):
             unknown = set(allowed) - {"min", "max"}
             if unknown or not allowed or not all(_is_number(bound) for bound in allowed.values()):
-                raise _Wrong("expected min and max as numbers", "when", parent)
+                raise _WrongError("expected min and max as numbers", "when", parent)
             low, high = allowed.get("min", -math.inf), allowed.get("max", math.inf)
             conditions.append((parent, Range(low=low, high=high)))
         else:
             values = allowed if isinstance(allowed, list) else [allowed]
             if not values or not all(isinstance(value, Scalar) for value in values):
-                raise _Wrong(f"expected a value or a list of values, got {_shown(allowed)}", "when", parent)
+                raise _WrongError(f"expected a value or a list of values, got {_shown(allowed)}", "when", parent)
             conditions.append((parent, Choice(values=tuple(values))))
     return tuple(conditions)
 
 
 def _values(name: str, raw: Any, path: KeyPath) -> tuple[Scalar, ...]:
     if not isinstance(raw, list) or not raw:
-        raise _Wrong("empty: expected at least one value", *path)
+        raise _WrongError("empty: expected at least one value", *path)
     values = tuple(_checked(name, value, (*path, index)) for index, value in enumerate(raw))
     for index, value in enumerate(values):
         if any(value == earlier and type(value) is type(earlier) for earlier in values[:index]):
-            raise _Wrong(f"{_shown(value)} is given twice", *path, index)
+            raise _WrongError(f"{_shown(value)} is given twice", *path, index)
     return values
 
 
 def _checked(name: str, value: Any, path: KeyPath) -> Scalar:
-    """The value as the setting's type, or _Wrong with what was expected."""
+    """The value as the setting's type, or _WrongError with what was expected."""
     if not isinstance(value, Scalar):
-        raise _Wrong(f"expected a number, text, true or false, got {_shown(value)}", *path)
+        raise _WrongError(f"expected a number, text, true or false, got {_shown(value)}", *path)
     if name.startswith("config."):
         return value
     owner = SEARCHABLE[name]
     try:
         return getattr(owner(**{name: value}), name)  # type: ignore[no-any-return]
     except ValidationError as error:
-        raise _Wrong(f"{readable(error.errors()[0])}", *path) from None
+        raise _WrongError(f"{readable(error.errors()[0])}", *path) from None
 
 
 def _ordered(
@@ -327,7 +327,7 @@ def readable(error: Any) -> str:
 def _only(raw: dict[str, Any], *allowed: str) -> None:
     for key in raw:
         if key not in allowed:
-            raise _Wrong(f"'{key}' cannot stand beside '{allowed[0]}'", key, at_key=True)
+            raise _WrongError(f"'{key}' cannot stand beside '{allowed[0]}'", key, at_key=True)
 
 
 def _hint(name: str) -> str:

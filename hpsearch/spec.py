@@ -135,7 +135,9 @@ class ResourceSpec(Strict):
     """What one trial gets, and how many run at once. Threads per trial equal its CPUs."""
 
     cpus_per_trial: int = Field(1, ge=1)
-    gpus_per_trial: float | Literal["auto"] = Field("auto", description="Whole or a fraction; auto: 1 if there are any.")
+    gpus_per_trial: float | Literal["auto"] = Field(
+        "auto", description="Whole or a fraction; auto: 1 if there are any."
+    )
     parallel: int | Literal["auto"] = Field("auto", description="Trials at once; auto: as many as fit.")
 
     @field_validator("gpus_per_trial", mode="before")
@@ -249,8 +251,7 @@ class StudySpec(Strict):
 
     def record(self) -> dict[str, Any]:
         """What identifies the study, as JSON: everything but where it runs and where it is kept."""
-        content = self.model_dump(mode="json", exclude={"store", "folder", "resources", "backend", "budget"})
-        return content
+        return self.model_dump(mode="json", exclude={"store", "folder", "resources", "backend", "budget"})
 
     @property
     def fingerprint(self) -> str:
@@ -272,7 +273,7 @@ def load_study(
     The store is `store`, then the environment's HPSEARCH_STORE, then the file's, then sqlite:///hpsearch.db.
     Raises SpecError with every mistake at once.
     """
-    document = read_study_file(path)
+    document = read_study_file(Path(path))
     for override in overrides:
         dotted, equals, value = override.partition("=")
         if not equals or not dotted:
@@ -379,7 +380,12 @@ def _interpolate(content: dict[str, Any], problems: list[Problem]) -> None:
         def value(match: re.Match[str]) -> str:
             found = os.environ.get(match[1], match[2])
             if found is None:
-                problems.append(Problem(path=path, message=f"the environment has no {match[1]}; set it, or write ${{{match[1]}:-default}}"))
+                problems.append(
+                    Problem(
+                        path=path,
+                        message=f"the environment has no {match[1]}; set it, or write ${{{match[1]}:-default}}",
+                    )
+                )
                 return ""
             return found
 
@@ -465,13 +471,17 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
         for name in given if isinstance(given, dict) else ():
             if name in space.fixed or name in space.dimensions:
                 problems.append(
-                    Problem(path=(section, name), message=f"'{name}' stands under 'search' as well; keep one", at_key=True)
+                    Problem(
+                        path=(section, name), message=f"'{name}' stands under 'search' as well; keep one", at_key=True
+                    )
                 )
     if spec.sampler.name == "grid":
         for name, dimension in space.dimensions.items():
             if isinstance(dimension, Range) and dimension.size == float("inf"):
                 problems.append(
-                    Problem(path=("search", name), message="the grid sampler needs a list of values, or a range with step")
+                    Problem(
+                        path=("search", name), message="the grid sampler needs a list of values, or a range with step"
+                    )
                 )
             if dimension.when:
                 problems.append(Problem(path=("search", name, "when"), message="the grid sampler knows no conditions"))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -144,11 +144,7 @@ class Store:
         with self._guarded():
             with self._engine.connect() as connection:
                 found = migrations.version(connection)
-            if found > len(migrations.STEPS):
-                raise StoreError(
-                    f"the store {self.shown_url} has schema version {found}, written by a newer hpsearch; this one "
-                    f"knows version {len(migrations.STEPS)}. Upgrade hpsearch, or name another store with --store"
-                )
+            _refuse_newer(found, self.shown_url)
             if create and found < len(migrations.STEPS):
                 with self._engine.begin() as connection:
                     migrations.migrate(connection)
@@ -156,40 +152,38 @@ class Store:
                 raise StoreError(f"{self.shown_url} holds no studies: nothing has been launched into it yet")
             elif found < len(migrations.STEPS):
                 raise StoreError(
-                    f"the store {self.shown_url} has the older schema version {found}; the next launch into it upgrades it"
+                    f"the store {self.shown_url} has the older schema version {found}; "
+                    "the next launch into it upgrades it"
                 )
 
     @staticmethod
-    def preflight(url: str) -> str:
-        """One word on whether the store can be written, without writing: `new` or `exists`. Raises StoreError."""
-        file = _sqlite_file(_parsed(url))
-        if file is None:
-            if _parsed(url).get_backend_name() == "sqlite":
-                return "new"
-            Store._try_connect(url)
-            return "exists"
-        folder = file.parent
-        if not folder.is_dir():
-            raise StoreError(f"cannot write the store {url}: there is no folder {folder}")
-        if not os.access(file if file.exists() else folder, os.W_OK) or (file.exists() and not file.is_file()):
-            raise StoreError(f"cannot write the store {url}: {file if file.exists() else folder} is not writable")
-        if file.exists():
-            Store._try_connect(url)
-            return "exists"
-        return "new"
+    def preflight(url: str) -> Literal["new", "old", "current"]:
+        """What a launch would find, without writing: no tables yet, those of an older hpsearch, or ours.
 
-    @staticmethod
-    def _try_connect(url: str) -> None:
-        engine = sa.create_engine(_parsed(url))
+        Raises StoreError when the store cannot be written, or was written by a newer hpsearch.
+        """
+        parsed = _parsed(url)
+        file = _sqlite_file(parsed)
+        if file is not None:
+            if not file.parent.is_dir():
+                raise StoreError(f"cannot write the store {url}: there is no folder {file.parent}")
+            place = file if file.exists() else file.parent
+            if not os.access(place, os.W_OK) or (file.exists() and not file.is_file()):
+                raise StoreError(f"cannot write the store {url}: {place} is not a writable file or folder")
+            if not file.exists():
+                return "new"
+        engine = sa.create_engine(parsed)
         try:
             with engine.connect() as connection:
-                migrations_known = migrations.version(connection)
+                found = migrations.version(connection)
         except DBAPIError as error:
             raise StoreError(_unreachable(url, error)) from error
         finally:
             engine.dispose()
-        if migrations_known > len(migrations.STEPS):
-            raise StoreError(f"the store {hide_password(url)} was written by a newer hpsearch; upgrade hpsearch")
+        _refuse_newer(found, hide_password(url))
+        if found == 0:
+            return "new"
+        return "current" if found == len(migrations.STEPS) else "old"
 
     @property
     def shown_url(self) -> str:
@@ -232,10 +226,7 @@ class Store:
             )
         ):
             counts.setdefault(row["study_id"], {})[row["state"]] = row["count"]
-        best = {
-            row["study"]: row
-            for row in self._rows(sa.select(_leaderboard).where(_leaderboard.c.test_rank == 1))
-        }
+        best = {row["study"]: row for row in self._rows(sa.select(_leaderboard).where(_leaderboard.c.test_rank == 1))}
         holders = {row["study_id"]: row for row in self._rows(sa.select(_leases))}
         return [
             {
@@ -361,7 +352,8 @@ class Store:
             if lease["beat"] >= 0 and age < LEASE_TIMEOUT_S:
                 raise StudyBusyError(
                     f"study '{study}' is held by {lease['holder']} since {lease['acquired_at']:%Y-%m-%d %H:%M:%S} UTC "
-                    f"(last sign of life {age:.0f} s ago); stop that launch first, or wait {LEASE_TIMEOUT_S} s if it is dead"
+                    f"(last sign of life {age:.0f} s ago); stop that launch first, or wait {LEASE_TIMEOUT_S} s if it "
+                    "is dead"
                 )
             token = int(lease["token"]) + 1
             connection.execute(sa.update(_leases).where(_leases.c.study_id == study_id).values(token=token, **values))
@@ -447,6 +439,14 @@ def _sqlite_file(url: sa.URL) -> Path | None:
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         return None
     return Path(url.database)
+
+
+def _refuse_newer(version: int, shown_url: str) -> None:
+    if version > len(migrations.STEPS):
+        raise StoreError(
+            f"the store {shown_url} has schema version {version}, written by a newer hpsearch; this one knows version "
+            f"{len(migrations.STEPS)}. Upgrade hpsearch, or name another store with --store"
+        )
 
 
 def _unreachable(url: str, error: DBAPIError) -> str:

@@ -17,7 +17,18 @@ from hpsearch.errors import HpsearchError
 from hpsearch.search import Search, Suggestion
 from hpsearch.spec import StudySpec
 from hpsearch.store import Row, Store
-from hpsearch.trial import LIVE, RANKED, Decision, Event, Listener, Point, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.trial import (
+    LIVE,
+    RANKED,
+    Decision,
+    Event,
+    Listener,
+    Point,
+    Progress,
+    TrialConfig,
+    TrialResult,
+    TrialState,
+)
 
 
 class StopRequestedError(HpsearchError):
@@ -64,9 +75,7 @@ class StudyRun:
         retried = {row["retry_of"] for row in rows}
         self._attempts = {row["number"]: row["attempt"] for row in rows}
         self._retries = [
-            row["number"]
-            for row in rows
-            if row["state"] == TrialState.INTERRUPTED and row["number"] not in retried
+            row["number"] for row in rows if row["state"] == TrialState.INTERRUPTED and row["number"] not in retried
         ]
         self.states: dict[str, int] = {}
         for row in rows:
@@ -171,9 +180,7 @@ class StudyRun:
         """A trial whose worker died."""
         live = self._live[number]
         reason = error.strip().splitlines()[-1] if error.strip() else "its worker died without a word"
-        self._end(
-            number, TrialResult(state=TrialState.FAILED, reason=reason, error=error, **self._last_known(live))
-        )
+        self._end(number, TrialResult(state=TrialState.FAILED, reason=reason, error=error, **self._last_known(live)))
 
     def interrupt_live(self) -> int:
         """End what still runs as `interrupted`, to be taken up by the next launch; returns how many."""
@@ -199,9 +206,9 @@ class StudyRun:
             self._retries.append(row["number"])
         ended = {row["number"]: row for row in self._store.trials(self._study["id"])}
         for number in self._search.unfinished():
-            row = ended.get(number)
-            state = TrialState(row["state"]) if row else TrialState.INTERRUPTED
-            value = row["best_valid_loss"] if row else None
+            known = ended.get(number)
+            state = TrialState(known["state"]) if known else TrialState.INTERRUPTED
+            value = known["best_valid_loss"] if known else None
             self._search.tell(number, state, value=value, notes={"outcome": state.value})
         return len(orphans)
 

@@ -55,9 +55,8 @@ class StudyDocument:
                     raise SpecError([f"{option}: {_dotted(path[: depth + 1])} is not there to be set"])
                 child = node[part] = {}
             node = child
-        if isinstance(node, list):
-            if not isinstance(path[-1], int) or path[-1] >= len(node):
-                raise SpecError([f"{option}: {_dotted(path[:-1])} has {len(node)} entries, counted from 0"])
+        if isinstance(node, list) and (not isinstance(path[-1], int) or path[-1] >= len(node)):
+            raise SpecError([f"{option}: {_dotted(path[:-1])} has {len(node)} entries, counted from 0"])
         node[path[-1]] = value
         for known in [known for known in self.value_marks if known[: len(path)] == path]:
             del self.value_marks[known]
@@ -123,7 +122,8 @@ def parse_study(text: str, *, source: str) -> StudyDocument:
     if node is None:
         raise SpecError([f"{source}: empty; a study file needs at least a name, a task and data"])
     if not isinstance(node, yaml.MappingNode):
-        raise SpecError([f"{source}:1:1: expected a mapping of settings (key: value), got a {node.id}"])
+        kind = "list" if isinstance(node, yaml.SequenceNode) else "single value"
+        raise SpecError([f"{source}:1:1: expected a mapping of settings (key: value), got a {kind}"])
     problems: list[Problem] = []
     document.content = _construct(node, (), document, problems)
     if problems:
@@ -173,7 +173,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(problem="anchors (&) and aliases (*) are not allowed", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="anchors (&) and aliases (*) are not allowed", problem_mark=event.start_mark
+            )
         if getattr(event, "tag", None) is not None:
             raise yaml.MarkedYAMLError(problem="tags (!) are not allowed", problem_mark=event.start_mark)
         if self.depth >= MAX_DEPTH:

@@ -138,7 +138,8 @@ def check_report(found: dict[str, Any]) -> str:
         f"space        {size} settings; {study['budget']['trials']} trials by {study['sampler']['name']}",
         f"fixed        {_fixed(found['fixed'], {})}",
         f"pruning      overfit {'on' if study['prune']['overfit'] else 'off'}, "
-        f"unpromising by {study['prune']['unpromising']['rule']}; {found['evaluations_per_epoch']} evaluations per epoch",
+        f"unpromising by {study['prune']['unpromising']['rule']}; "
+        f"{found['evaluations_per_epoch']} evaluations per epoch",
     ]
     for index, params in enumerate(found["first_settings"]):
         label = "first tries" if index == 0 else ""
@@ -156,9 +157,10 @@ def check_report(found: dict[str, Any]) -> str:
     else:
         lines.append("data         from the hub, not fetched by check")
     resumed = found["resumes"]
+    resumes = "nothing: a new study" if resumed is None else counts(resumed) or "a study without trials"
     lines += [
         f"store        {'will be made' if found['store'] == 'new' else 'reachable'}",
-        f"resumes      {counts(resumed) or 'a study without trials' if resumed is not None else 'nothing: a new study'}",
+        f"resumes      {resumes}",
         f"devices      {', '.join(found['devices'])}",
     ]
     return "\n".join(plain(line) for line in lines)
@@ -173,7 +175,10 @@ def trial_report(trial: Row, width: int) -> Group:
         ("state", f"{trial['state']}{pruned}: {trial['reason'] or 'in progress'}"),
         ("sampled", ", ".join(f"{name}={number(value)}" for name, value in trial["params"].items()) or "nothing"),
         ("fixed", _fixed(settings, trial["params"])),
-        ("attempt", f"{trial['attempt']}" + (f", retry of trial {trial['retry_of']}" if trial["retry_of"] is not None else "")),
+        (
+            "attempt",
+            f"{trial['attempt']}" + (f", retry of trial {trial['retry_of']}" if trial["retry_of"] is not None else ""),
+        ),
         ("ran on", f"{trial['host'] or '?'} ({trial['device'] or '?'}), {trial['device_seconds'] or 0:.1f} s"),
     ]
     if trial["best_valid_loss"] is not None:
@@ -181,7 +186,9 @@ def trial_report(trial: Row, width: int) -> Group:
         rows.append(("best validation", f"{trial['best_valid_loss']:.4f} nats/token{at}"))
     for score in trial["scores"]:
         name = score["metric"].replace("_", " ")
-        rows.append((f"test {name}", f"{score['value']:.4f} (95 %: {score['low']:.4f} - {score['high']:.4f}, n={score['n']})"))
+        rows.append(
+            (f"test {name}", f"{score['value']:.4f} (95 %: {score['low']:.4f} - {score['high']:.4f}, n={score['n']})")
+        )
     if trial["checkpoint"]:
         rows.append(("checkpoint", trial["checkpoint"]))
     for name, value in rows:
@@ -191,7 +198,9 @@ def trial_report(trial: Row, width: int) -> Group:
     if points:
         parts += [Text(), Text(curve_plot(points, width=min(width, 100), best=trial["best_evaluation"]))]
     for decision in trial["decisions"]:
-        evidence = ", ".join(f"{key}={number(value)}" for key, value in decision["evidence"].items() if value is not None)
+        evidence = ", ".join(
+            f"{key}={number(value)}" for key, value in decision["evidence"].items() if value is not None
+        )
         line = f"evaluation {decision['evaluation']:>3}: {decision['verdict']} -> {decision['action']} ({evidence})"
         parts.append(Text(plain(line)))
     if trial["error"]:
@@ -201,9 +210,7 @@ def trial_report(trial: Row, width: int) -> Group:
 
 def curve_plot(points: Sequence[Row], *, width: int = 80, height: int = 14, best: int | None = None) -> str:
     """Training (`.`) and validation (`o`) loss against epochs as text; `*` marks the best checkpoint."""
-    finite = [
-        point[name] for point in points for name in ("train_loss", "valid_loss") if _is_finite(point[name])
-    ]
+    finite = [point[name] for point in points for name in ("train_loss", "valid_loss") if _is_finite(point[name])]
     if not finite:
         return "no finite loss to draw"
     low, high = min(finite), max(finite)

@@ -34,7 +34,7 @@ class OutOfMemoryError(Exception):
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, on all devices."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -64,7 +64,7 @@ class Trainer:
             settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         if settings.compile:
-            self._model.compile()  # type: ignore[no-untyped-call]
+            self._model.compile()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,9 +151,7 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _accumulate_and_step(
-        self, optimizer: torch.optim.Optimizer, indices: NDArray[np.int64]
-    ) -> tuple[Tensor, int]:
+    def _accumulate_and_step(self, optimizer: torch.optim.Optimizer, indices: NDArray[np.int64]) -> tuple[Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
         for start in range(0, len(indices), self.micro_batch_size):
@@ -164,8 +162,8 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             count += predicted
-        parameters = [parameter for parameter in self._model.parameters() if parameter.grad is not None]
-        torch._foreach_div_([parameter.grad for parameter in parameters], float(count))
+        parameters = list(self._model.parameters())
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], float(count))
         if self.settings.gradient_clip:
             nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
         optimizer.step()

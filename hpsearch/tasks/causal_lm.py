@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hpsearch.data import SPLITS, DataCard, TokenSplit, load_split, read_card
 from hpsearch.errors import UsageError
@@ -48,7 +48,7 @@ class CausalLM:
         self._card: DataCard = read_card(data)
         self._splits: dict[str, TokenSplit] = {split: load_split(data, split) for split in SPLITS}
         self._length = settings.context_length
-        self.model: nn.Module = build_model(settings, self._card.vocab_size)
+        self.model: PreTrainedModel = build_model(settings, self._card.vocab_size)
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -116,10 +116,20 @@ class CausalLM:
         shutil.copy(self._folder / "tokenizer.json", folder)
 
 
-def build_model(settings: ModelSettings, vocab_size: int) -> nn.Module:
+def build_model(settings: ModelSettings, vocab_size: int) -> PreTrainedModel:
     """A model of the architecture with fresh weights. Raises UsageError when the architecture lacks a setting."""
-    model: nn.Module = AutoModelForCausalLM.from_config(build_config(settings, vocab_size))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(build_config(settings, vocab_size))
     return model
+
+
+def check_model(settings: ModelSettings, vocab_size: int) -> None:
+    """Raise UsageError if such a model cannot be built; allocates no memory for weights."""
+    config = build_config(settings, vocab_size)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
+        raise UsageError(f"model: a {settings.architecture} of these sizes cannot be built: {error}") from error
 
 
 def build_config(settings: ModelSettings, vocab_size: int) -> PretrainedConfig:

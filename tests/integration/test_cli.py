@@ -21,19 +21,25 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder with a study that ran to its end, and what the command printed."""
     from tests.conftest import TINY
 
     folder = tmp_path_factory.mktemp("launched")
     (folder / "tiny.yaml").write_text(TINY)
     done = subprocess.run(
-        [sys.executable, "-m", "hpsearch", "launch", "tiny.yaml"], cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "hpsearch", "launch", "tiny.yaml"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     return folder, done
 
 
-def test_launch_prints_the_leaderboard_and_tells_its_progress_aside(launched: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_launch_prints_the_leaderboard_and_tells_its_progress_aside(
+    launched: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     _, done = launched
     assert done.returncode == 0
     assert done.stdout.startswith("rank")
@@ -47,14 +53,14 @@ def test_launch_prints_the_leaderboard_and_tells_its_progress_aside(launched: tu
     assert "\x1b" not in done.stdout + done.stderr
 
 
-def read(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+def read(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "hpsearch", *arguments],
         cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
 
-def test_rank_in_every_form(launched: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_rank_in_every_form(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
     found = json.loads(read(folder, "rank", "tiny", "--json").stdout)
     scores = [row["score"] for row in found["trials"]]
@@ -69,7 +75,7 @@ def test_rank_in_every_form(launched: tuple[Path, "subprocess.CompletedProcess[s
     assert read(folder, "rank", "tiny", "--csv", "--json").returncode == 2
 
 
-def test_show_draws_the_curve_and_says_why(launched: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_show_draws_the_curve_and_says_why(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
     shown = read(folder, "show", "tiny", "0", COLUMNS="80").stdout
     assert "completed: ran its" in shown
@@ -81,7 +87,7 @@ def test_show_draws_the_curve_and_says_why(launched: tuple[Path, "subprocess.Com
     assert [point["evaluation"] for point in trial["points"]] == list(range(1, len(trial["points"]) + 1))
 
 
-def test_best_and_studies(launched: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_best_and_studies(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
     best = json.loads(read(folder, "best", "tiny", "--json").stdout)
     assert best["test_rank"] == 1
@@ -89,7 +95,7 @@ def test_best_and_studies(launched: tuple[Path, "subprocess.CompletedProcess[str
     assert json.loads(read(folder, "studies", "--json").stdout)["studies"][0]["name"] == "tiny"
 
 
-def test_reading_commands_load_neither_torch_nor_ray(launched: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_reading_commands_load_neither_torch_nor_ray(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
     for command in (["rank", "tiny"], ["show", "tiny", "0"], ["best", "tiny"], ["studies"]):
         code = (
@@ -101,7 +107,7 @@ def test_reading_commands_load_neither_torch_nor_ray(launched: tuple[Path, "subp
         assert done.stdout.splitlines()[-1] == "loaded []", done.stderr
 
 
-def test_the_unmodified_dashboard_serves_the_study(launched: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_the_unmodified_dashboard_serves_the_study(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     import socket
     import time
 
@@ -126,7 +132,7 @@ def test_the_unmodified_dashboard_serves_the_study(launched: tuple[Path, "subpro
             study = json.load(answer)
         assert len(study["trials"]) == 4
         assert all(trial["state"] == "Complete" and trial["intermediate_values"] for trial in study["trials"])
-        assert study["metric_names"] == ["validation loss (nats per token)"]
+        assert study["objective_names"] == ["validation loss (nats per token)"]
     finally:
         server.terminate()
         server.wait(30)
@@ -159,15 +165,31 @@ def test_quiet_says_nothing_but_the_leaderboard(tiny: Path, hpsearch: Run) -> No
 
 def test_overrides_are_recorded_with_the_study(tiny: Path, hpsearch: Run) -> None:
     hpsearch("launch", str(tiny), "-q", "--trials", "1", "--set", "search.num_layers=2", "--name", "other")
-    (row,) = json.loads(hpsearch("studies", "--json", "--store", f"sqlite:///{tiny.parent}/studies.db").stdout)["studies"]
+    (row,) = json.loads(hpsearch("studies", "--json", "--store", f"sqlite:///{tiny.parent}/studies.db").stdout)[
+        "studies"
+    ]
     assert row["overrides"] == ["--set search.num_layers=2", "--name other", "--trials 1"]
     assert row["spec"]["search"]["num_layers"] == 2
 
 
 @pytest.mark.parametrize("backend", ["inline", "ray"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_cleanly_and_tells_how_to_go_on(tiny: Path, backend: str, number: signal.Signals, code: int) -> None:
-    command = [sys.executable, "-m", "hpsearch", "launch", str(tiny), "--backend", backend, "--set", "search.num_epochs=400", "--trials", "2"]
+def test_a_signal_ends_cleanly_and_tells_how_to_go_on(
+    tiny: Path, backend: str, number: signal.Signals, code: int
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "hpsearch",
+        "launch",
+        str(tiny),
+        "--backend",
+        backend,
+        "--set",
+        "search.num_epochs=400",
+        "--trials",
+        "2",
+    ]
     process = subprocess.Popen(command, cwd=tiny.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = []
@@ -176,7 +198,7 @@ def test_a_signal_ends_cleanly_and_tells_how_to_go_on(tiny: Path, backend: str, 
         if " epoch 2/" in line:
             process.send_signal(number)
             break
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code, "".join(said) + err
     assert f"stopped by {number.name}. To go on:" in err
     assert f"hpsearch launch {tiny} --backend {backend}" in err
@@ -201,7 +223,7 @@ def test_a_signal_ends_cleanly_and_tells_how_to_go_on(tiny: Path, backend: str, 
         pytest.param(["launch", "{tiny}", "--backend", "slurm"], 2, "'slurm' is not one of 'ray', 'inline'", id="backend"),
         pytest.param(["launch", "{tiny}", "--trials", "0"], 2, "0 is not in the range", id="no trials"),
         pytest.param(["rank", "tiny"], 69, "there is no store at sqlite:///hpsearch.db", id="no store"),
-        pytest.param(["launch", "{tiny}", "--set", "search.config.n_head=[5, 7]"], 2, "model", id="model that cannot be"),
+        pytest.param(["launch", "{tiny}", "--set", "search.config.n_head=[5, 7]"], 2, "model: a gpt2 of these sizes cannot be built", id="model that cannot be"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_gets_one_message_a_code_and_no_trace(
@@ -218,13 +240,22 @@ def test_what_is_wrong_gets_one_message_a_code_and_no_trace(
 
 
 def test_a_study_in_which_all_fails_says_so(tiny: Path, hpsearch: Run) -> None:
-    done = hpsearch("launch", str(tiny), "--trials", "2", "--set", "search.learning_rate={min: 1e29, max: 1e30, scale: log}", "--set", "training.gradient_clip=0")
+    done = hpsearch(
+        "launch",
+        str(tiny),
+        "--trials",
+        "2",
+        "--set",
+        "search.learning_rate={min: 1e29, max: 1e30, scale: log}",
+        "--set",
+        "training.gradient_clip=0",
+    )
     assert done.returncode == 3
     assert "none can be ranked" in done.stderr
     assert "2 pruned (2 diverged)" in done.stdout
 
 
-def test_names_that_are_not_there_are_named(launched: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+def test_names_that_are_not_there_are_named(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
     assert "studies in this store: tiny" in read(folder, "rank", "tinny").stderr
     assert "it has trials 0 to 3" in read(folder, "show", "tiny", "9").stderr

@@ -57,11 +57,19 @@ def test_a_study_file_becomes_a_ranked_record(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_optuna_alone_reads_what_happened(tiny: Path, tmp_path: Path) -> None:
-    study = hpsearch.launch(tiny, trials=6, overrides=["prune.unpromising.warmup_epochs=0", "prune.unpromising.startup_trials=2"])
+    study = hpsearch.launch(
+        tiny, trials=6, overrides=["prune.unpromising.warmup_epochs=0", "prune.unpromising.startup_trials=2"]
+    )
     loaded = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/studies.db")
     ours = study.trials()
     assert [trial.number for trial in loaded.trials] == [row["number"] for row in ours]
-    table = {"completed": "COMPLETE", "overfit": "COMPLETE", "plateau": "COMPLETE", "unpromising": "PRUNED", "diverged": "PRUNED"}
+    table = {
+        "completed": "COMPLETE",
+        "overfit": "COMPLETE",
+        "plateau": "COMPLETE",
+        "unpromising": "PRUNED",
+        "diverged": "PRUNED",
+    }
     for trial, row in zip(loaded.trials, ours, strict=True):
         assert trial.state.name == table[row["state"]]
         assert trial.params == row["params"]
@@ -93,7 +101,9 @@ def test_the_test_split_is_seen_by_nobody_who_decides(tiny: Path, monkeypatch: p
 
     looks: list[str] = []
     batch = CausalLM.batch
-    monkeypatch.setattr(CausalLM, "batch", lambda self, split, indices: (looks.append(split), batch(self, split, indices))[1])
+    monkeypatch.setattr(
+        CausalLM, "batch", lambda self, split, indices: (looks.append(split), batch(self, split, indices))[1]
+    )
     events: list[tuple[str, int]] = []
     hpsearch.launch(tiny, trials=2, listen=lambda event: events.append((event.kind, looks.count("test"))))
     seen = 0
@@ -116,13 +126,25 @@ def test_inline_and_ray_leave_the_same_rows(tiny: Path, tmp_path: Path) -> None:
     assert len(inline) > 10
     rows = [hpsearch.open_study(name, store=f"sqlite:///{file}").trials() for name in ("inline", "ray")]
     for one, other in zip(*rows, strict=True):
-        for key in ("number", "state", "reason", "params", "settings", "seed", "last_epoch", "best_epoch", "best_valid_loss"):
+        for key in (
+            "number",
+            "state",
+            "reason",
+            "params",
+            "settings",
+            "seed",
+            "last_epoch",
+            "best_epoch",
+            "best_valid_loss",
+        ):
             assert one[key] == other[key], key
     boards = [hpsearch.open_study(name, store=f"sqlite:///{file}").leaderboard() for name in ("inline", "ray")]
     assert list(boards[0]["score"]) == list(boards[1]["score"])
 
 
-def test_ray_runs_trials_side_by_side_and_leaves_no_litter(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_runs_trials_side_by_side_and_leaves_no_litter(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()

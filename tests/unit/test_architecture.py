@@ -106,7 +106,9 @@ def test_a_module_opens_with_one_sentence(module: str) -> None:
     [
         pytest.param("import hpsearch.cli", {"torch", "ray", "optuna", "sqlalchemy", "pandas", "rich"}, id="help"),
         pytest.param(
-            "from hpsearch import api, terminal, ranking", {"torch", "ray", "optuna", "transformers"}, id="rank and show"
+            "from hpsearch import api, terminal, ranking",
+            {"torch", "ray", "optuna", "transformers"},
+            id="rank and show",
         ),
         pytest.param(
             "from hpsearch.spec import load_study", {"torch", "ray", "optuna", "sqlalchemy", "numpy"}, id="study file"

@@ -15,7 +15,7 @@ from hpsearch.spec import DataSpec, FileSplits, TokenizerSpec
 
 DOCS = DataSpec(corpus="python_docs", fraction=0.4)
 BPE = TokenizerSpec(vocab_size=512)
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 def lines(count: int) -> list[str]:
@@ -161,7 +161,10 @@ def test_the_hub_is_asked_as_the_study_says(monkeypatch: pytest.MonkeyPatch) -> 
     def load_dataset(*arguments: object, **options: object) -> object:
         asked.append((arguments, options))
         return datasets.DatasetDict(
-            {split: datasets.Dataset.from_dict({"text": [f"{split} {line}" for line in lines(9)]}) for split in ("train", "validation", "test")}
+            {
+                split: datasets.Dataset.from_dict({"text": [f"{split} {line}" for line in lines(9)]})
+                for split in ("train", "validation", "test")
+            }
         )
 
     # The hub itself cannot be had in a test.

@@ -56,13 +56,17 @@ FLAT = [1.0] * 40
         pytest.param(falling(40), u_shaped(40, 28), Verdict.OVERFITTING, 35, id="overfits late"),
         pytest.param(falling(40), jitter(u_shaped(40, 12, slope=0.05), 0.02, 1), Verdict.OVERFITTING, 22, id="noisily"),
         pytest.param(FLAT, [2.0] * 40, Verdict.PLATEAU, 11, id="plateau"),
-        pytest.param([1 + 0.1 * i for i in range(8)] + [1.8] * 32, u_shaped(40, 2), Verdict.DIVERGING, 9, id="both rise"),
+        pytest.param(
+            [1 + 0.1 * i for i in range(8)] + [1.8] * 32, u_shaped(40, 2), Verdict.DIVERGING, 9, id="both rise"
+        ),
         pytest.param([1.0, 1.0, math.nan] + [1.0] * 37, [2.0] * 40, Verdict.DIVERGING, 3, id="training NaN"),
         pytest.param([1.0] * 40, [2.0, math.inf] + [2.0] * 38, Verdict.DIVERGING, 2, id="validation inf"),
         pytest.param([5.0, 4.0, 30.0] + [30.0] * 37, [5.0] * 40, Verdict.DIVERGING, 3, id="exploding"),
     ],
 )
-def test_a_run_that_has_turned_is_stopped(train: list[float], valid: list[float], verdict: Verdict, latest: int) -> None:
+def test_a_run_that_has_turned_is_stopped(
+    train: list[float], valid: list[float], verdict: Verdict, latest: int
+) -> None:
     stopped_at, judgement = run(train, valid)
     assert judgement.verdict == verdict
     assert stopped_at <= latest
@@ -72,8 +76,11 @@ def test_a_run_that_has_turned_is_stopped(train: list[float], valid: list[float]
     "valid",
     [
         pytest.param(falling(40), id="falls to the end"),
-        pytest.param([6.0, 6.4, 6.8, 6.5, 5.5] + falling(35, 5.0), id="warm-up bump"),
-        pytest.param([3 - i * 0.05 for i in range(14)] + [2.3 + i * 0.02 for i in range(5)] + falling(21, 2.35), id="double descent"),
+        pytest.param([6.0, 6.4, 6.8, 6.5, 5.5, *falling(35, 5.0)], id="warm-up bump"),
+        pytest.param(
+            [3 - i * 0.05 for i in range(14)] + [2.3 + i * 0.02 for i in range(5)] + falling(21, 2.35),
+            id="double descent",
+        ),
         pytest.param([*jitter(falling(30, 5, 3), 0.01, 3), *falling(10, 3.0, 1.5)], id="late learning-rate decay"),
     ],
 )
@@ -140,7 +147,9 @@ def test_the_trend_is_kendalls_tau_against_time(values: list[float]) -> None:
 def test_the_unit_of_the_losses_does_not_matter(pairs: list[tuple[float, float]], unit: float) -> None:
     curve = [P(t, v) for t, v in pairs]
     scaled = [P(t * unit, v * unit) for t, v in pairs]
-    if len({v for _, v in pairs}) == len({v * unit for _, v in pairs}) and len({t for t, _ in pairs}) == len({t * unit for t, _ in pairs}):
+    if len({v for _, v in pairs}) == len({v * unit for _, v in pairs}) and len({t for t, _ in pairs}) == len(
+        {t * unit for t, _ in pairs}
+    ):
         ratio = pairs[-1][0] / pairs[0][0]
         if abs(ratio - RULE.explode_factor) > 1e-6:
             assert judge(curve, 40, RULE).verdict == judge(scaled, 40, RULE).verdict

@@ -144,7 +144,14 @@ def trial(value: float | None, state: OptunaState = OptunaState.COMPLETE) -> opt
 
 
 def test_bad_values_are_clipped_at_the_median_and_diverged_trials_put_there() -> None:
-    trials = [trial(1.0), trial(2.0), trial(90.0), trial(None, OptunaState.PRUNED), trial(5.0, OptunaState.PRUNED), trial(None, OptunaState.FAIL)]
+    trials = [
+        trial(1.0),
+        trial(2.0),
+        trial(90.0),
+        trial(None, OptunaState.PRUNED),
+        trial(5.0, OptunaState.PRUNED),
+        trial(None, OptunaState.FAIL),
+    ]
     seen = clip_at_median(trials)
     assert [(one.state, one.value) for one in seen] == [
         (OptunaState.COMPLETE, 1.0), (OptunaState.COMPLETE, 2.0), (OptunaState.COMPLETE, 2.0),

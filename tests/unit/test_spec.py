@@ -95,7 +95,9 @@ def test_all_mistakes_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> N
 
 
 def test_a_wrong_override_is_named_as_typed(tmp_path: Path) -> None:
-    assert mistakes(tmp_path, BASE, overrides=["search.num_layers.max=4"])[0].startswith("--set search.num_layers.max=4: ")
+    assert mistakes(tmp_path, BASE, overrides=["search.num_layers.max=4"])[0].startswith(
+        "--set search.num_layers.max=4: "
+    )
     assert "expected KEY=VALUE" in mistakes(tmp_path, BASE, overrides=["trials"])[0]
     assert mistakes(tmp_path, BASE, name="no/slash")[0].startswith("--name no/slash: ")
 
@@ -171,7 +173,11 @@ def test_the_longest_run_gets_some_forty_evaluations(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_trial_lie_over_the_files(tmp_path: Path) -> None:
-    spec = load(tmp_path, BASE + "model: {hidden_size: 64, config: {n_inner: 99}}\nsearch: {dropout: 0.3, num_layers: [1, 5], config.n_inner: [7, 8]}\n")
+    spec = load(
+        tmp_path,
+        BASE
+        + "model: {hidden_size: 64, config: {n_inner: 99}}\nsearch: {dropout: 0.3, num_layers: [1, 5], config.n_inner: [7, 8]}\n",
+    )
     model, training = spec.settings_for({"num_layers": 5, "config.n_inner": 8})
     assert (model.num_layers, model.hidden_size, model.dropout, model.config) == (5, 64, 0.3, {"n_inner": 8})
     assert training.evaluations_per_epoch == 10

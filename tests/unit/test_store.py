@@ -24,7 +24,9 @@ STUDY = NewStudy(
     name="s", task="causal_lm", metric="perplexity", higher_is_better=False, spec={"name": "s"}, fingerprint="f",
     overrides=["--trials 3"], budget_trials=3, data={"fingerprint": "d"},
 )  # fmt: skip
-POINT = Point(evaluation=1, epoch=0.5, step=9, train_loss=3.0, valid_loss=2.0, learning_rate=0.1, tokens=99, seconds=1.5)
+POINT = Point(
+    evaluation=1, epoch=0.5, step=9, train_loss=3.0, valid_loss=2.0, learning_rate=0.1, tokens=99, seconds=1.5
+)
 OVERFIT = TrialResult(state=TrialState.OVERFIT, reason="turned", best_evaluation=1, best_epoch=0.5, best_valid_loss=2.0)
 
 
@@ -43,7 +45,9 @@ def config(number: int, **params: object) -> TrialConfig:
 
 
 def scored(perplexity: float, valid_loss: float) -> TrialResult:
-    score = Score(metric="perplexity", value=perplexity, low=perplexity - 1, high=perplexity + 1, n=9, contract={"unit": "token"})
+    score = Score(
+        metric="perplexity", value=perplexity, low=perplexity - 1, high=perplexity + 1, n=9, contract={"unit": "token"}
+    )
     bits = replace(score, metric="bits_per_byte", value=1.0)
     return replace(OVERFIT, best_valid_loss=valid_loss, scores=(score, bits))
 
@@ -127,7 +131,10 @@ def test_the_views_serve_any_sql_client(tmp_path: Path) -> None:
         rows = plain.execute("SELECT * FROM hpsearch_leaderboard").fetchall()
         assert [(row["trial"], row["test_rank"], row["test_perplexity"]) for row in rows] == [(1, 1, 7.0), (0, 2, 9.0)]
         curves = plain.execute("SELECT * FROM hpsearch_curves").fetchall()
-        assert [(row["trial"], row["train_loss"], row["valid_loss"]) for row in curves] == [(0, 3.0, 2.0), (1, 3.0, 2.0)]
+        assert [(row["trial"], row["train_loss"], row["valid_loss"]) for row in curves] == [
+            (0, 3.0, 2.0),
+            (1, 3.0, 2.0),
+        ]
         assert plain.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 

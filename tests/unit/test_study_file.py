@@ -51,7 +51,9 @@ def test_every_key_and_value_has_its_place() -> None:
     ("text", "message"),
     [
         pytest.param("a: 1\nb: 2\na: 3\n", "f:3:1: a: given twice, first on line 1", id="duplicate key"),
-        pytest.param("a: &x 1\nb: *x\n", "f:1:4: not valid YAML: anchors (&) and aliases (*) are not allowed", id="alias"),
+        pytest.param(
+            "a: &x 1\nb: *x\n", "f:1:4: not valid YAML: anchors (&) and aliases (*) are not allowed", id="alias"
+        ),
         pytest.param("a: !!python/object:os.system x\n", "f:1:4: not valid YAML: tags (!) are not allowed", id="tag"),
         pytest.param("a: " + "[" * 40 + "]" * 40, "nested deeper than 32 levels", id="deep"),
         pytest.param("", "f: empty", id="empty"),

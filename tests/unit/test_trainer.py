@@ -82,7 +82,10 @@ def test_an_epoch_sees_every_training_window_once(make: Callable[..., Trainer], 
     trainer = make(RUN.model_copy(update={"num_epochs": 1}))
     seen: list[int] = []
     batch = trainer.task.batch
-    trainer.task.batch = lambda split, indices: (seen.extend(indices.tolist()) if split == "train" else None, batch(split, indices))[1]  # type: ignore[method-assign]
+    trainer.task.batch = lambda split, indices: (
+        seen.extend(indices.tolist()) if split == "train" else None,
+        batch(split, indices),
+    )[1]  # type: ignore[method-assign]
     points = list(trainer.points())
     assert sorted(seen) == list(range(trainer.task.num_examples["train"]))
     assert seen != sorted(seen)
@@ -141,7 +144,9 @@ def test_other_errors_are_not_taken_for_memory_trouble(make: Callable[..., Train
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_learning_rate_warms_up_and_follows_its_schedule(make: Callable[..., Trainer], schedule: str) -> None:
-    run = RUN.model_copy(update={"schedule": schedule, "warmup_fraction": 0.25, "final_lr_fraction": 0.2, "num_epochs": 4})
+    run = RUN.model_copy(
+        update={"schedule": schedule, "warmup_fraction": 0.25, "final_lr_fraction": 0.2, "num_epochs": 4}
+    )
     trainer = make(run)
     rates = [trainer._learning_rate(step) for step in range(trainer.total_steps)]
     warmup = round(0.25 * len(rates))
