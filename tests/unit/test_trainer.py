@@ -163,6 +163,7 @@ def test_only_matrices_are_decayed(make: Callable[..., Trainer]) -> None:
     assert {parameter.dim() for parameter in spared["params"]} == {1}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_scored_not_the_last(make: Callable[..., Trainer], tmp_path: Path) -> None:
     trainer = make(OVERFITTING.model_copy(update={"num_epochs": 14}), WIDER)
     points = list(trainer.points())
@@ -201,6 +202,7 @@ def test_an_exported_folder_generates_text(config: TrialConfig) -> None:
     assert model.generate(prompt, max_new_tokens=5, do_sample=False).shape == (1, prompt.shape[1] + 5)
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_its_verdict_says(config: TrialConfig) -> None:
     config = config.model_copy(update={"model": WIDER, "training": OVERFITTING})
     heard, result = finish(config)
