@@ -20,6 +20,7 @@ from hpsearch.errors import (
     EXIT_TOO_MANY_FAILED,
     HpsearchError,
     UsageError,
+    hide_password,
 )
 from hpsearch.ranking import Leaderboard, frame, leaderboard
 from hpsearch.spec import DEFAULT_STORE, StudySpec, load_study
@@ -113,7 +114,8 @@ def launch(
     Raises the errors of `hpsearch.errors`.
     """
     spec = load_study(study, overrides=overrides, name=name, trials=trials, store=store, backend=backend)
-    return launch_spec(spec, _recorded(overrides, name, trials, backend), listen or _silent)
+    recorded = _recorded(overrides, name=name, trials=trials, backend=backend, store=store)
+    return launch_spec(spec, recorded, listen or _silent)
 
 
 def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Study:
@@ -291,9 +293,8 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
             f"study '{spec.name}' was begun on other text (data fingerprint {row['data']['fingerprint']}, now "
             f"{card.fingerprint}): another Python or changed files. Its scores would not compare; use a new --name"
         )
-    if row["budget_trials"] != spec.budget.trials:
-        store.set_budget(row["id"], spec.budget.trials)
-    return row
+    store.update_study(row["id"], budget_trials=spec.budget.trials, overrides=overrides)
+    return store.study(spec.name)
 
 
 class _Lease:
@@ -377,20 +378,19 @@ def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, orphans:
     return Event(kind="study", facts=facts)
 
 
-def _recorded(overrides: Sequence[str], name: str | None, trials: int | None, backend: str | None) -> list[str]:
-    """The overrides as they are kept with the study; the store is not one of them, it may hold a password."""
-    given = {"--name": name, "--trials": trials, "--backend": backend}
+def _recorded(overrides: Sequence[str], **options: Any) -> list[str]:
+    """The overrides as they are kept with the study; the store's password is not."""
+    given = {f"--{option}": hide_password(str(value)) for option, value in options.items() if value is not None}
     return [
         *(f"--set {override}" for override in overrides),
-        *(f"{option} {value}" for option, value in given.items() if value is not None),
+        *(f"{option} {value}" for option, value in given.items()),
     ]
 
 
 def _devices() -> list[str]:
-    import torch
+    from hpsearch.trainer import gpu_names
 
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return [*gpus, f"{os.cpu_count()} CPUs"]
+    return [*gpu_names(), f"{os.cpu_count()} CPUs"]
 
 
 def _silent(event: Event) -> None:

@@ -200,9 +200,11 @@ class Store:
             values = {**asdict(study), "created_at": _now()}
             return int(connection.execute(sa.insert(_studies).values(values).returning(_studies.c.id)).scalar_one())
 
-    def set_budget(self, study_id: int, trials: int) -> None:
+    def update_study(self, study_id: int, *, budget_trials: int, overrides: list[str]) -> None:
+        """What may change from launch to launch of one study."""
         with self._guarded(), self._engine.begin() as connection:
-            connection.execute(sa.update(_studies).where(_studies.c.id == study_id).values(budget_trials=trials))
+            values = {"budget_trials": budget_trials, "overrides": overrides}
+            connection.execute(sa.update(_studies).where(_studies.c.id == study_id).values(values))
 
     def find_study(self, name: str) -> Row | None:
         rows = self._rows(sa.select(_studies).where(_studies.c.name == name))

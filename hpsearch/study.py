@@ -67,6 +67,8 @@ class StudyRun:
         self._store = store
         self._search = search
         self._data = data
+        # Studies of one name in two stores may share a run folder; the time of birth keeps them apart.
+        self._folder = Path(spec.folder).resolve() / f"{spec.name}-{study['created_at']:%Y%m%d-%H%M%S}"
         self._threads = threads
         self._listen = listen
         self._live: dict[int, _Live] = {}
@@ -216,7 +218,7 @@ class StudyRun:
 
     def _config(self, suggestion: Suggestion) -> TrialConfig:
         model, training = self.spec.settings_for(suggestion.params)
-        folder = Path(self.spec.folder).resolve() / self.spec.name / f"trial-{suggestion.number:05d}"
+        folder = self._folder / f"trial-{suggestion.number:05d}"
         shutil.rmtree(folder, ignore_errors=True)
         return TrialConfig(
             study=self.spec.name,

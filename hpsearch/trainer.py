@@ -45,6 +45,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def gpu_names() -> list[str]:
+    """The GPUs that this process sees."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
 class Trainer:
     """One run. `points()` trains it; `score()` then judges its best checkpoint on the test split."""
 

@@ -94,8 +94,8 @@ class RayTune:
     def run(self, run: StudyRun) -> None:
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        bridge = _Bridge(run, self.placement.parallel)
         place = self.placement
+        bridge = _Bridge(run, place)
         resources = {"cpu": float(place.cpus_per_trial), "gpu": float(place.gpus_per_trial)}
         tuner = tune.Tuner(
             tune.with_resources(_Trainable, resources),
@@ -150,16 +150,16 @@ def _place(spec: StudySpec, cluster: dict[str, float]) -> Placement:
 class _Bridge:
     """Tune's names for trials, and ours, around the one StudyRun. Pickles as nothing."""
 
-    def __init__(self, run: StudyRun, parallel: int) -> None:
+    def __init__(self, run: StudyRun, place: Placement) -> None:
         self.run: StudyRun | None = run
-        self.parallel = parallel
+        self.place = place
         self.numbers: dict[str, int] = {}
         """Tune's trial id to our number, for trials that have not ended."""
         self.stopped: set[str] = set()
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"run": None, "parallel": self.parallel, "numbers": {}, "stopped": set(), "error": None}
+        return {"run": None, "place": self.place, "numbers": {}, "stopped": set(), "error": None}
 
     @contextmanager
     def events(self) -> Iterator[StudyRun]:
@@ -179,7 +179,7 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> Any:
         bridge = self._bridge
-        if len(bridge.numbers) >= bridge.parallel:
+        if len(bridge.numbers) >= bridge.place.parallel:
             return None
         with bridge.events() as run:
             config = run.next_trial()
@@ -187,7 +187,8 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
             # An interruption or a failure may still free a place in the budget while others run.
             return Searcher.FINISHED if not bridge.numbers else None
         bridge.numbers[trial_id] = config.number
-        return {"trial": config.model_dump_json()}
+        device = "auto" if bridge.place.gpus_per_trial else "cpu"
+        return {"trial": config.model_copy(update={"device": device}).model_dump_json()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._bridge.numbers.pop(trial_id, None)

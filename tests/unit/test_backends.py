@@ -1,0 +1,57 @@
+"""Where trials go: how many fit, on what, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from hpsearch.backends import Placement
+from hpsearch.backends.ray_tune import _Bridge, _place
+from hpsearch.errors import ClusterError
+from hpsearch.spec import load_study
+
+STUDY = "name: s\ntask: causal_lm\ndata: {corpus: python_docs}\n"
+
+
+def place(tmp_path: Path, resources: str, **cluster: float) -> Placement:
+    file = tmp_path / "s.yaml"
+    file.write_text(f"{STUDY}resources: {resources}\n")
+    return _place(load_study(file), cluster)
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "parallel", "gpus"),
+    [
+        pytest.param("{}", {"CPU": 2}, 2, 0, id="one trial a CPU"),
+        pytest.param("{cpus_per_trial: 3}", {"CPU": 8}, 2, 0, id="as many as fit"),
+        pytest.param("{parallel: 1}", {"CPU": 8}, 1, 0, id="fewer on request"),
+        pytest.param("{parallel: 99}", {"CPU": 8}, 8, 0, id="never more than fit"),
+        pytest.param("{}", {"CPU": 16, "GPU": 4}, 4, 1, id="one trial a GPU"),
+        pytest.param("{gpus_per_trial: 0.25}", {"CPU": 16, "GPU": 1}, 4, 0.25, id="four trials on a GPU"),
+        pytest.param("{gpus_per_trial: 0}", {"CPU": 3, "GPU": 1}, 3, 0, id="GPUs left alone"),
+    ],
+)
+def test_trials_are_placed(
+    tmp_path: Path, resources: str, cluster: dict[str, float], parallel: int, gpus: float
+) -> None:
+    placement = place(tmp_path, resources, **cluster)
+    assert (placement.parallel, placement.gpus_per_trial) == (parallel, gpus)
+    assert f"{parallel} at a time" in placement.where
+
+
+def test_what_the_machine_lacks_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="gpus_per_trial is 1, but Ray sees 0 GPUs"):
+        place(tmp_path, "{gpus_per_trial: 1}", CPU=2)
+    with pytest.raises(ClusterError, match="cpus_per_trial is 9, but Ray sees 2 CPUs"):
+        place(tmp_path, "{cpus_per_trial: 9}", CPU=2)
+
+
+def test_what_tune_pickles_holds_no_study(tmp_path: Path) -> None:
+    class Secret:
+        def __reduce__(self) -> str:
+            raise AssertionError("the run was pickled")
+
+    bridge = _Bridge(Secret(), place(tmp_path, "{}", CPU=2))  # type: ignore[arg-type]
+    assert pickle.loads(pickle.dumps(bridge)).run is None
