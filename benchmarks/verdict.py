@@ -143,7 +143,7 @@ RULES: dict[str, Rule] = {
 class Case:
     curve: Curve
     turn: int | None
-    """Evaluation of the best validation loss; None when the run gains to its end."""
+    """Evaluation after which validation loss gains no more; None when the run gains to its end."""
 
 
 def _noisy(train: Sequence[float], valid: Sequence[float], sigma: float, rng: random.Random) -> Curve:
@@ -166,6 +166,30 @@ def overfits(earliest: float, latest: float, sigma: float) -> Callable[[random.R
         return Case(_noisy(_decay(count, 6, 0.5, 3), _turning(count, turn, rng), sigma, rng), turn + 1)
 
     return draw
+
+
+def plateaus(rng: random.Random) -> Case:
+    """Both losses stand still, but for noise, from some evaluation on."""
+    onset = rng.randrange(10, 24)
+    valid = _decay(onset, 6, 2.5, 6) + [2.49] * (40 - onset)
+    train = _decay(onset, 6, 2.0, 6) + [1.99] * (40 - onset)
+    return Case(_noisy(train, valid, 0.005, rng), onset)
+
+
+def diverges(rng: random.Random) -> Case:
+    """Both losses rise slowly from some evaluation on."""
+    turn = rng.randrange(8, 28)
+    rise = [0.04 * index for index in range(40 - turn)]
+    valid = _decay(turn, 6, 3, 4) + [3.0 + more for more in rise]
+    train = _decay(turn, 6, 2.5, 4) + [2.5 + more for more in rise]
+    return Case(_noisy(train, valid, 0.005, rng), turn)
+
+
+def breaks(rng: random.Random) -> Case:
+    """Both losses are no number from some evaluation on."""
+    turn = rng.randrange(2, 28)
+    curve = _noisy(_decay(40, 6, 1, 3), _decay(40, 6, 2, 3), 0.005, rng)
+    return Case([*curve[:turn], *[Point(math.nan, math.nan)] * (40 - turn)], turn)
 
 
 def gains(shape: Callable[[random.Random], list[float]], sigma: float) -> Callable[[random.Random], Case]:
@@ -197,9 +221,12 @@ def _late_decay(rng: random.Random) -> list[float]:
 FAMILIES: dict[str, Callable[[random.Random], Case]] = {
     "overfits early": overfits(0.2, 0.4, 0.005),
     "overfits late": overfits(0.5, 0.75, 0.005),
-    "overfits, jitter": overfits(0.2, 0.7, 0.03),
+    "overfits noisily": overfits(0.2, 0.7, 0.03),
+    "plateau": plateaus,
+    "divergence": diverges,
+    "NaN": breaks,
     "gains": gains(lambda rng: _decay(40, 6, rng.uniform(1, 3), rng.uniform(2, 5)), 0.005),
-    "gains, jitter": gains(lambda rng: _decay(40, 6, rng.uniform(1, 3), rng.uniform(2, 4)), 0.03),
+    "gains noisily": gains(lambda rng: _decay(40, 6, rng.uniform(1, 3), rng.uniform(2, 4)), 0.03),
     "warm-up bump": gains(_bump, 0.005),
     "double descent": gains(_double_descent, 0.005),
     "late decay": gains(_late_decay, 0.005),
@@ -315,6 +342,7 @@ def main() -> None:
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="All-NaN slice", module="optuna")
     families(options.seeds)
     if options.tables:
         tables(options.tables)

@@ -264,7 +264,7 @@ def _print_board(board: Any) -> None:
 
     console = _console()
     if board.rows:
-        console.print(terminal.leaderboard_table(board))
+        console.print(terminal.leaderboard_table(board, console.width))
     for line in terminal.leaderboard_notes(board):
         console.print(line, style="dim", markup=False, highlight=False)
 

@@ -49,23 +49,41 @@ def number(value: Any) -> str:
 
 # Tables
 
+_LEADERBOARD_WIDTH = 80
+"""Columns of the leaderboard before the settings, with room for the longest state."""
 
-def leaderboard_table(board: Leaderboard) -> Table:
+
+def leaderboard_table(board: Leaderboard, width: int) -> Table:
+    """The leaderboard; a terminal that is too narrow for a column per setting gets them in one."""
     names = param_names(board.rows)
+    settings = [[number(row["params"].get(name)) for name in names] for row in board.rows]
+    columns = sum(2 + max(len(cell) for cell in column) for column in zip(names, *settings, strict=True))
+    if columns + _LEADERBOARD_WIDTH > width:
+        settings = [
+            [" ".join(f"{name}={number(value)}" for name, value in row["params"].items())] for row in board.rows
+        ]
+        names = ["settings"]
     choice = board.validation_choice
-    table = _table("rank", "trial", f"test {board.metric}", "95 % interval", "valid loss", "epoch", "state", *names)
-    for row in board.rows:
-        marked = choice is not None and row["trial"] == choice["trial"]
-        table.add_row(
-            str(row["test_rank"]),
-            str(row["trial"]),
-            Text(f"{row['score']:.2f}", style="bold"),
-            f"{row['score_low']:.2f} - {row['score_high']:.2f}",
-            f"{row['valid_loss']:.4f}{' *' if marked else ''}",
-            f"{row['best_epoch']:.3g}/{row['last_epoch']:.3g}",
-            _state(row["state"]),
-            *(number(row["params"].get(name)) for name in names),
-        )
+    cells = [
+        {
+            "rank": str(row["test_rank"]),
+            "trial": str(row["trial"]),
+            board.metric: Text(f"{row['score']:.2f}", style="bold"),
+            "95 % interval": f"{row['score_low']:.2f}-{row['score_high']:.2f}",
+            "valid loss": f"{row['valid_loss']:.4f}{' *' if choice and row['trial'] == choice['trial'] else ''}",
+            "epoch": f"{row['best_epoch']:.3g}/{row['last_epoch']:.3g}",
+            "state": _state(row["state"]),
+        }
+        for row in board.rows
+    ]
+    shown = [name for name in cells[0] if width >= 100 or name not in ("95 % interval", "epoch")]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in shown:
+        table.add_column(name, no_wrap=True)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row_cells, row_settings in zip(cells, settings, strict=True):
+        table.add_row(*(row_cells[name] for name in shown), *row_settings)
     return table
 
 
@@ -79,7 +97,7 @@ def leaderboard_notes(board: Leaderboard) -> list[str]:
     return [
         f"* validation would have chosen trial {choice['trial']}"
         + (", the winner" if same else f", ranked {choice['test_rank']} on the test split"),
-        "epoch: best/last; the best epoch's checkpoint is the one that was scored",
+        f"{board.metric}: on the test split; epoch: best/last, the best one's checkpoint is scored",
         f"{counts(board.states)}",
     ]
 
