@@ -434,13 +434,13 @@ def _parsed(url: str) -> sa.URL:
         raise StoreError(f"the store {hide_password(url)} needs a driver that is not installed: {error}") from None
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise StoreError(f"a store is SQLite or PostgreSQL, not {parsed.get_backend_name()}")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise StoreError("a store must outlive the launch, and SQLite's memory does not; write sqlite:///FILE")
     return parsed
 
 
 def _sqlite_file(url: sa.URL) -> Path | None:
-    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
-        return None
-    return Path(url.database)
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
 def _refuse_newer(version: int, shown_url: str) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 
 from hpsearch.errors import SpecError
 from hpsearch.space import Choice, Range, parse_space
 from hpsearch.spec import StudySpec, json_schema, load_study
+from hpsearch.study_file import read_study_file
 
 BASE = "name: a\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 ROOT = Path(__file__).parents[2]
@@ -203,7 +202,7 @@ def test_the_fingerprint_is_of_the_study_not_of_its_place(tmp_path: Path) -> Non
 def test_the_schema_accepts_our_studies_and_refuses_a_misspelt_key() -> None:
     schema = json_schema()
     for file in (ROOT / "studies").glob("*.yaml"):
-        study = json.loads(json.dumps(yaml.safe_load(file.read_text().replace("e-", ".0e-"))))
+        study = read_study_file(file).content
         jsonschema.validate(study, schema)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**study, "trails": 3}, schema)

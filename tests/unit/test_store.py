@@ -220,6 +220,7 @@ def test_reading_makes_nothing(tmp_path: Path) -> None:
     ("url", "message"),
     [
         ("nonsense", "cannot read the store URL"),
+        ("sqlite://", "must outlive the launch"),
         ("mysql://u:secret@h/d", "SQLite or PostgreSQL, not mysql|needs a driver"),
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
         ("postgresql://u:secret@127.0.0.1:9/d", "cannot be used"),
