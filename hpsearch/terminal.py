@@ -64,7 +64,7 @@ def leaderboard_table(board: Leaderboard, width: int) -> Table:
         ]
         names = ["settings"]
     choice = board.validation_choice
-    cells = [
+    cells: list[dict[str, str | Text]] = [
         {
             "rank": str(row["test_rank"]),
             "trial": str(row["trial"]),
