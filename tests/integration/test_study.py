@@ -289,7 +289,7 @@ def test_llama_and_conditions_run_as_well(tiny: Path) -> None:
     tiny.write_text(tiny.read_text().replace("architecture: gpt2, ", ""))
     study = hpsearch.launch(
         tiny,
-        trials=3,
+        trials=6,
         overrides=[
             "search.architecture=[gpt2, llama]",
             "search.dropout={values: [0.0, 0.1], when: {architecture: gpt2}}",
