@@ -76,6 +76,7 @@ class Study:
                 "points": store.points(row["id"]),
                 "scores": store.scores(row["id"]),
                 "decisions": store.decisions(row["id"]),
+                "details": store.details(row["id"]),
             }
 
 
@@ -121,7 +122,6 @@ def launch(
 def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Study:
     """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
     from hpsearch.backends import open_backend
-    from hpsearch.data import prepare
     from hpsearch.search import Search
     from hpsearch.study import StopRequestedError, StudyRun
 
@@ -131,9 +131,9 @@ def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Stud
     _existing(spec)
     with ThreadPoolExecutor(1) as helper:
         # Ray needs seconds to start; the text is read and tokenized meanwhile.
-        preparing = helper.submit(_prepare_data, spec, prepare)
+        preparing = helper.submit(_prepare_data, spec)
         with open_backend(spec, note) as backend:
-            folder, card = preparing.result()
+            folder, card, truncated = preparing.result()
             with _opened(spec.store, create=True) as store:
                 row = _register(store, spec, overrides, card)
                 with _lease(store, row) as lease, closing(Search(spec, spec.store)) as search:
@@ -149,6 +149,8 @@ def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Stud
                     lease.on_loss = lambda: run.request_stop("another driver took the study over")
                     orphans = run.adopt_orphans()
                     listen(_opening(spec, store, card, backend.placement.where, orphans, run))
+                    if any(truncated.values()):
+                        note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
                     with _signals(run) as signals:
                         try:
                             backend.run(run)
@@ -167,13 +169,14 @@ def check(spec: StudySpec) -> dict[str, Any]:
     """
     from hpsearch.data import measure
     from hpsearch.search import first_suggestions
-    from hpsearch.tasks.causal_lm import check_model
+    from hpsearch.tasks import check_model
 
     store_state = Store.preflight(spec.store)
     existing = _existing(spec)
-    card = None if spec.data.hub else measure(spec.data, spec.tokenizer)
-    for settings in _corner_models(spec):
-        check_model(settings, card.vocab_size if card else spec.tokenizer.vocab_size)
+    card, truncated = (None, {}) if spec.data.hub else measure(spec)
+    if card:
+        for settings in _corner_models(spec):
+            check_model(spec.task, settings, card)
     suggestions = first_suggestions(spec, 3)
     return {
         "schema_version": 1,
@@ -192,6 +195,7 @@ def check(spec: StudySpec) -> dict[str, Any]:
         "resumes": existing,
         "devices": _devices(),
         "data": card.__dict__ if card else None,
+        "truncated": truncated,
         "estimated_tokens": _estimated_tokens(spec, card) if card else None,
     }
 
@@ -225,13 +229,14 @@ def _whole(value: float, integer: bool) -> float:
     return int(value) if integer else value
 
 
-def _prepare_data(spec: StudySpec, prepare: Callable[..., tuple[Path, DataCard]]) -> tuple[Path, DataCard]:
-    from hpsearch.tasks.causal_lm import check_model
+def _prepare_data(spec: StudySpec) -> tuple[Path, DataCard, dict[str, int]]:
+    from hpsearch.data import count_cut, prepare
+    from hpsearch.tasks import check_model
 
-    folder, card = prepare(spec.data, spec.tokenizer, Path(spec.folder))
+    folder, card = prepare(spec)
     for settings in _corner_models(spec):
-        check_model(settings, card.vocab_size)
-    return folder, card
+        check_model(spec.task, settings, card)
+    return folder, card, count_cut(spec, folder)
 
 
 def _existing(spec: StudySpec) -> dict[str, int] | None:
@@ -391,6 +396,10 @@ def _devices() -> list[str]:
     from hpsearch.trainer import gpu_names
 
     return [*gpu_names(), f"{os.cpu_count()} CPUs"]
+
+
+def _counted(examples: dict[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in examples.items() if count)
 
 
 def _silent(event: Event) -> None:

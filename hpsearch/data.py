@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,35 +20,50 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.corpora import CORPORA, fold
+from hpsearch.corpora import CORPORA, Example, fold
 from hpsearch.errors import DataError, RunFolderError
-from hpsearch.spec import DataSpec, TokenizerSpec
+from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
-_FORMAT = 1
+PADDING = "<|pad|>"
+END_ID, PADDING_ID = 0, 1
+LABEL_SEPARATOR = "|"
+"""Between the labels of one example, where labels are given as text."""
+_FORMAT = 2
 """Of the files on disk; part of the fingerprint."""
+_TEXT_FIELDS = {"causal_lm": ("text",), "translation": ("source", "target"), "classification": ("text",)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Documents by split, de-duplicated: no document stands in two splits, or twice in one."""
+class Examples:
+    """Examples by split, de-duplicated: nothing stands twice, and no first field of a held-out split in training."""
 
-    train: list[str]
-    validation: list[str]
-    test: list[str]
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
     duplicates: int
-    """Documents dropped because the same text, white space aside, had been read before."""
+    """Examples dropped because the same text, white space aside, had been read before."""
+
+    def field(self, split: str, index: int) -> list[str]:
+        return [example[index] for example in getattr(self, split)]
 
     @property
     def seen_ngrams(self) -> float:
         """Share of the validation split's word 5-grams that stand in training, too: a measure of leakage."""
-        seen = {gram for text in self.train for gram in _ngrams(text)}
-        grams = [gram for text in self.validation for gram in _ngrams(text)]
+        seen = {gram for text in self.field("train", 0) for gram in _ngrams(text)}
+        grams = [gram for text in self.field("validation", 0) for gram in _ngrams(text)]
         return sum(gram in seen for gram in grams) / len(grams) if grams else 0.0
+
+    @property
+    def seen_targets(self) -> float:
+        """Share of the held-out last fields (translations) that stand in training word for word."""
+        seen = set(self.field("train", -1))
+        targets = [*self.field("validation", -1), *self.field("test", -1)]
+        return sum(target in seen for target in targets) / len(targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +75,18 @@ class DataCard:
     tokenizer: str
     """Hash of the tokenizer: perplexities per token compare only when it is the same."""
     vocab_size: int
+    target_vocab_size: int | None
+    """Of a translation study whose target has a vocabulary of its own."""
     documents: dict[str, int]
     tokens: dict[str, int]
-    """Predicted tokens of one pass, end-of-text included."""
+    """Predicted tokens of one pass (read tokens, in classification), end-of-text included."""
     bytes: dict[str, int]
     duplicates: int
     seen_ngrams: float
+    seen_targets: float | None
+    """Of a translation study; see `Examples.seen_targets`."""
+    labels: list[str]
+    """Of a classification study, in the order of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,42 +101,41 @@ class TokenSplit:
     document_ends: NDArray[np.int64]
     document_bytes: NDArray[np.int64]
 
+    def document(self, index: int) -> NDArray[np.integer[Any]]:
+        """The tokens of one document, its final end-of-text included."""
+        start = int(self.document_ends[index - 1]) if index else 0
+        return self.tokens[1 + start : 1 + int(self.document_ends[index])]
 
-def read_texts(spec: DataSpec) -> Texts:
-    """Read, de-duplicate and split the documents of a study. Raises DataError."""
-    if spec.corpus is not None:
-        splits = {"train": CORPORA[spec.corpus]()}
-    elif spec.files is not None:
-        splits = {split: list(_read_files(getattr(spec.files, split), spec.column)) for split in SPLITS}
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, its final end-of-text included."""
+        return np.diff(self.document_ends, prepend=0)
+
+
+def read_examples(spec: StudySpec) -> Examples:
+    """Read, de-duplicate and split the examples of a study. Raises DataError."""
+    data = spec.data
+    if data.corpus is not None:
+        splits = {"train": CORPORA[spec.task][data.corpus]()}
+    elif data.files is not None:
+        splits = {split: _read_files(getattr(data.files, split), _columns(spec)) for split in SPLITS}
     else:
-        splits = _read_hub(spec)
-    seen: set[str] = set()
-    duplicates = 0
-    unique: dict[str, list[str]] = {}
-    # Held-out splits are read first, so that a text that stands in training as well is dropped there.
-    for split in reversed(SPLITS):
-        unique[split] = []
-        for text in splits.get(split, []):
-            key = fold(text)
-            if not key:
-                continue
-            if key in seen:
-                duplicates += 1
-                continue
-            seen.add(key)
-            unique[split].append(text)
-    texts = _split(unique, spec)
+        splits = _read_hub(data, _columns(spec))
+    unique, duplicates = _deduplicated({split: _checked(rows, spec) for split, rows in splits.items()})
+    examples = _split(unique, spec, duplicates)
     for split in SPLITS:
-        if not getattr(texts, split):
+        if not getattr(examples, split):
             raise DataError(
                 f"data: the {split} split is empty ({sum(map(len, unique.values()))} documents were read); "
                 "give more text, or a larger fraction"
             )
-    return Texts(**texts.__dict__ | {"duplicates": duplicates})
+    if spec.task == "classification":
+        _check_labels(examples, spec)
+    return examples
 
 
-def train_tokenizer(texts: list[str], spec: TokenizerSpec) -> Tokenizer:
-    """A byte-level BPE tokenizer (as GPT-2's) with `<|endoftext|>` as token 0, trained on these texts."""
+def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, *, padding: bool = False) -> Tokenizer:
+    """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -122,7 +143,7 @@ def train_tokenizer(texts: list[str], spec: TokenizerSpec) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=spec.vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, PADDING] if padding else [END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -130,51 +151,69 @@ def train_tokenizer(texts: list[str], spec: TokenizerSpec) -> Tokenizer:
     return tokenizer
 
 
-def prepare(data: DataSpec, tokenizer: TokenizerSpec, folder: Path) -> tuple[Path, DataCard]:
+def prepare(spec: StudySpec) -> tuple[Path, DataCard]:
     """Token arrays of a study under `folder/data/FINGERPRINT`, made if they are not there yet.
 
     Returns the folder of the arrays and its card. Raises DataError, or RunFolderError when it cannot be written.
     """
-    texts = read_texts(data)
-    fingerprint = _fingerprint(texts, tokenizer)
-    target = folder / "data" / fingerprint
+    examples = read_examples(spec)
+    target = Path(spec.folder) / "data" / _fingerprint(examples, spec)
     if (target / "card.json").is_file():
         return target, read_card(target)
-    trained = train_tokenizer(texts.train, tokenizer)
+    prepared = _Prepared(examples, spec)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
         try:
-            _write_arrays(texts, trained, fingerprint, scratch)
+            prepared.write(scratch)
             if not target.exists():
                 os.rename(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise RunFolderError(f"cannot write the tokenized data under {target.parent}: {error.strerror}") from error
-    return target, read_card(target)
+    return target, prepared.card
 
 
-def measure(data: DataSpec, tokenizer: TokenizerSpec) -> DataCard:
-    """The card that `prepare` would write, without writing anything."""
-    texts = read_texts(data)
-    trained = train_tokenizer(texts.train, tokenizer)
-    return _card(
-        texts, trained, _fingerprint(texts, tokenizer), {split: _encode(texts, split, trained) for split in SPLITS}
-    )
+def measure(spec: StudySpec) -> tuple[DataCard, dict[str, int]]:
+    """The card that `prepare` would write, and what the context length would cut; writes nothing."""
+    prepared = _Prepared(read_examples(spec), spec)
+    return prepared.card, _cut(spec, prepared.lengths())
+
+
+def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
+    """Examples of each split that are longer than the model's context and are cut to it."""
+    lengths = {
+        (split, field): load_split(folder, split, field).lengths
+        for split in SPLITS
+        for field in _TEXT_FIELDS[spec.task]
+    }
+    return _cut(spec, lengths)
 
 
 def read_card(folder: Path) -> DataCard:
     return DataCard(**json.loads((folder / "card.json").read_text()))
 
 
-def load_split(folder: Path, split: str) -> TokenSplit:
-    """One split of prepared data; the tokens stay on disk until they are touched."""
+def load_split(folder: Path, split: str, field: str = "text") -> TokenSplit:
+    """One text field of one split of prepared data; the tokens stay on disk until they are touched."""
     return TokenSplit(
-        tokens=np.load(folder / f"{split}.npy", mmap_mode="r"),
-        document_ends=np.load(folder / f"{split}-ends.npy"),
-        document_bytes=np.load(folder / f"{split}-bytes.npy"),
+        tokens=np.load(folder / f"{split}-{field}.npy", mmap_mode="r"),
+        document_ends=np.load(folder / f"{split}-{field}-ends.npy"),
+        document_bytes=np.load(folder / f"{split}-{field}-bytes.npy"),
     )
+
+
+def load_texts(folder: Path, split: str, field: str) -> list[str]:
+    """The text itself of a field of a held-out split of a translation study."""
+    texts: list[str] = json.loads((folder / f"{split}-{field}.json").read_text())
+    return texts
+
+
+def load_labels(folder: Path, split: str) -> NDArray[np.int64]:
+    """Labels of shape (examples, labels), 1 where an example has a label."""
+    labels: NDArray[np.int64] = np.load(folder / f"{split}-labels.npy")
+    return labels
 
 
 def stable_fraction(text: str, salt: str) -> float:
@@ -183,26 +222,187 @@ def stable_fraction(text: str, salt: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _split(unique: dict[str, list[str]], spec: DataSpec) -> Texts:
-    parts: dict[str, list[str]] = {split: list(unique[split]) for split in SPLITS}
-    cut_validation = 0.0 if parts["validation"] else spec.validation_fraction
-    cut_test = 0.0 if parts["test"] else spec.test_fraction
+class _Prepared:
+    """Examples with their tokenizers and token ids, in memory."""
+
+    def __init__(self, examples: Examples, spec: StudySpec) -> None:
+        self._examples = examples
+        self._task = spec.task
+        self._fields = _TEXT_FIELDS[spec.task]
+        self._tokenizers = self._train_tokenizers(spec.tokenizer)
+        self._ids = {
+            (split, field): [
+                encoding.ids
+                for encoding in self._tokenizers[field].encode_batch_fast(
+                    examples.field(split, index), add_special_tokens=False
+                )
+            ]
+            for split in SPLITS
+            for index, field in enumerate(self._fields)
+        }
+        self._spec = spec
+        known = {label for row in examples.train for label in _labels_of(row, spec)} if self._classifies else set()
+        self._labels = sorted(known)
+        self.card = self._make_card(spec)
+
+    @property
+    def _classifies(self) -> bool:
+        return self._task == "classification"
+
+    def _train_tokenizers(self, spec: TokenizerSpec) -> dict[str, Tokenizer]:
+        texts = {field: self._examples.field("train", index) for index, field in enumerate(self._fields)}
+        padding = self._task != "causal_lm"
+        if spec.shared:
+            joint = train_tokenizer([text for field in texts.values() for text in field], spec, padding=padding)
+            return dict.fromkeys(texts, joint)
+        return {field: train_tokenizer(own, spec, padding=padding) for field, own in texts.items()}
+
+    def lengths(self) -> dict[tuple[str, str], NDArray[np.int64]]:
+        return {key: np.array([len(ids) + 1 for ids in documents]) for key, documents in self._ids.items()}
+
+    def _make_card(self, spec: StudySpec) -> DataCard:
+        examples, counted = self._examples, self._fields[-1]
+        first, last = self._tokenizers[self._fields[0]], self._tokenizers[counted]
+        hashed = "".join(dict.fromkeys(tokenizer.to_str() for tokenizer in self._tokenizers.values()))
+        return DataCard(
+            fingerprint=_fingerprint(examples, spec),
+            tokenizer=hashlib.sha256(hashed.encode()).hexdigest()[:16],
+            vocab_size=first.get_vocab_size(),
+            target_vocab_size=last.get_vocab_size() if last is not first else None,
+            documents={split: len(getattr(examples, split)) for split in SPLITS},
+            tokens={split: sum(len(ids) + 1 for ids in self._ids[split, counted]) for split in SPLITS},
+            bytes={
+                split: sum(len(text.encode()) for text in examples.field(split, len(self._fields) - 1))
+                for split in SPLITS
+            },
+            duplicates=examples.duplicates,
+            seen_ngrams=examples.seen_ngrams,
+            seen_targets=examples.seen_targets if self._task == "translation" else None,
+            labels=self._labels,
+        )
+
+    def write(self, folder: Path) -> None:
+        for (split, field), documents in self._ids.items():
+            texts = self._examples.field(split, self._fields.index(field))
+            _write_stream(folder / f"{split}-{field}", documents, texts, self._tokenizers[field].get_vocab_size())
+            if self._task == "translation" and split != "train":
+                (folder / f"{split}-{field}.json").write_text(json.dumps(texts))
+        if self._classifies:
+            numbers = {label: number for number, label in enumerate(self._labels)}
+            for split in SPLITS:
+                rows = getattr(self._examples, split)
+                labels = np.zeros((len(rows), len(numbers)), dtype=np.int64)
+                for index, row in enumerate(rows):
+                    labels[index, [numbers[label] for label in _labels_of(row, self._spec)]] = 1
+                np.save(folder / f"{split}-labels.npy", labels)
+        for field, tokenizer in self._tokenizers.items():
+            tokenizer.save(str(folder / ("tokenizer.json" if field == self._fields[0] else f"tokenizer-{field}.json")))
+        (folder / "card.json").write_text(json.dumps(asdict(self.card), indent=1))
+
+
+def _write_stream(path: Path, documents: list[list[int]], texts: list[str], vocab_size: int) -> None:
+    stream = np.empty(1 + sum(len(ids) + 1 for ids in documents), np.uint16 if vocab_size <= 2**16 else np.uint32)
+    stream[0] = END_ID
+    position = 1
+    for ids in documents:
+        stream[position : position + len(ids)] = ids
+        position += len(ids) + 1
+        stream[position - 1] = END_ID
+    np.save(f"{path}.npy", stream)
+    np.save(f"{path}-ends.npy", np.cumsum([len(ids) + 1 for ids in documents], dtype=np.int64))
+    np.save(f"{path}-bytes.npy", np.array([len(text.encode()) for text in texts], dtype=np.int64))
+
+
+def _columns(spec: StudySpec) -> tuple[str, ...]:
+    data = spec.data
+    return {
+        "causal_lm": (data.column,),
+        "translation": (data.source_column, data.target_column),
+        "classification": (data.column, data.label_column),
+    }[spec.task]
+
+
+def _checked(rows: Iterable[Example], spec: StudySpec) -> Iterator[Example]:
+    """The rows with text in every field. A language model skips empty text; elsewhere a hole is an error."""
+    names = _columns(spec)
+    for number, row in enumerate(rows, start=1):
+        empty = [name for name, value in zip(names, row, strict=True) if not value.strip()]
+        if not empty:
+            yield row
+        elif spec.task != "causal_lm":
+            raise DataError(f"data: row {number}: column '{empty[0]}' is empty")
+
+
+def _deduplicated(splits: dict[str, Iterator[Example]]) -> tuple[dict[str, list[Example]], int]:
+    seen: set[Example] = set()
+    held_out: set[str] = set()
+    duplicates = 0
+    unique: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    # Held-out splits are read first, so that a text that stands in training as well is dropped there.
+    for split in reversed(SPLITS):
+        for example in splits.get(split, ()):
+            key = tuple(fold(text) for text in example)
+            if key in seen or key[0] in held_out:
+                duplicates += 1
+                continue
+            seen.add(key)
+            unique[split].append(example)
+        held_out.update(fold(example[0]) for example in unique[split])
+    return unique, duplicates
+
+
+def _split(unique: dict[str, list[Example]], spec: StudySpec, duplicates: int) -> Examples:
+    data = spec.data
+    parts = {split: _sample(unique[split], data.max_examples) for split in SPLITS}
+    cut_validation = 0.0 if parts["validation"] else data.validation_fraction
+    cut_test = 0.0 if parts["test"] else data.test_fraction
     train = []
-    for text in unique["train"]:
-        place = stable_fraction(text, "split")
+    for example in parts["train"]:
+        key = _normalised(example[0]) if spec.task == "translation" else example[0]
+        place = stable_fraction(key, "split")
         if place < cut_validation:
-            parts["validation"].append(text)
+            parts["validation"].append(example)
         elif place < cut_validation + cut_test:
-            parts["test"].append(text)
-        elif stable_fraction(text, "fraction") < spec.fraction:
-            train.append(text)
-    return Texts(train=train, validation=parts["validation"], test=parts["test"], duplicates=0)
+            parts["test"].append(example)
+        elif stable_fraction(key, "fraction") < data.fraction:
+            train.append(example)
+    return Examples(train=train, validation=parts["validation"], test=parts["test"], duplicates=duplicates)
+
+
+def _sample(examples: list[Example], most: int | None) -> list[Example]:
+    """At most so many of the examples, in their order: those whose hash is lowest."""
+    if most is None or len(examples) <= most:
+        return list(examples)
+    limit = sorted(stable_fraction(example[0], "sample") for example in examples)[most - 1]
+    return [example for example in examples if stable_fraction(example[0], "sample") <= limit][:most]
+
+
+def _normalised(source: str) -> str:
+    """Lower case without digits and punctuation: near-equal sources fall into the same split."""
+    return fold(re.sub(r"[\W\d_]+", " ", source.lower())) or source
+
+
+def _labels_of(row: Example, spec: StudySpec) -> list[str]:
+    return [label.strip() for label in row[1].split(LABEL_SEPARATOR)] if spec.classification.multi_label else [row[1]]
+
+
+def _check_labels(examples: Examples, spec: StudySpec) -> None:
+    known = {label for row in examples.train for label in _labels_of(row, spec)}
+    if len(known) < 2:
+        raise DataError(f"data: the training split has one class only ({next(iter(known))!r}); a classifier needs two")
+    for split in ("validation", "test"):
+        for row in getattr(examples, split):
+            for label in _labels_of(row, spec):
+                if label not in known:
+                    raise DataError(
+                        f"data: label {label!r} of the {split} split does not occur in training (text: {row[0][:60]!r})"
+                    )
 
 
 _LOADERS = {".txt": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def _read_files(files: Iterable[str], column: str) -> Iterator[str]:
+def _read_files(files: Iterable[str], columns: tuple[str, ...]) -> Iterator[Example]:
     import datasets
 
     for name in files:
@@ -210,7 +410,7 @@ def _read_files(files: Iterable[str], column: str) -> Iterator[str]:
         options = {"sample_by": "paragraph"} if kind == "text" else {}
         try:
             rows = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
-            yield from _column(rows, "text" if kind == "text" else column, name)
+            yield from _rows(rows, ("text",) if kind == "text" else columns, name)
         except DataError:
             raise
         except UnicodeDecodeError as error:
@@ -219,7 +419,7 @@ def _read_files(files: Iterable[str], column: str) -> Iterator[str]:
             raise DataError(f"data: {name} cannot be read as {kind}: {_first_line(error)}") from error
 
 
-def _read_hub(spec: DataSpec) -> dict[str, list[str]]:
+def _read_hub(spec: DataSpec, columns: tuple[str, ...]) -> dict[str, Iterator[Example]]:
     import datasets
 
     try:
@@ -229,66 +429,64 @@ def _read_hub(spec: DataSpec) -> dict[str, list[str]]:
     if "train" not in loaded:
         raise DataError(f"data: {spec.hub} has no train split; it has {', '.join(loaded)}")
     return {
-        split: list(_column(loaded[split], spec.column, f"{spec.hub} ({split})")) for split in SPLITS if split in loaded
+        split: _rows(_named(loaded[split]), columns, f"{spec.hub} ({split})") for split in SPLITS if split in loaded
     }
 
 
-def _column(rows: Iterable[dict[str, Any]], column: str, source: str) -> Iterator[str]:
+def _named(rows: Any) -> Iterable[dict[str, Any]]:
+    """Rows in which numbered classes read as their names, and `translation` mappings as columns."""
+    classes = {name: feature for name, feature in rows.features.items() if hasattr(feature, "int2str")}
+    for row in rows:
+        named = {name: classes[name].int2str(value) if name in classes else value for name, value in row.items()}
+        pair = named.get("translation")
+        yield {**named, **pair} if isinstance(pair, dict) else named
+
+
+def _rows(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], source: str) -> Iterator[Example]:
     for number, row in enumerate(rows, start=1):
-        if column not in row:
-            raise DataError(f"data: {source} has no column '{column}'; it has {', '.join(map(str, row))}")
-        text = row[column]
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise DataError(f"data: {source}, row {number}: column '{column}' holds {type(text).__name__}, not text")
-        yield text
+        for column in columns:
+            if column not in row:
+                raise DataError(f"data: {source} has no column '{column}'; it has {', '.join(map(str, row))}")
+        yield tuple(
+            _text(row[column], f"{source}, row {number}: column '{column}'", is_label=len(columns) == 2 and index == 1)
+            for index, column in enumerate(columns)
+        )
 
 
-def _fingerprint(texts: Texts, tokenizer: TokenizerSpec) -> str:
-    digest = hashlib.sha256(json.dumps([_FORMAT, tokenizer.model_dump()]).encode())
+def _text(value: Any, place: str, *, is_label: bool) -> str:
+    """Text as it is, nothing as empty, a label of another type as text, a list of labels joined."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if is_label and isinstance(value, int | bool):
+        return str(value)
+    if is_label and isinstance(value, list):
+        return LABEL_SEPARATOR.join(map(str, value))
+    raise DataError(f"data: {place} holds {type(value).__name__}, not text")
+
+
+def _fingerprint(examples: Examples, spec: StudySpec) -> str:
+    digest = hashlib.sha256(
+        json.dumps([_FORMAT, spec.task, spec.tokenizer.model_dump(), spec.classification.multi_label]).encode()
+    )
     for split in SPLITS:
-        for text in getattr(texts, split):
-            digest.update(f"{split}\0{text}\0".encode(errors="surrogatepass"))
+        for example in getattr(examples, split):
+            digest.update("\0".join((split, *example, "")).encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]
 
 
-def _encode(texts: Texts, split: str, tokenizer: Tokenizer) -> list[list[int]]:
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(getattr(texts, split), add_special_tokens=False)]
-
-
-def _card(texts: Texts, tokenizer: Tokenizer, fingerprint: str, encoded: dict[str, list[list[int]]]) -> DataCard:
-    return DataCard(
-        fingerprint=fingerprint,
-        tokenizer=hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16],
-        vocab_size=tokenizer.get_vocab_size(),
-        documents={split: len(encoded[split]) for split in SPLITS},
-        tokens={split: sum(len(ids) + 1 for ids in encoded[split]) for split in SPLITS},
-        bytes={split: sum(len(text.encode()) for text in getattr(texts, split)) for split in SPLITS},
-        duplicates=texts.duplicates,
-        seen_ngrams=texts.seen_ngrams,
-    )
-
-
-def _write_arrays(texts: Texts, tokenizer: Tokenizer, fingerprint: str, folder: Path) -> None:
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    end = int(tokenizer.token_to_id(END_OF_TEXT) or 0)
-    encoded = {split: _encode(texts, split, tokenizer) for split in SPLITS}
-    for split, documents in encoded.items():
-        stream = np.empty(1 + sum(len(ids) + 1 for ids in documents), dtype)
-        stream[0] = end
-        position = 1
-        for ids in documents:
-            stream[position : position + len(ids)] = ids
-            position += len(ids) + 1
-            stream[position - 1] = end
-        np.save(folder / f"{split}.npy", stream)
-        np.save(folder / f"{split}-ends.npy", np.cumsum([len(ids) + 1 for ids in documents], dtype=np.int64))
-        sizes = [len(text.encode()) for text in getattr(texts, split)]
-        np.save(folder / f"{split}-bytes.npy", np.array(sizes, dtype=np.int64))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    card = _card(texts, tokenizer, fingerprint, encoded)
-    (folder / "card.json").write_text(json.dumps(asdict(card), indent=1))
+def _cut(spec: StudySpec, lengths: dict[tuple[str, str], NDArray[np.int64]]) -> dict[str, int]:
+    if spec.task == "causal_lm":
+        return dict.fromkeys(SPLITS, 0)
+    return {
+        split: int(
+            np.any(
+                [lengths[split, field] > spec.model.context_length for field in _TEXT_FIELDS[spec.task]], axis=0
+            ).sum()
+        )
+        for split in SPLITS
+    }
 
 
 def _ngrams(text: str, size: int = 5) -> Iterator[tuple[str, ...]]:

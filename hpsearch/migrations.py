@@ -174,4 +174,16 @@ JOIN hpsearch_trials AS trial ON trial.id = point.trial_id
 JOIN hpsearch_studies AS study ON study.id = trial.study_id
 ORDER BY study.name, trial.number, point.evaluation"""
 
-STEPS: list[Callable[[str], list[str]]] = [_first_tables]
+
+def _details(dialect: str) -> list[str]:
+    json = "TEXT" if dialect == "sqlite" else "JSONB"
+    return [
+        f"""CREATE TABLE hpsearch_details (
+            trial_id BIGINT NOT NULL REFERENCES hpsearch_trials (id),
+            kind VARCHAR(32) NOT NULL,
+            content {json} NOT NULL,
+            PRIMARY KEY (trial_id, kind))"""
+    ]
+
+
+STEPS: list[Callable[[str], list[str]]] = [_first_tables, _details]

@@ -87,8 +87,13 @@ class Judgement:
         return self.verdict in (Verdict.OVERFITTING, Verdict.PLATEAU, Verdict.DIVERGING)
 
 
-def judge(curve: Sequence[Losses], total_evaluations: int, rule: OverfitRule) -> Judgement:
+def judge(
+    curve: Sequence[Losses], total_evaluations: int, rule: OverfitRule, *, evaluations_per_epoch: int = 1
+) -> Judgement:
     """The verdict on a run after `len(curve)` of `total_evaluations` evaluations.
+
+    Training loss falls in steps, at the ends of epochs, when the model meets what it has seen before; so its trend
+    compares evaluations at the same place within their epochs only.
 
     A loss that is not finite, or a training loss that explodes, is `diverging` at once; every other stop waits for
     the warm-up. An empty curve is `too early`.
@@ -99,8 +104,9 @@ def judge(curve: Sequence[Losses], total_evaluations: int, rule: OverfitRule) ->
     finite = all(math.isfinite(loss) for loss in (*valid, *train))
     rising = mann_kendall_z(valid[-rule.window :]) if finite and len(valid) >= rule.window else None
     since_best = len(valid) - best if best is not None else len(valid)
-    # What the training loss did since validation was at its best, or over the window if that is longer.
-    training = mann_kendall_z(train[-max(rule.window, since_best + 1) :]) if finite and len(train) > 1 else None
+    # What the training loss did since validation was at its best, or over the window or two epochs if that is longer.
+    reach = max(rule.window, since_best + 1, 2 * evaluations_per_epoch + 1)
+    training = mann_kendall_z(train[-reach:], period=evaluations_per_epoch) if finite and len(train) > 1 else None
 
     def judgement(verdict: Verdict, reason: str) -> Judgement:
         evidence = Evidence(
@@ -140,21 +146,26 @@ def best_evaluation(curve: Sequence[Losses]) -> int | None:
     return best
 
 
-def mann_kendall_z(values: Sequence[float]) -> float:
-    """Mann-Kendall trend of a short series as a z score; positive when it rises, 0 for fewer than 2 values.
+def mann_kendall_z(values: Sequence[float], *, period: int = 1) -> float:
+    """Mann-Kendall trend of a short series as a z score; positive when it rises, 0 when there is nothing to compare.
 
-    Without the continuity correction, so that the default of 1.64 over 7 values means S >= 11; ties are not
-    corrected for, which is conservative.
+    With a period, the seasonal test of Hirsch, Slack & Smith (Water Resources Research 18, 1982): only values a whole
+    number of periods apart are compared. Without the continuity correction, so that the default of 1.64 over 7 values
+    means S >= 11; ties are not corrected for, which is conservative.
     """
-    count = len(values)
-    if count < 2:
-        return 0.0
-    score = sum(
-        (values[later] > values[earlier]) - (values[later] < values[earlier])
-        for earlier in range(count)
-        for later in range(earlier + 1, count)
-    )
-    return score / math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
+    if len(values) <= period:
+        period = 1
+    score, variance = 0, 0.0
+    for season in range(period):
+        own = values[season::period]
+        count = len(own)
+        variance += count * (count - 1) * (2 * count + 5) / 18
+        score += sum(
+            (own[later] > own[earlier]) - (own[later] < own[earlier])
+            for earlier in range(count)
+            for later in range(earlier + 1, count)
+        )
+    return score / math.sqrt(variance) if variance else 0.0
 
 
 def _cause(training_trend: float | None, rule: OverfitRule) -> Verdict:

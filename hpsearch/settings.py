@@ -18,13 +18,17 @@ class Strict(BaseModel):
 class ModelSettings(Strict):
     """What the network looks like. Sizes are in units of the architecture's own configuration."""
 
-    architecture: str = Field("gpt2", description="A causal language model of transformers: gpt2, llama, ...")
-    num_layers: int = Field(2, ge=1, description="Transformer blocks.")
+    architecture: str | None = Field(
+        None, description="An architecture of transformers; by default gpt2, marian or bert, as the task needs."
+    )
+    num_layers: int = Field(2, ge=0, description="Transformer blocks; of an encoder-decoder, in each of its halves.")
+    num_encoder_layers: int | None = Field(None, ge=0, description="Blocks of an encoder-decoder's encoder.")
+    num_decoder_layers: int | None = Field(None, ge=0, description="Blocks of an encoder-decoder's decoder.")
     hidden_size: int = Field(128, ge=1, description="Width of the residual stream.")
     num_heads: int | None = Field(None, ge=1, description="Attention heads; by default one per 32 of width.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability, everywhere the architecture has one.")
     init_std: float | None = Field(None, gt=0, description="Standard deviation of initial weights.")
-    context_length: int = Field(128, ge=2, description="Tokens in a training sequence.")
+    context_length: int = Field(128, ge=2, description="Tokens in a sequence; longer examples are cut, and counted.")
     config: dict[str, Scalar] = Field(
         default_factory=dict, description="Further keys of the architecture's transformers configuration."
     )
@@ -41,6 +45,9 @@ class TrainingSettings(Strict):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
     final_lr_fraction: float = Field(0.1, ge=0, le=1, description="Part of the peak that the schedule decays to.")
     gradient_clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Of training losses (translation, classification); validation losses have none."
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
@@ -59,6 +66,22 @@ class RunSettings(TrainingSettings):
     micro_batch_size: int | None = Field(
         None, ge=1, description="Sequences in memory at once; halved by itself when memory runs out."
     )
+
+
+class TranslationSpec(Strict):
+    """How translations are decoded and scored on the test split."""
+
+    num_beams: int = Field(1, ge=1, description="1 decodes greedily.")
+    samples: int = Field(5, ge=0, description="Decoded sentences kept with each trial.")
+
+
+class ClassificationSpec(Strict):
+    """What the ranking F1 averages, and what is being classified."""
+
+    f1: Literal["macro", "micro", "weighted", "binary"] = Field("macro", description="The F1 that ranks.")
+    positive_label: str | None = Field(None, description="The label that binary F1 is about.")
+    multi_label: bool = Field(False, description="An example may have several labels: a list, or text joined by '|'.")
+    class_weights: bool = Field(False, description="Weigh training losses by inverse class frequency.")
 
 
 NOT_SEARCHABLE = frozenset({"context_length", "config"})

@@ -17,18 +17,30 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 
+from hpsearch.corpora import CORPORA
 from hpsearch.errors import Problem, SpecError
 from hpsearch.pruning import OverfitRule
-from hpsearch.settings import SEARCHABLE, ModelSettings, RunSettings, Scalar, Strict, split_settings
+from hpsearch.settings import (
+    SEARCHABLE,
+    ClassificationSpec,
+    ModelSettings,
+    RunSettings,
+    Scalar,
+    Strict,
+    TranslationSpec,
+    split_settings,
+)
 from hpsearch.space import Choice, Range, Space, parse_space, readable
 from hpsearch.study_file import KeyPath, StudyDocument, parse_scalar, read_study_file
 
 TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the overfitting rule are made for."""
 DEFAULT_STORE = "sqlite:///hpsearch.db"
+DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-Corpus = Literal["python_docs", "python_docstrings"]
+Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
+TaskName = Literal["causal_lm", "translation", "classification"]
 
 
 class FileSplits(Strict):
@@ -48,6 +60,10 @@ class DataSpec(Strict):
     config: str | None = Field(None, description="Configuration of the hub dataset.")
     revision: str | None = Field(None, description="Commit or tag of the hub dataset.")
     column: str = Field("text", description="Column or key that holds the text (jsonl, csv, parquet, hub).")
+    label_column: str = Field("label", description="Column that holds the label, or a list of labels.")
+    source_column: str = Field("source", description="Column that holds the text to translate.")
+    target_column: str = Field("target", description="Column that holds its translation.")
+    max_examples: int | None = Field(None, ge=10, description="Use at most so many examples of each split.")
     fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no validation split.")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no test split.")
@@ -78,6 +94,7 @@ class DataSpec(Strict):
 class TokenizerSpec(Strict):
     """A byte-pair tokenizer trained on the training split alone."""
 
+    shared: bool = Field(True, description="One vocabulary for both languages of a translation, or one each.")
     vocab_size: int = Field(1024, ge=258, le=1_000_000, description="Entries, the 256 bytes and end-of-text included.")
 
 
@@ -193,11 +210,13 @@ class StudySpec(Strict):
     """One study. `search` holds what is sampled; `model` and `training` what stays fixed."""
 
     name: str = Field(description="Letters, digits, '.', '_' and '-'; unique in its store.")
-    task: Literal["causal_lm"]
+    task: TaskName
     data: DataSpec
     tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec)
     model: ModelSettings = Field(default_factory=ModelSettings)
     training: RunSettings = Field(default_factory=RunSettings)
+    translation: TranslationSpec = Field(default_factory=TranslationSpec)
+    classification: ClassificationSpec = Field(default_factory=ClassificationSpec)
     search: Annotated[dict[str, Any], WithJsonSchema(_SEARCH_SCHEMA)] = Field(default_factory=dict)
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     sampler: SamplerSpec = Field(default_factory=SamplerSpec, description="A sampler's name, or a mapping.")
@@ -241,9 +260,11 @@ class StudySpec(Strict):
     def settings_for(self, params: dict[str, Any]) -> tuple[ModelSettings, RunSettings]:
         """The full settings of a trial: the file's, with the fixed and the sampled values of `search` over them."""
         model, training = split_settings({**self.space.fixed, **params})
-        config = {**self.model.config, **model.pop("config", {})}
+        model["config"] = {**self.model.config, **model.get("config", {})}
+        settings = {**self.model.model_dump(), **model}
+        settings["architecture"] = settings["architecture"] or DEFAULT_ARCHITECTURE[self.task]
         return (
-            ModelSettings(**{**self.model.model_dump(), **model, "config": config}),
+            ModelSettings(**settings),
             RunSettings(
                 **{**self.training.model_dump(), **training, "evaluations_per_epoch": self.evaluations_per_epoch}
             ),
@@ -466,6 +487,21 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
     """Mistakes that only show when two parts of the file are seen together."""
     problems = []
     space = spec.space
+    corpus = spec.data.corpus
+    if corpus is not None and corpus not in CORPORA[spec.task]:
+        fitting = " or ".join(CORPORA[spec.task])
+        problems.append(
+            Problem(path=("data", "corpus"), message=f"{corpus} is no {spec.task} data; expected {fitting}")
+        )
+    for section in ("translation", "classification"):
+        if section in content and section != spec.task:
+            message = f"settings of another task; this study's is {spec.task}"
+            problems.append(Problem(path=(section,), message=message, at_key=True))
+    if spec.classification.f1 == "binary" and spec.classification.positive_label is None:
+        message = "binary F1 needs positive_label: the label that it is about"
+        problems.append(Problem(path=("classification", "f1"), message=message))
+    if not spec.tokenizer.shared and spec.task != "translation":
+        problems.append(Problem(path=("tokenizer", "shared"), message="only a translation has two vocabularies"))
     for section in ("model", "training"):
         given = content.get(section)
         for name in given if isinstance(given, dict) else ():

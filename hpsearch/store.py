@@ -100,6 +100,11 @@ _decisions = sa.Table(
     sa.Column("evaluation", sa.Integer), sa.Column("verdict", sa.String(16)), sa.Column("action", sa.String(16)),
     sa.Column("evidence", _Json), sa.Column("decided_at", _Utc),
 )  # fmt: skip
+_details = sa.Table(
+    "hpsearch_details", metadata,
+    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("kind", sa.String(32), primary_key=True),
+    sa.Column("content", _Json),
+)  # fmt: skip
 _leases = sa.Table(
     "hpsearch_leases", metadata,
     sa.Column("study_id", sa.BigInteger, primary_key=True), sa.Column("holder", sa.String(255)),
@@ -307,6 +312,8 @@ class Store:
                 raise StoreError(f"trial row {trial_id} has ended already, so it cannot become {result.state}")
             for score in result.scores:
                 connection.execute(sa.insert(_scores).values(trial_id=trial_id, **asdict(score)))
+            for kind, content in result.details.items():
+                connection.execute(sa.insert(_details).values(trial_id=trial_id, kind=kind, content=content))
 
     # Reads
 
@@ -326,6 +333,11 @@ class Store:
 
     def scores(self, trial_id: int) -> list[Row]:
         return self._rows(sa.select(_scores).where(_scores.c.trial_id == trial_id).order_by(_scores.c.metric.desc()))
+
+    def details(self, trial_id: int) -> dict[str, Any]:
+        """What a task kept beside the scores of a trial, by kind."""
+        rows = self._rows(sa.select(_details).where(_details.c.trial_id == trial_id))
+        return {row["kind"]: row["content"] for row in rows}
 
     def decisions(self, trial_id: int) -> list[Row]:
         return self._rows(sa.select(_decisions).where(_decisions.c.trial_id == trial_id).order_by(_decisions.c.id))

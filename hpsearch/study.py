@@ -228,6 +228,8 @@ class StudyRun:
             params=suggestion.params,
             model=model,
             training=training,
+            translation=self.spec.translation,
+            classification=self.spec.classification,
             rule=self.spec.prune.overfit,
             data=str(self._data),
             folder=str(folder),

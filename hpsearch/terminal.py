@@ -38,6 +38,11 @@ def plain(value: Any) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
 
 
+def score_text(metric: str, value: float) -> str:
+    """A score with the digits that a person compares: 3 behind the point of a fraction, 2 of anything else."""
+    return f"{value:.3f}" if metric.startswith(("f1", "precision", "recall", "accuracy", "bits")) else f"{value:.2f}"
+
+
 def number(value: Any) -> str:
     """A setting or a figure in at most 4 significant digits, whole numbers whole."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -68,8 +73,8 @@ def leaderboard_table(board: Leaderboard, width: int) -> Table:
         {
             "rank": str(row["test_rank"]),
             "trial": str(row["trial"]),
-            board.metric: Text(f"{row['score']:.2f}", style="bold"),
-            "95 % interval": f"{row['score_low']:.2f}-{row['score_high']:.2f}",
+            board.metric: Text(score_text(board.metric, row["score"]), style="bold"),
+            "95 % interval": _interval(row),
             "valid loss": f"{row['valid_loss']:.4f}{' *' if choice and row['trial'] == choice['trial'] else ''}",
             "epoch": f"{row['best_epoch']:.3g}/{row['last_epoch']:.3g}",
             "state": _state(row["state"]),
@@ -108,8 +113,8 @@ def leaderboard_markdown(board: Leaderboard) -> str:
     lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
     for row in board.rows:
         cells = [
-            row["test_rank"], row["trial"], f"{row['score']:.2f}",
-            f"{row['score_low']:.2f} - {row['score_high']:.2f}", f"{row['valid_loss']:.4f}",
+            row["test_rank"], row["trial"], score_text(board.metric, row["score"]), _interval(row),
+            f"{row['valid_loss']:.4f}",
             f"{row['best_epoch']:.3g}", row["state"], *(number(row["params"].get(name)) for name in names),
         ]  # fmt: skip
         lines.append("| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |")
@@ -125,7 +130,7 @@ def studies_table(rows: Sequence[Row]) -> Table:
             plain(row["name"]),
             plain(row["task"]),
             f"{counts(row['states']) or 'none yet'} (of {row['budget_trials']})",
-            f"{row['metric']} {best['score']:.2f} (trial {best['trial']})" if best else "-",
+            f"{row['metric']} {score_text(row['metric'], best['score'])} (trial {best['trial']})" if best else "-",
             f"{row['created_at']:%Y-%m-%d %H:%M}",
             plain(lease["holder"]) if held else "-",
         )
@@ -169,7 +174,9 @@ def check_report(found: dict[str, Any]) -> str:
             f"{data['duplicates']:,} duplicates dropped (fingerprint {data['fingerprint']})",
             f"tokens       {data['tokens']['train']:,} / {data['tokens']['validation']:,} / {data['tokens']['test']:,} "
             f"(vocabulary {data['vocab_size']:,})",
-            f"leakage      {data['seen_ngrams']:.1%} of the validation split's word 5-grams stand in training",
+            f"leakage      {data['seen_ngrams']:.1%} of the validation split's word 5-grams stand in training"
+            + (f", {data['seen_targets']:.1%} of the held-out targets" if data["seen_targets"] is not None else ""),
+            f"cut          {_cut(found)}",
             f"to train     about {found['estimated_tokens']:,} tokens without pruning",
         ]
     else:
@@ -182,6 +189,12 @@ def check_report(found: dict[str, Any]) -> str:
         f"devices      {', '.join(found['devices'])}",
     ]
     return "\n".join(plain(line) for line in lines)
+
+
+def _cut(found: dict[str, Any]) -> str:
+    cut = {split: count for split, count in found["truncated"].items() if count}
+    counted = ", ".join(f"{count} {split}" for split, count in cut.items())
+    return f"{counted} examples are longer than {found['fixed']['context_length']} tokens" if cut else "nothing"
 
 
 def trial_report(trial: Row, width: int) -> Group:
@@ -215,6 +228,7 @@ def trial_report(trial: Row, width: int) -> Group:
     points = trial["points"]
     if points:
         parts += [Text(), Text(curve_plot(points, width=min(width, 100), best=trial["best_evaluation"]))]
+    parts += _details(trial["details"])
     for decision in trial["decisions"]:
         evidence = ", ".join(
             f"{key}={number(value)}" for key, value in decision["evidence"].items() if value is not None
@@ -224,6 +238,21 @@ def trial_report(trial: Row, width: int) -> Group:
     if trial["error"]:
         parts += [Text(), Text("\n".join(plain(line) for line in trial["error"].splitlines()), style="red")]
     return Group(*parts)
+
+
+def _details(details: dict[str, Any]) -> Iterator[Any]:
+    """Decoded samples beside their references, and the confusion matrix, of the tasks that have them."""
+    for sample in details.get("samples", ()):
+        yield Text()
+        for name in ("source", "reference", "output"):
+            yield Text(f"{name:<10} {plain(sample[name])}")
+    if confusion := details.get("confusion"):
+        labels = [plain(label) for label in confusion["labels"]]
+        table = _table("true, predicted as", *(label[:6] for label in labels))
+        for label, row in zip(labels, confusion["counts"], strict=True):
+            table.add_row(label, *(str(count) if count else "." for count in row))
+        yield Text()
+        yield table
 
 
 def curve_plot(points: Sequence[Row], *, width: int = 80, height: int = 14, best: int | None = None) -> str:
@@ -316,7 +345,8 @@ def describe(event: Event) -> str:
         )
     if event.kind == "trial_ended":
         result = facts["result"]
-        score = f", test {result.scores[0].metric} {result.scores[0].value:.2f}" if result.scores else ""
+        first = result.scores[0] if result.scores else None
+        score = f", test {first.metric} {score_text(first.metric, first.value)}" if first else ""
         pruned = " (pruned)" if result.state in PRUNED else ""
         return f"trial {event.trial} {result.state}{pruned}: {plain(result.reason)}{score}"
     return plain(facts.get("text", event.kind))
@@ -391,6 +421,10 @@ def _table(*columns: str, header: bool = True) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _interval(row: Row) -> str:
+    return f"{score_text(row['metric'], row['score_low'])}-{score_text(row['metric'], row['score_high'])}"
 
 
 def _state(state: str) -> Text:

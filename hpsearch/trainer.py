@@ -11,18 +11,18 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from hpsearch.settings import RunSettings
-from hpsearch.tasks.base import Batch, Task
-from hpsearch.trial import Point, Score
+from hpsearch.tasks.base import Batch, Indices, Scored, Task
+from hpsearch.trial import Point
 
 CHECKPOINT = "model.safetensors"
 
@@ -97,17 +97,15 @@ class Trainer:
         optimizer = self._optimizer()
         started = time.perf_counter()
         evaluation_steps = set(self.evaluation_steps)
-        batch_size = self.settings.batch_size
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         loss_count = step = evaluation = tokens = 0
         for epoch in range(self.settings.num_epochs):
-            order = self._order.permutation(self.task.num_examples["train"])
             self._model.train()
-            for step_in_epoch in range(1, self.steps_per_epoch + 1):
+            batches = self.task.epoch_batches(self._order, self.settings.batch_size)
+            for step_in_epoch, indices in enumerate(batches, start=1):
                 learning_rate = self._learning_rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                indices = order[(step_in_epoch - 1) * batch_size : step_in_epoch * batch_size]
                 batch_loss, count = self._step(optimizer, indices)
                 loss_sum += batch_loss
                 loss_count += count
@@ -135,13 +133,13 @@ class Trainer:
                 loss_count = 0
                 self._model.train()
 
-    def score(self) -> tuple[Score, ...]:
+    def score(self) -> Scored:
         """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
         assert self.best is not None
         load_model(self._model, self.folder / CHECKPOINT, device=str(self.device))
-        return self.task.score([losses for losses, _ in self._evaluate("test")])
+        return self.task.score(self._evaluate)
 
-    def _step(self, optimizer: torch.optim.Optimizer, indices: NDArray[np.int64]) -> tuple[Tensor, int]:
+    def _step(self, optimizer: torch.optim.Optimizer, indices: Indices) -> tuple[Tensor, int]:
         """One optimizer step over a whole batch; returns its summed loss (on the device) and predicted tokens."""
         while True:
             optimizer.zero_grad(set_to_none=True)
@@ -156,17 +154,16 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _accumulate_and_step(self, optimizer: torch.optim.Optimizer, indices: NDArray[np.int64]) -> tuple[Tensor, int]:
+    def _accumulate_and_step(self, optimizer: torch.optim.Optimizer, indices: Indices) -> tuple[Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
         for start in range(0, len(indices), self.micro_batch_size):
-            batch = self._to_device(self.task.batch("train", indices[start : start + self.micro_batch_size]))
+            batch = self.task.batch("train", indices[start : start + self.micro_batch_size]).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-                losses, predicted = self.task.losses(batch)
-            loss = losses.sum()
+                loss = self.task.losses(batch).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-            count += predicted
+            count += batch.predicted
         parameters = list(self._model.parameters())
         torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], float(count))
         if self.settings.gradient_clip:
@@ -177,31 +174,33 @@ class Trainer:
     def _mean_loss(self, split: str) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
-        for losses, predicted in self._evaluate(split):
-            total += losses.sum(dtype=torch.float64)
+        for _, (loss, predicted) in self._evaluate(
+            split, lambda batch: (self.task.losses(batch).sum(dtype=torch.float64), batch.predicted)
+        ):
+            total += loss
             count += predicted
         return total.item() / count
 
     @torch.no_grad()
-    def _evaluate(self, split: str) -> Iterator[tuple[Tensor, int]]:
-        """Unreduced losses and predicted tokens of each batch of a split, in order, without dropout."""
+    def _evaluate(self, split: str, compute: Callable[[Batch], Any]) -> Iterator[tuple[Indices, Any]]:
+        """What `compute` gives for each evaluation batch of a split, without dropout. See `tasks.base.Evaluate`."""
         self._model.eval()
-        size, total = self.task.evaluation_batch_size(), self.task.num_examples[split]
-        start = 0
-        while start < total:
+        waiting = self.task.evaluation_batches(split)[::-1]
+        while waiting:
+            indices = waiting.pop()
             try:
-                batch = self._to_device(self.task.batch(split, np.arange(start, min(start + size, total))))
+                batch = self.task.batch(split, indices).to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-                    losses, predicted = self.task.losses(batch)
+                    answer = compute(batch)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                if size == 1:
+                if len(indices) == 1:
                     raise OutOfMemoryError(str(error).splitlines()[0]) from error
-                size = math.ceil(size / 2)
+                half = math.ceil(len(indices) / 2)
+                waiting += [indices[half:], indices[:half]]
                 continue
-            yield losses, predicted
-            start += size
+            yield indices, answer
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW (Loshchilov & Hutter, 2019); biases, gains and other vectors are not decayed."""
@@ -233,11 +232,6 @@ class Trainer:
         }[settings.schedule]
         floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
         return settings.learning_rate * (floor + (1.0 - floor) * decay)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        if self.device.type == "cpu":
-            return batch
-        return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch)
 
     def _save(self) -> None:
         """The weights as a folder that transformers loads; the old file stands until the new one is whole."""

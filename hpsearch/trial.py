@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from hpsearch.pruning import Evidence, Judgement, OverfitRule, Verdict
-from hpsearch.settings import ModelSettings, RunSettings, Strict
+from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, Strict, TranslationSpec
 
 
 class TrialState(StrEnum):
@@ -113,6 +113,8 @@ class TrialResult:
     best_epoch: float | None = None
     best_valid_loss: float | None = None
     scores: tuple[Score, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the task keeps beside its scores, by kind: `samples`, `outputs`, `confusion`, `predictions`."""
     judgement: dict[str, Any] | None = None
     """Verdict and evidence of the last judgement."""
     num_parameters: int | None = None
@@ -152,6 +154,8 @@ class TrialConfig(Strict):
     """What the sampler chose."""
     model: ModelSettings
     training: RunSettings
+    translation: TranslationSpec
+    classification: ClassificationSpec
     rule: OverfitRule | None
     """None when overfitting does not prune."""
     data: str

@@ -73,10 +73,11 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
     # Without the overfitting rule a run is still ended when its loss is no number any more.
     rule = config.rule or OverfitRule()
     curve: list[Point] = []
+    per_epoch = len(trainer.evaluation_steps)
     judgement = judge(curve, trainer.total_evaluations, rule)
     for point in trainer.points():
         curve.append(point)
-        judgement = judge(curve, trainer.total_evaluations, rule)
+        judgement = judge(curve, trainer.total_evaluations, rule, evaluations_per_epoch=per_epoch)
         stops = judgement.stops and (config.rule is not None or _is_broken(judgement))
         yield Progress(point=point, judgement=judgement, stops=stops)
         if stops:
@@ -94,7 +95,7 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
     state = _STATE_OF[judgement.verdict] if stops else TrialState.COMPLETED
     if state is TrialState.DIVERGED or trainer.best is None:
         return replace(common, state=TrialState.DIVERGED, reason=_why(judgement, curve))
-    scores = trainer.score()
+    scored = trainer.score()
     trainer.task.save(str(folder))
     return replace(
         common,
@@ -103,7 +104,8 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
         best_evaluation=trainer.best.evaluation,
         best_epoch=trainer.best.epoch,
         best_valid_loss=trainer.best.valid_loss,
-        scores=scores,
+        scores=scored.scores,
+        details=scored.details,
         checkpoint=str(folder),
     )
 

@@ -6,15 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hpsearch.data import DataCard
+    from hpsearch.settings import ModelSettings
     from hpsearch.tasks.base import Task
     from hpsearch.trial import TrialConfig
 
-TASKS = {"causal_lm": "hpsearch.tasks.causal_lm"}
+TASKS = {
+    "causal_lm": "hpsearch.tasks.causal_lm",
+    "translation": "hpsearch.tasks.translation",
+    "classification": "hpsearch.tasks.classification",
+}
 
-RANKING_METRIC = {"causal_lm": "perplexity"}
+RANKING_METRIC = {"causal_lm": "perplexity", "translation": "bleu", "classification": "f1"}
 """The test metric that each task is ranked by."""
 
-HIGHER_IS_BETTER = {"perplexity": False, "bits_per_byte": False}
+HIGHER_IS_BETTER = {
+    "perplexity": False,
+    "bits_per_byte": False,
+    "bleu": True,
+    "chrf": True,
+    "ter": False,
+    "f1": True,
+    "f1_macro": True,
+    "f1_micro": True,
+    "f1_weighted": True,
+    "precision": True,
+    "recall": True,
+    "accuracy": True,
+}
 
 
 def build_task(config: TrialConfig) -> Task:
@@ -23,8 +42,8 @@ def build_task(config: TrialConfig) -> Task:
     return task
 
 
-def sort_key(metric: str, value: float) -> float:
-    """Smaller is better, whatever the metric; a NaN sorts last."""
-    if value != value:
-        return float("inf")
-    return -value if HIGHER_IS_BETTER[metric] else value
+def check_model(task: str, settings: ModelSettings, card: DataCard) -> None:
+    """Raise UsageError if the task cannot build such a model; allocates no memory for weights."""
+    import_module(TASKS[task]).check_model(
+        settings, vocab_size=card.vocab_size, target_vocab_size=card.target_vocab_size, labels=len(card.labels)
+    )

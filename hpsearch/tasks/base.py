@@ -1,41 +1,126 @@
-"""What the trainer asks of a task: examples, a summed loss and a test score. The trainer knows nothing else of it."""
+"""What the trainer asks of a task: batches, a summed loss and a test score. The trainer knows nothing else of it.
+
+Here, too, is what the tasks share: padding and bucketing by length, bootstrap intervals.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from hpsearch.data import END_ID, PADDING_ID, TokenSplit
 from hpsearch.trial import Score
 
-Batch = tuple[Tensor, ...]
+Indices = NDArray[np.int64]
+Evaluate = Callable[[str, "Callable[[Batch], Any]"], Iterator[tuple[Indices, Any]]]
+"""Run a function over all evaluation batches of a split; yields the examples' indices and the function's answer."""
+
+IGNORED = -100
+"""Label of a position where nothing is predicted."""
+EVALUATION_TOKENS = 4096
+"""Padded tokens in an evaluation batch: fixed, so that a loss does not depend on the sampled batch size."""
+_POOL = 50
+"""Batches whose examples are sorted by length together: enough to pad little, few enough to stay random."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples as tensors, labels last, and how many tokens (or examples) of them are predicted."""
+
+    tensors: tuple[Tensor, ...]
+    predicted: int
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        moved = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in self.tensors)
+        return Batch(moved, self.predicted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Test metrics, and what a person may want to look at beside them."""
+
+    scores: tuple[Score, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+    """JSON by kind: `samples`, `outputs`, `confusion`, ..."""
 
 
 class Task(Protocol):
-    model: nn.Module
+    model: PreTrainedModel
 
     @property
     def num_examples(self) -> dict[str, int]:
         """Examples per split: `train`, `validation`, `test`."""
 
-    def batch(self, split: str, indices: NDArray[np.int64]) -> Batch:
+    def epoch_batches(self, order: np.random.Generator, batch_size: int) -> list[Indices]:
+        """The training examples of one epoch, each once, in batches of this size (the last may be smaller)."""
+
+    def evaluation_batches(self, split: str) -> list[Indices]:
+        """The examples of a split, each once, in batches that do not depend on the trial."""
+
+    def batch(self, split: str, indices: Indices) -> Batch:
         """The examples of a split at these indices, on the CPU."""
 
-    def losses(self, batch: Batch) -> tuple[Tensor, int]:
-        """Unreduced losses of a batch in nats, with 0 where nothing is predicted, and how many are predicted."""
+    def losses(self, batch: Batch) -> Tensor:
+        """Unreduced losses of a batch in nats, with 0 where nothing is predicted."""
 
-    def evaluation_batch_size(self) -> int:
-        """Examples in one evaluation batch: fixed, so that a loss does not depend on the sampled batch size."""
-
-    def score(self, losses: Sequence[Tensor]) -> tuple[Score, ...]:
-        """Test metrics from the unreduced losses of all batches of the test split, in order."""
+    def score(self, evaluate: Evaluate) -> Scored:
+        """Test metrics of the model as it stands."""
 
     def save(self, folder: str) -> None:
         """Write what is needed beside the weights to load the model again without hpsearch."""
+
+
+def cut(indices: Indices, size: int) -> list[Indices]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def bucketed(lengths: NDArray[np.int64], order: np.random.Generator, batch_size: int) -> list[Indices]:
+    """All examples once, at random, in batches of examples of similar length, the batches at random, too.
+
+    Every batch but one has `batch_size` examples.
+    """
+    shuffled = order.permutation(len(lengths))
+    pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in cut(shuffled, _POOL * batch_size)]
+    batches = [batch for pool in pools for batch in cut(pool, batch_size)]
+    return [batches[index] for index in order.permutation(len(batches))]
+
+
+def within_budget(lengths: NDArray[np.int64], tokens: int = EVALUATION_TOKENS) -> list[Indices]:
+    """All examples once, sorted by length, in batches of at most so many padded tokens."""
+    batches: list[Indices] = []
+    start = 0
+    order = np.argsort(lengths, kind="stable")
+    for position in range(1, len(order) + 1):
+        # The last of a sorted run is its longest, so it decides what the run is padded to.
+        if position == len(order) or (position + 1 - start) * lengths[order[position]] > tokens:
+            batches.append(order[start:position])
+            start = position
+    return batches
+
+
+def padded(split: TokenSplit, indices: Indices, *, longest: int, leading_end: bool = False) -> Tensor:
+    """Token ids of shape (examples, longest of them), cut to `longest` tokens and padded at the end.
+
+    A document that is cut still ends with end-of-text. With `leading_end` end-of-text stands in front instead of behind
+    (a classifier's first token).
+    """
+    documents = []
+    for index in indices:
+        ids = split.document(int(index))
+        documents.append(ids if len(ids) <= longest else np.append(ids[: longest - 1], END_ID).astype(ids.dtype))
+    ids = np.full((len(documents), max(map(len, documents))), PADDING_ID, dtype=np.int64)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = np.roll(document, 1) if leading_end else document
+    return torch.from_numpy(ids)
 
 
 def bootstrap_ratio(
@@ -45,15 +130,27 @@ def bootstrap_ratio(
 
     Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3. Both arrays have shape (examples,).
     """
+
+    def ratio(chosen: Indices) -> NDArray[np.float64]:
+        return np.asarray(numerators[chosen].sum(axis=1) / denominators[chosen].sum(axis=1))
+
+    return bootstrap(ratio, len(numerators), resamples=resamples, seed=seed)
+
+
+def bootstrap(
+    statistic: Callable[[Indices], NDArray[np.float64]], count: int, *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a statistic of examples.
+
+    `statistic` takes indices of shape (resamples, count), drawn with replacement, and gives one value for each row.
+    """
     rng = np.random.default_rng(seed)
-    count = len(numerators)
-    ratios = np.empty(resamples)
     rows = max(1, 2_000_000 // count)
-    for start in range(0, resamples, rows):
-        stop = min(start + rows, resamples)
-        chosen = rng.integers(0, count, size=(stop - start, count))
-        ratios[start:stop] = numerators[chosen].sum(axis=1) / denominators[chosen].sum(axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    values = [
+        statistic(rng.integers(0, count, size=(min(rows, resamples - start), count)))
+        for start in range(0, resamples, rows)
+    ]
+    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -23,17 +23,20 @@ LAYERS = [
     {"store"},
     {"migrations", "worker"},
     {"trainer"},
-    {"tasks.causal_lm"},
-    {"tasks.base", "tasks"},
+    {"tasks.causal_lm", "tasks.translation", "tasks.classification"},
+    {"tasks.architecture"},
+    {"tasks.base"},
+    {"tasks"},
     {"data"},
-    {"corpora", "spec"},
-    {"space", "study_file", "trial"},
+    {"spec"},
+    {"corpora", "space", "study_file", "trial"},
     {"pruning"},
     {"settings"},
     {"errors"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
+TASK_ROOM = {"tasks.base", "tasks.architecture", "tasks.causal_lm", "tasks.translation", "tasks.classification"}
 OWNERS = {
     "click": {"cli"},
     "rich": {"terminal", "cli"},
@@ -41,11 +44,13 @@ OWNERS = {
     "optuna": {"search"},
     "pandas": {"ranking"},
     "sqlalchemy": {"store", "migrations"},
-    "torch": {"trainer", "worker", "tasks.base", "tasks.causal_lm"},
+    "torch": {"trainer", "worker", *TASK_ROOM},
     "safetensors": {"trainer"},
-    "transformers": {"tasks.causal_lm", "worker"},
+    "transformers": {"worker", *TASK_ROOM},
+    "sacrebleu": {"tasks.translation"},
+    "sklearn": {"tasks.classification"},
     "datasets": {"data"},
-    "tokenizers": {"data"},
+    "tokenizers": {"data", "tasks.translation"},
     "pydantic": {"settings", "pruning", "spec", "space"},
     "yaml": {"study_file"},
 }

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from hpsearch.corpora import fold, python_docs
-from hpsearch.data import load_split, measure, prepare, read_card, read_texts, stable_fraction
+from hpsearch.data import (
+    Examples,
+    count_cut,
+    load_labels,
+    load_split,
+    load_texts,
+    measure,
+    prepare,
+    read_card,
+    read_examples,
+    stable_fraction,
+)
 from hpsearch.errors import DataError, RunFolderError
-from hpsearch.spec import DataSpec, FileSplits, TokenizerSpec
+from hpsearch.settings import ClassificationSpec, ModelSettings
+from hpsearch.spec import DataSpec, FileSplits, StudySpec, TaskName, TokenizerSpec
 
 DOCS = DataSpec(corpus="python_docs", fraction=0.4)
 BPE = TokenizerSpec(vocab_size=512)
+
+
+def study(
+    data: DataSpec, folder: Path = Path("unused"), bpe: TokenizerSpec = BPE, task: TaskName = "causal_lm", **more: Any
+) -> StudySpec:
+    return StudySpec(name="s", task=task, data=data, tokenizer=bpe, folder=str(folder), **more)
+
+
+def texts_of(data: DataSpec, split: str) -> list[str]:
+    return read_examples(study(data)).field(split, 0)
+
+
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
@@ -27,18 +52,18 @@ def files(*train: Path, **others: list[str]) -> FileSplits:
 
 
 def test_the_splits_share_no_text_and_lose_none() -> None:
-    texts = read_texts(DataSpec(corpus="python_docs"))
-    parts = [{fold(text) for text in part} for part in (texts.train, texts.validation, texts.test)]
+    texts = read_examples(study(DataSpec(corpus="python_docs")))
+    parts = [{fold(text) for text in texts.field(split, 0)} for split in ("train", "validation", "test")]
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
-    assert set.union(*parts) == {fold(text) for text in python_docs()}
+    assert set.union(*parts) == {fold(text) for (text,) in python_docs()}
     assert sum(map(len, parts)) == len(texts.train) + len(texts.validation) + len(texts.test)
-    assert texts.duplicates > 0.1 * len(python_docs())
+    assert texts.duplicates > 0.1 * len(list(python_docs()))
 
 
 def test_a_fraction_shrinks_training_alone() -> None:
-    whole, part = read_texts(DataSpec(corpus="python_docs")), read_texts(DOCS)
+    whole, part = read_examples(study(DataSpec(corpus="python_docs"))), read_examples(study(DOCS))
     assert part.validation == whole.validation
     assert part.test == whole.test
     assert set(part.train) < set(whole.train)
@@ -46,7 +71,7 @@ def test_a_fraction_shrinks_training_alone() -> None:
 
 
 def test_leakage_is_measured() -> None:
-    assert 0.02 < read_texts(DOCS).seen_ngrams < 0.15
+    assert 0.02 < read_examples(study(DOCS)).seen_ngrams < 0.15
 
 
 def test_a_text_falls_on_the_same_side_wherever_it_stands() -> None:
@@ -57,18 +82,18 @@ def test_a_text_falls_on_the_same_side_wherever_it_stands() -> None:
 
 
 def test_the_arrays_hold_every_token_once(tmp_path: Path) -> None:
-    folder, card = prepare(DOCS, BPE, tmp_path)
-    texts = read_texts(DOCS)
+    folder, card = prepare(study(DOCS, tmp_path))
+    texts = read_examples(study(DOCS))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     split = load_split(folder, "test")
     assert isinstance(split.tokens, np.memmap)
     assert split.tokens[0] == 0
     starts = np.concatenate([[0], split.document_ends[:-1]]) + 1
-    for start, end, text in zip(starts, split.document_ends + 1, texts.test, strict=True):
+    for start, end, text in zip(starts, split.document_ends + 1, texts.field("test", 0), strict=True):
         assert split.tokens[end - 1] == 0
         assert tokenizer.decode(split.tokens[start : end - 1].tolist()) == text
     assert card.tokens["test"] == len(split.tokens) - 1
-    assert card.bytes["test"] == sum(len(text.encode()) for text in texts.test)
+    assert card.bytes["test"] == sum(len(text.encode()) for text in texts.field("test", 0))
     assert card.vocab_size == 512
 
 
@@ -77,20 +102,20 @@ def test_the_tokenizer_knows_the_training_split_alone(tmp_path: Path) -> None:
     train.write_text("\n\n".join(lines(300)))
     held_out.write_text("\n\n".join(f"zyzzyva {line}" for line in lines(300)))
     data = DataSpec(files=files(train, validation=[str(held_out)]))
-    folder, _ = prepare(data, TokenizerSpec(vocab_size=400), tmp_path)
+    folder, _ = prepare(study(data, tmp_path, TokenizerSpec(vocab_size=400)))
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
     assert "alpha" in vocabulary
     assert not any("zyz" in entry for entry in vocabulary)
 
 
 def test_data_is_prepared_once(tmp_path: Path) -> None:
-    folder, card = prepare(DOCS, BPE, tmp_path)
-    before = (folder / "train.npy").stat().st_mtime_ns
-    assert prepare(DOCS, BPE, tmp_path) == (folder, card)
-    assert (folder / "train.npy").stat().st_mtime_ns == before
-    assert measure(DOCS, BPE) == card == read_card(folder)
+    folder, card = prepare(study(DOCS, tmp_path))
+    before = (folder / "train-text.npy").stat().st_mtime_ns
+    assert prepare(study(DOCS, tmp_path)) == (folder, card)
+    assert (folder / "train-text.npy").stat().st_mtime_ns == before
+    assert measure(study(DOCS))[0] == card == read_card(folder)
     assert [entry.name for entry in (tmp_path / "data").iterdir()] == [folder.name]
-    assert prepare(DOCS, TokenizerSpec(vocab_size=300), tmp_path)[0] != folder
+    assert prepare(study(DOCS, tmp_path, TokenizerSpec(vocab_size=300)))[0] != folder
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "parquet"])
@@ -107,16 +132,18 @@ def test_local_files_of_every_format(tmp_path: Path, suffix: str) -> None:
         frame.to_csv(file, index=False)
     else:
         frame.to_parquet(file)
-    texts = read_texts(DataSpec(files=files(file), column="body"))
-    assert sorted([*texts.train, *texts.validation, *texts.test]) == sorted(lines(200))
+    texts = read_examples(study(DataSpec(files=files(file), column="body")))
+    assert sorted(text for split in ("train", "validation", "test") for text in texts.field(split, 0)) == sorted(
+        lines(200)
+    )
 
 
 def test_own_splits_are_kept_and_training_yields_to_them(tmp_path: Path) -> None:
     train, test = tmp_path / "train.txt", tmp_path / "test.txt"
     train.write_text("\n\n".join(lines(100)))
     test.write_text("\n\n".join(lines(10)))
-    texts = read_texts(DataSpec(files=files(train, test=[str(test)])))
-    assert texts.test == lines(10)
+    texts = read_examples(study(DataSpec(files=files(train, test=[str(test)]))))
+    assert texts.field("test", 0) == lines(10)
     assert not set(texts.test) & {*texts.train, *texts.validation}
     assert texts.duplicates == 10
 
@@ -136,7 +163,7 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: s
     file = tmp_path / name
     file.write_text(content)
     with pytest.raises(DataError) as caught:
-        read_texts(DataSpec(files=files(file), column=column))
+        read_examples(study(DataSpec(files=files(file), column=column)))
     assert message in str(caught.value)
 
 
@@ -144,13 +171,13 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     file = tmp_path / "latin.txt"
     file.write_bytes("café\n\n".encode("latin-1") * 50)
     with pytest.raises(DataError, match=r"latin\.txt"):
-        read_texts(DataSpec(files=files(file)))
+        read_examples(study(DataSpec(files=files(file))))
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(RunFolderError, match="taken"):
-        prepare(DOCS, BPE, tmp_path / "taken")
+        prepare(study(DOCS, tmp_path / "taken"))
 
 
 def test_the_hub_is_asked_as_the_study_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +196,7 @@ def test_the_hub_is_asked_as_the_study_says(monkeypatch: pytest.MonkeyPatch) -> 
 
     # The hub itself cannot be had in a test.
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    texts = read_texts(DataSpec(hub="Salesforce/wikitext", config="wikitext-2-raw-v1", revision="abc"))
+    texts = read_examples(study(DataSpec(hub="Salesforce/wikitext", config="wikitext-2-raw-v1", revision="abc")))
     assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"revision": "abc"})]
     assert len(texts.validation) == 9
 
@@ -178,4 +205,142 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"cannot load no-such/dataset from the hub"):
-        read_texts(DataSpec(hub="no-such/dataset"))
+        read_examples(study(DataSpec(hub="no-such/dataset")))
+
+
+MESSAGES = DataSpec(corpus="ui_messages")
+AREAS = DataSpec(corpus="python_areas", max_examples=1500)
+
+
+def test_translations_share_no_near_equal_source_between_splits(tmp_path: Path) -> None:
+    pairs = read_examples(study(MESSAGES, task="translation"))
+    normal = [
+        {"".join(c for c in source.lower() if c.isalpha()) for source in pairs.field(split, 0)}
+        for split in ("train", "validation", "test")
+    ]
+    assert len(normal[0] & normal[1]) + len(normal[0] & normal[2]) < 0.01 * len(normal[0])
+    assert 4000 < len(pairs.train) < 5000
+    assert 0 < pairs.seen_targets < 0.15
+    assert not any("</" in source or "&quot;" in source for source, _ in pairs.train)
+
+
+def test_the_arrays_of_a_translation(tmp_path: Path) -> None:
+    spec = study(
+        MESSAGES, tmp_path, TokenizerSpec(vocab_size=600), "translation", model=ModelSettings(context_length=16)
+    )
+    folder, card = prepare(spec)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pairs = read_examples(spec)
+    assert load_texts(folder, "test", "target") == pairs.field("test", 1)
+    split = load_split(folder, "test", "source")
+    assert tokenizer.decode(split.document(3)[:-1].tolist()) == pairs.test[3][0]
+    assert card.seen_targets == pairs.seen_targets
+    assert (card.target_vocab_size, tokenizer.token_to_id("<|pad|>")) == (None, 1)
+    longer = np.maximum(split.lengths, load_split(folder, "test", "target").lengths) > 16
+    assert count_cut(spec, folder)["test"] == longer.sum() > 0
+    assert measure(spec) == (card, count_cut(spec, folder))
+
+
+def test_two_vocabularies_know_a_language_each(tmp_path: Path) -> None:
+    folder, card = prepare(study(MESSAGES, tmp_path, TokenizerSpec(vocab_size=600, shared=False), "translation"))
+    english, french = (
+        Tokenizer.from_file(str(folder / name)).get_vocab() for name in ("tokenizer.json", "tokenizer-target.json")
+    )
+    assert card.target_vocab_size == 600
+    assert "Ġthe" in english
+    assert "Ġles" in french
+    assert "Ġles" not in english
+
+
+def test_areas_become_labels(tmp_path: Path) -> None:
+    folder, card = prepare(study(AREAS, tmp_path, task="classification"))
+    assert len(card.labels) == 13
+    assert card.labels == sorted(card.labels)
+    labels = load_labels(folder, "train")
+    assert labels.shape == (card.documents["train"], 13)
+    assert (labels.sum(axis=1) == 1).all()
+    assert sum(card.documents.values()) == 1500
+
+
+def rows(tmp_path: Path, name: str, content: list[dict[str, Any]]) -> Path:
+    import json
+
+    file = tmp_path / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return file
+
+
+def labelled(count: int, labels: list[Any]) -> list[dict[str, Any]]:
+    return [{"text": line, "label": labels[index % len(labels)]} for index, line in enumerate(lines(count))]
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        pytest.param("classification", labelled(99, ["a"]), "one class only ('a')", id="one class"),
+        pytest.param("classification", [{"text": "x"}], "has no column 'label'", id="no label"),
+        pytest.param(
+            "classification",
+            [*labelled(9, ["a"]), {"text": "x", "label": None}],
+            "row 10: column 'label' is empty",
+            id="empty label",
+        ),
+        pytest.param(
+            "classification",
+            [*labelled(9, ["a"]), {"text": " ", "label": "a"}],
+            "row 10: column 'text' is empty",
+            id="empty text",
+        ),
+        pytest.param(
+            "translation", [{"source": "x", "target": ""}], "row 1: column 'target' is empty", id="empty reference"
+        ),
+        pytest.param("translation", [{"source": "x"}], "has no column 'target'; it has source", id="no target"),
+    ],
+)
+def test_examples_that_cannot_be_used_are_named(
+    tmp_path: Path, task: TaskName, content: list[dict[str, Any]], message: str
+) -> None:
+    file = rows(tmp_path, "a.jsonl", content)
+    with pytest.raises(DataError) as caught:
+        read_examples(study(DataSpec(files=files(file)), task=task))
+    assert message in str(caught.value)
+
+
+def test_a_label_unseen_in_training_is_named(tmp_path: Path) -> None:
+    train, test = (
+        rows(tmp_path, "train.jsonl", labelled(99, ["a", "b"])),
+        rows(tmp_path, "test.jsonl", [{"text": "new", "label": "c"}]),
+    )
+    with pytest.raises(DataError, match=r"label 'c' of the test split does not occur in training \(text: 'new'\)"):
+        read_examples(study(DataSpec(files=files(train, test=[str(test)])), task="classification"))
+
+
+def test_several_labels_an_example(tmp_path: Path) -> None:
+    file = rows(tmp_path, "a.jsonl", labelled(300, [["a", "b"], ["b"], "c|a", 3]))
+    spec = study(
+        DataSpec(files=files(file)),
+        tmp_path,
+        task="classification",
+        classification=ClassificationSpec(multi_label=True),
+    )
+    folder, card = prepare(spec)
+    assert card.labels == ["3", "a", "b", "c"]
+    assert set(load_labels(folder, "train").sum(axis=1).tolist()) == {1, 2}
+
+
+def test_a_stable_sample_is_taken(tmp_path: Path) -> None:
+    file = rows(tmp_path, "a.jsonl", labelled(400, ["a", "b"]))
+
+    def sample(most: int | None) -> Examples:
+        return read_examples(study(DataSpec(files=files(file), max_examples=most), task="classification"))
+
+    some, all_of_them = sample(100), sample(None)
+    assert sum(len(getattr(some, split)) for split in ("train", "validation", "test")) == 100
+    assert set(some.test) <= set(all_of_them.test)
+    assert sample(100) == some
+
+
+def test_a_missing_catalog_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.corpora._CATALOG_PACKAGES", ("no-such-package",))
+    with pytest.raises(DataError, match=r"pip install 'hpsearch\[demo-data\]'"):
+        read_examples(study(MESSAGES, task="translation"))

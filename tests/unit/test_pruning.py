@@ -97,6 +97,26 @@ def test_the_warm_up_is_a_fifth_of_the_run() -> None:
     assert judge(rising[:8], 40, RULE).stops
 
 
+def test_training_loss_that_falls_in_steps_is_falling() -> None:
+    # As measured on a translation study: flat within an epoch of 4 evaluations, lower in the next.
+    train = [3.0 - 0.3 * (index // 4) + 0.02 * (index % 4) for index in range(40)]
+    curve = [P(t, v) for t, v in zip(train, u_shaped(40, 20), strict=True)]
+    blind = [judge(curve[:seen], 40, RULE) for seen in range(1, 41)]
+    aware = [judge(curve[:seen], 40, RULE, evaluations_per_epoch=4) for seen in range(1, 41)]
+    assert next(one for one in aware if one.stops).verdict == Verdict.OVERFITTING
+    assert next(one for one in blind if one.stops).verdict == Verdict.PLATEAU
+
+
+def test_a_flat_sawtooth_is_a_plateau() -> None:
+    train = [3.0 + 0.1 * (index % 4) for index in range(40)]
+    valid = [2.0 + 0.01 * index for index in range(40)]
+    verdicts = [
+        judge([P(t, v) for t, v in zip(train[:seen], valid, strict=False)], 40, RULE, evaluations_per_epoch=4)
+        for seen in range(1, 41)
+    ]
+    assert next(one for one in verdicts if one.stops).verdict == Verdict.PLATEAU
+
+
 def test_an_empty_curve_is_too_early() -> None:
     judgement = judge([], 40, RULE)
     assert judgement.verdict == Verdict.TOO_EARLY

@@ -62,6 +62,8 @@ def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
         pytest.param("model: {hidden_size: 100, num_heads: 3}", "num_heads (3) does not divide hidden_size (100)", id="heads"),
         pytest.param("resources: {gpus_per_trial: 2}", "s.yaml:4:29: resources.gpus_per_trial: expected auto or a number from 0 to 1, got 2", id="gpus"),
         pytest.param("store: ${NOT_SET_ANYWHERE}", "s.yaml:4:8: store: the environment has no NOT_SET_ANYWHERE; set it, or write ${NOT_SET_ANYWHERE:-default}", id="environment"),
+        pytest.param("classification: {f1: micro}", "s.yaml:4:1: classification: settings of another task; this study's is causal_lm", id="other task"),
+        pytest.param("tokenizer: {shared: false}", "s.yaml:4:21: tokenizer.shared: only a translation has two vocabularies", id="two vocabularies"),
         pytest.param("metric: {name: loss}", "s.yaml:4:1: metric: a W&B sweep key: hpsearch always minimises validation loss", id="W&B metric"),
     ],
 )  # fmt: skip
@@ -76,7 +78,8 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, line: str)
     [
         pytest.param("task: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:1: missing key 'name'", id="name"),
         pytest.param("name: ../up\ntask: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:7: name: expected letters", id="path"),
-        pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: expected 'causal_lm', got 'lm'", id="task"),
+        pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: expected 'causal_lm', 'translation' or 'classification', got 'lm'", id="task"),
+        pytest.param("name: a\ntask: translation\ndata: {corpus: python_docs}\n", "s.yaml:3:16: data.corpus: python_docs is no translation data; expected ui_messages", id="corpus of another task"),
         pytest.param("name: a\ntask: causal_lm\ndata: {}\n", "s.yaml:3:7: data: expected exactly one of corpus, files and hub, got none", id="no data"),
         pytest.param("name: a\ntask: causal_lm\ndata: {files: gone.txt}\n", "data.files.train: no such file", id="no file"),
         pytest.param("name: a\ntask: causal_lm\ndata: {files: s.yaml}\n", "cannot tell the format of s.yaml", id="format"),

@@ -16,7 +16,7 @@ from hpsearch import migrations
 from hpsearch import store as store_module
 from hpsearch.errors import StoreError, StudyBusyError, UnknownStudyError
 from hpsearch.ranking import flat_rows, frame, leaderboard
-from hpsearch.settings import ModelSettings, RunSettings
+from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.store import NewStudy, Store, metadata
 from hpsearch.trial import Point, Score, TrialConfig, TrialResult, TrialState
 
@@ -40,7 +40,7 @@ def store(store_url: str) -> Iterator[Store]:
 def config(number: int, **params: object) -> TrialConfig:
     return TrialConfig(
         study="s", number=number, task="causal_lm", seed=0, params=params, model=ModelSettings(),
-        training=RunSettings(), rule=None, data="d", folder="f", threads=1,
+        training=RunSettings(), rule=None, translation=TranslationSpec(), classification=ClassificationSpec(), data="d", folder="f", threads=1,
     )  # fmt: skip
 
 
@@ -63,7 +63,8 @@ def test_what_is_written_is_read(store: Store) -> None:
     store.add_point(trial, POINT)
     store.add_point(trial, replace(POINT, evaluation=2, valid_loss=math.nan, train_loss=math.inf))
     store.add_decision(trial, evaluation=2, verdict="diverging", action="stop", evidence={"z": math.nan, "rule": "r"})
-    store.finish_trial(trial, scored(7.0, 2.0), last_epoch=1.0)
+    store.finish_trial(trial, replace(scored(7.0, 2.0), details={"samples": [{"output": "é"}]}), last_epoch=1.0)
+    assert store.details(trial) == {"samples": [{"output": "é"}]}
     study = store.study("s")
     assert (study["spec"], study["overrides"], study["data"]) == ({"name": "s"}, ["--trials 3"], {"fingerprint": "d"})
     assert study["created_at"].utcoffset() == timedelta(0)
@@ -201,7 +202,7 @@ def test_every_step_migrates_from_the_one_before(store_url: str, monkeypatch: py
         assert opened.trial(opened.study("s"), 0)["number"] == 0
         opened.close()
     monkeypatch.setattr(migrations, "STEPS", steps[:1])
-    with pytest.raises(StoreError, match="schema version 2, written by a newer hpsearch"):
+    with pytest.raises(StoreError, match=f"schema version {len(steps)}, written by a newer hpsearch"):
         Store(store_url)
     with pytest.raises(StoreError, match="newer hpsearch"):
         Store.preflight(store_url)

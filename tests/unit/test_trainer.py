@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hpsearch.data import load_split, prepare
 from hpsearch.errors import UsageError
 from hpsearch.pruning import OverfitRule
-from hpsearch.settings import ModelSettings, RunSettings
-from hpsearch.spec import DataSpec, TokenizerSpec
+from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
+from hpsearch.tasks.architecture import build_config
 from hpsearch.tasks.base import bootstrap_ratio
-from hpsearch.tasks.causal_lm import CausalLM, build_config
+from hpsearch.tasks.causal_lm import CausalLM
 from hpsearch.trainer import OutOfMemoryError, Trainer, seed_everything
 from hpsearch.trial import Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.worker import run_trial
 
-MODEL = ModelSettings(hidden_size=32, num_heads=2, num_layers=1, context_length=32, init_std=0.08)
+MODEL = ModelSettings(architecture="gpt2", hidden_size=32, num_heads=2, num_layers=1, context_length=32, init_std=0.08)
 RUN = RunSettings(learning_rate=1e-2, batch_size=16, num_epochs=2, evaluations_per_epoch=2)
 WIDER = MODEL.model_copy(update={"hidden_size": 64})
 OVERFITTING = RUN.model_copy(update={"num_epochs": 30, "batch_size": 8, "schedule": "constant"})
@@ -36,7 +37,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    return prepare(DataSpec(corpus="python_docs", fraction=0.08), TokenizerSpec(vocab_size=300), folder)[0]
+    corpus = DataSpec(corpus="python_docs", fraction=0.08)
+    return prepare(
+        StudySpec(name="s", task="causal_lm", data=corpus, tokenizer=TokenizerSpec(vocab_size=300), folder=str(folder))
+    )[0]
 
 
 @pytest.fixture
@@ -52,6 +56,7 @@ def make(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
 def config(data: Path, tmp_path: Path) -> TrialConfig:
     return TrialConfig(
         study="s", number=3, task="causal_lm", seed=0, params={}, model=MODEL, training=RUN, rule=OverfitRule(),
+        translation=TranslationSpec(), classification=ClassificationSpec(),
         data=str(data), folder=str(tmp_path / "trial"), threads=1,
     )  # fmt: skip
 
@@ -111,7 +116,7 @@ def test_memory_trouble_halves_the_micro_batch_and_keeps_the_batch(make: Callabl
 
     def limited(batch: Any) -> Any:
         # No GPU here: the allocator's own exception, raised where it would be.
-        if torch.is_grad_enabled() and len(batch[0]) > 4:
+        if torch.is_grad_enabled() and len(batch.tensors[0]) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return compute(batch)
 
@@ -190,6 +195,14 @@ def test_the_scores_are_transformers_own_loss_on_the_exported_folder(config: Tri
     assert perplexity.value == pytest.approx(math.exp(total / count), rel=1e-5)
     sizes = load_split(Path(config.data), "test").document_bytes.sum()
     assert bits.value == pytest.approx(total / math.log(2) / sizes, rel=1e-5)
+    valid = torch.from_numpy(load_split(Path(config.data), "validation").tokens.astype(np.int64))
+    total = 0.0
+    for start in range(0, len(valid) - 1, 32):
+        window = valid[start : start + 33][None]
+        with torch.no_grad():
+            logits = model(input_ids=window[:, :-1]).logits
+        total += torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum").item()
+    assert result.best_valid_loss == pytest.approx(total / (len(valid) - 1), rel=1e-5)
     assert perplexity.low < perplexity.value < perplexity.high
     assert perplexity.contract["tokenizer"] == json.loads((Path(config.data) / "card.json").read_text())["tokenizer"]
 
@@ -262,7 +275,7 @@ def test_results_and_progress_survive_the_wire(config: TrialConfig) -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "opt", "qwen2", "mistral", "gemma", "qwen3"])
 def test_settings_reach_every_architecture_under_its_own_names(architecture: str) -> None:
     settings = ModelSettings(architecture=architecture, num_layers=3, hidden_size=64, num_heads=4, context_length=16)
-    model = AutoModelForCausalLM.from_config(build_config(settings, 300))
+    model = AutoModelForCausalLM.from_config(build_config(AutoModelForCausalLM, settings, vocab_size=300))
     assert model.config.num_hidden_layers == 3
     assert model.get_input_embeddings().weight.shape == (300, 64)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
@@ -271,7 +284,7 @@ def test_settings_reach_every_architecture_under_its_own_names(architecture: str
 
 
 def test_dropout_reaches_the_model() -> None:
-    config = build_config(ModelSettings(dropout=0.3), 300)
+    config = build_config(AutoModelForCausalLM, ModelSettings(architecture="gpt2", dropout=0.3), vocab_size=300)
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.3, 0.3, 0.3)
 
 
@@ -279,13 +292,13 @@ def test_dropout_reaches_the_model() -> None:
     ("settings", "message"),
     [
         ({"architecture": "gtp2"}, "transformers knows no architecture 'gtp2'"),
-        ({"architecture": "vit"}, "'vit' has no causal language model"),
+        ({"architecture": "vit"}, "'vit' has no CausalLM model"),
         ({"config": {"n_iner": 3}}, r"model\.config\.n_iner: the configuration of 'gpt2' has no such key"),
     ],
 )
 def test_models_that_cannot_be_built_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        build_config(ModelSettings(**settings), 300)
+        build_config(AutoModelForCausalLM, ModelSettings(**{"architecture": "gpt2", **settings}), vocab_size=300)
 
 
 def test_the_bootstrap_interval_covers_the_truth() -> None:

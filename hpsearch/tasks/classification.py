@@ -1,0 +1,201 @@
+"""Text classification, single-label or multi-label: cross-entropy, F1 and what goes with it. Owns scikit-learn."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification
+
+from hpsearch.data import PADDING_ID, SPLITS, load_labels, load_split, read_card
+from hpsearch.errors import UsageError
+from hpsearch.settings import ClassificationSpec, ModelSettings
+from hpsearch.tasks import architecture
+from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bootstrap, bucketed, padded, within_budget
+from hpsearch.trial import Score, TrialConfig
+
+_ZERO_DIVISION = 0.0
+"""Precision, recall and F1 of a class that nothing was predicted as, or that does not occur."""
+
+
+def build(config: TrialConfig) -> Classification:
+    return Classification(Path(config.data), config.model, config.classification, config.training.label_smoothing)
+
+
+def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
+    architecture.check_model(AutoModelForSequenceClassification, settings, **_tokens(vocab_size, [""] * labels))
+
+
+class Classification:
+    """See `tasks.base.Task`. An example is a text; losses have shape (texts,): means over labels."""
+
+    def __init__(
+        self, data: Path, settings: ModelSettings, options: ClassificationSpec, label_smoothing: float
+    ) -> None:
+        self._folder = data
+        self._card = read_card(data)
+        self._texts = {split: load_split(data, split) for split in SPLITS}
+        self._labels = {split: load_labels(data, split) for split in SPLITS}
+        self._length = settings.context_length
+        self._options = options
+        self._label_smoothing = label_smoothing
+        if options.positive_label is not None and options.positive_label not in self._card.labels:
+            known = ", ".join(self._card.labels)
+            raise UsageError(f"classification.positive_label: no label {options.positive_label!r}; there are {known}")
+        tokens = _tokens(self._card.vocab_size, self._card.labels)
+        self.model = architecture.build_model(AutoModelForSequenceClassification, settings, **tokens)
+        self._weights = torch.tensor(self._class_weights(), dtype=torch.float32) if options.class_weights else None
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        return {split: len(self._labels[split]) for split in SPLITS}
+
+    def epoch_batches(self, order: np.random.Generator, batch_size: int) -> list[Indices]:
+        return bucketed(self._lengths("train"), order, batch_size)
+
+    def evaluation_batches(self, split: str) -> list[Indices]:
+        return within_budget(self._lengths(split))
+
+    def batch(self, split: str, indices: Indices) -> Batch:
+        """Token ids of shape (texts, longest of them) and labels of shape (texts, labels)."""
+        ids = padded(self._texts[split], indices, longest=self._length, leading_end=True)
+        return Batch((ids, torch.from_numpy(self._labels[split][indices])), predicted=len(indices))
+
+    def losses(self, batch: Batch) -> Tensor:
+        labels = batch.tensors[1]
+        logits = self._logits(batch)
+        training = self.model.training
+        weights = self._weights.to(logits.device) if self._weights is not None and training else None
+        smoothing = self._label_smoothing if training else 0.0
+        if self._options.multi_label:
+            wanted = labels.float() * (1 - smoothing) + smoothing / 2
+            losses = functional.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights, reduction="none")
+            return losses.mean(dim=1)
+        return functional.cross_entropy(
+            logits, labels.argmax(dim=1), weight=weights, reduction="none", label_smoothing=smoothing
+        )
+
+    def score(self, evaluate: Evaluate) -> Scored:
+        """F1 (which ranks, averaged as the study says) and its relatives on the test split, with intervals."""
+        predicted = np.zeros_like(self._labels["test"])
+        for indices, chosen in evaluate("test", lambda batch: self._choose(self._logits(batch))):
+            predicted[indices] = chosen.cpu().numpy()
+        truth = self._labels["test"]
+        contract = {
+            "split": "test",
+            "data": self._card.fingerprint,
+            "labels": self._card.labels,
+            "context_length": self._length,
+            "zero_division": _ZERO_DIVISION,
+        }
+        kinds = {
+            "f1": self._options.f1,
+            "f1_macro": "macro",
+            "f1_micro": "micro",
+            "f1_weighted": "weighted",
+            "precision": self._options.f1,
+            "recall": self._options.f1,
+            "accuracy": "accuracy",
+        }
+        scores = tuple(
+            self._score(name, average, truth, predicted, {**contract, "average": average})
+            for name, average in kinds.items()
+        )
+        details: dict[str, Any] = {"predictions": [np.flatnonzero(row).tolist() for row in predicted]}
+        if not self._options.multi_label:
+            matrix = confusion_matrix(truth.argmax(1), predicted.argmax(1), labels=range(len(self._card.labels)))
+            details["confusion"] = {"labels": self._card.labels, "counts": matrix.tolist()}
+        return Scored(scores=scores, details=details)
+
+    def save(self, folder: str) -> None:
+        self.model.config.save_pretrained(folder)
+        shutil.copy(self._folder / "tokenizer.json", folder)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        ids = batch.tensors[0]
+        logits: Tensor = self.model(input_ids=ids, attention_mask=(ids != PADDING_ID).long()).logits
+        return logits.float()
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        if self._options.multi_label:
+            return (logits > 0).long()
+        return functional.one_hot(logits.argmax(dim=1), logits.shape[1])
+
+    def _class_weights(self) -> NDArray[np.float64]:
+        """Inverse frequency, 1 on average; of several labels each, how many examples lack one for each that has it."""
+        counts = self._labels["train"].sum(axis=0)
+        if self._options.multi_label:
+            return np.asarray((len(self._labels["train"]) - counts) / counts)
+        return np.asarray(counts.sum() / (len(counts) * counts))
+
+    def _lengths(self, split: str) -> NDArray[np.int64]:
+        return np.minimum(self._texts[split].lengths, self._length)
+
+    def _score(
+        self, name: str, average: str, truth: NDArray[np.int64], predicted: NDArray[np.int64], contract: dict[str, Any]
+    ) -> Score:
+        positive = self._card.labels.index(self._options.positive_label) if self._options.positive_label else None
+        hits, guesses, actual = truth & predicted, predicted, truth
+
+        def resampled(chosen: Indices) -> NDArray[np.float64]:
+            if average == "accuracy":
+                return np.asarray((truth == predicted).all(axis=1)[chosen].mean(axis=1))
+            # How often each example was drawn, times what it counts: shape (resamples, labels).
+            drawn = np.stack([np.bincount(row, minlength=len(truth)) for row in chosen])
+            counts = [(drawn @ each).astype(np.float64) for each in (hits, guesses, actual)]
+            return _averaged(name, average, *counts, positive=positive)
+
+        low, high = bootstrap(resampled, len(truth), resamples=1000)
+        value = _sklearn(name, average, truth, predicted, positive)
+        return Score(metric=name, value=value, low=low, high=high, n=len(truth), contract=contract)
+
+
+def _sklearn(
+    name: str, average: str, truth: NDArray[np.int64], predicted: NDArray[np.int64], positive: int | None
+) -> float:
+    if average == "accuracy":
+        return float(accuracy_score(truth, predicted))
+    function = {"precision": precision_score, "recall": recall_score}.get(name, f1_score)
+    if average == "binary":
+        return float(function(truth[:, positive], predicted[:, positive], zero_division=_ZERO_DIVISION))
+    return float(function(truth, predicted, average=average, zero_division=_ZERO_DIVISION))
+
+
+def _averaged(
+    name: str,
+    average: str,
+    hits: NDArray[np.float64],
+    guesses: NDArray[np.float64],
+    actual: NDArray[np.float64],
+    *,
+    positive: int | None,
+) -> NDArray[np.float64]:
+    """Precision, recall or F1 of counts of shape (resamples, labels)."""
+    weights = actual
+    if average == "micro":
+        hits, guesses, actual = (counts.sum(axis=1, keepdims=True) for counts in (hits, guesses, actual))
+    upper = {"precision": hits, "recall": hits}.get(name, 2 * hits)
+    lower = {"precision": guesses, "recall": actual}.get(name, guesses + actual)
+    each = np.divide(upper, lower, out=np.full(lower.shape, _ZERO_DIVISION), where=lower > 0)
+    if average == "binary":
+        return np.asarray(each[:, positive])
+    if average == "weighted":
+        return np.asarray((each * weights).sum(axis=1) / weights.sum(axis=1))
+    return np.asarray(each.mean(axis=1))
+
+
+def _tokens(vocab_size: int, labels: list[str]) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "pad_token_id": PADDING_ID,
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }

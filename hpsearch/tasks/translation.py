@@ -1,0 +1,189 @@
+"""Translation by encoder-decoders: next-token loss on the target, BLEU, chrF2++ and TER of decoded text.
+
+Owns sacrebleu. Batches hold sentences of similar length, so that little of them is padding.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.metrics.ter import TER
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForSeq2SeqLM
+
+from hpsearch.data import END_ID, PADDING_ID, SPLITS, load_split, load_texts, read_card
+from hpsearch.errors import UsageError
+from hpsearch.settings import ModelSettings, TranslationSpec
+from hpsearch.tasks import architecture
+from hpsearch.tasks.base import (
+    IGNORED,
+    Batch,
+    Evaluate,
+    Indices,
+    Scored,
+    bootstrap,
+    bucketed,
+    padded,
+    within_budget,
+)
+from hpsearch.trial import Score, TrialConfig
+
+
+def build(config: TrialConfig) -> Translation:
+    return Translation(Path(config.data), config.model, config.translation, config.training.label_smoothing)
+
+
+def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
+    architecture.check_model(AutoModelForSeq2SeqLM, settings, **_tokens(settings, vocab_size, target_vocab_size))
+
+
+class Translation:
+    """See `tasks.base.Task`. An example is a sentence pair; losses have shape (pairs, target tokens)."""
+
+    def __init__(self, data: Path, settings: ModelSettings, options: TranslationSpec, label_smoothing: float) -> None:
+        self._folder = data
+        self._card = read_card(data)
+        self._sources = {split: load_split(data, split, "source") for split in SPLITS}
+        self._targets = {split: load_split(data, split, "target") for split in SPLITS}
+        self._length = settings.context_length
+        self._options = options
+        self._label_smoothing = label_smoothing
+        tokens = _tokens(settings, self._card.vocab_size, self._card.target_vocab_size)
+        self.model = architecture.build_model(AutoModelForSeq2SeqLM, settings, **tokens)
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        return {split: len(self._sources[split].lengths) for split in SPLITS}
+
+    def epoch_batches(self, order: np.random.Generator, batch_size: int) -> list[Indices]:
+        return bucketed(self._lengths("train"), order, batch_size)
+
+    def evaluation_batches(self, split: str) -> list[Indices]:
+        return within_budget(self._lengths(split))
+
+    def batch(self, split: str, indices: Indices) -> Batch:
+        """Source and target ids, each of shape (pairs, longest of them)."""
+        source = padded(self._sources[split], indices, longest=self._length)
+        target = padded(self._targets[split], indices, longest=self._length)
+        target[target == PADDING_ID] = IGNORED
+        return Batch((source, target), predicted=int((target != IGNORED).sum()))
+
+    def losses(self, batch: Batch) -> Tensor:
+        source, target = batch.tensors
+        shifted = target.new_full(target.shape, PADDING_ID)
+        shifted[:, 1:] = target[:, :-1].masked_fill(target[:, :-1] == IGNORED, PADDING_ID)
+        logits = self.model(
+            input_ids=source, attention_mask=source != PADDING_ID, decoder_input_ids=shifted, use_cache=False
+        ).logits
+        return functional.cross_entropy(
+            logits.float().reshape(-1, logits.shape[-1]),
+            target.reshape(-1),
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=self._label_smoothing if self.model.training else 0.0,
+        ).view_as(target)
+
+    def score(self, evaluate: Evaluate) -> Scored:
+        """BLEU (which ranks), chrF2++ and TER of the test split, as the sacrebleu command line computes them."""
+        outputs = self.decode(evaluate, "test")
+        references = load_texts(self._folder, "test", "target")
+        sources = load_texts(self._folder, "test", "source")
+        shared = {
+            "split": "test",
+            "data": self._card.fingerprint,
+            "num_beams": self._options.num_beams,
+            "context_length": self._length,
+        }
+        metrics = {"bleu": BLEU(), "chrf": CHRF(word_order=2), "ter": TER()}
+        scores = tuple(_score(name, metric, outputs, references, shared) for name, metric in metrics.items())
+        shown = np.linspace(0, len(outputs) - 1, min(self._options.samples, len(outputs)), dtype=int)
+        samples = [
+            {"source": sources[index], "reference": references[index], "output": outputs[index]} for index in shown
+        ]
+        return Scored(scores=scores, details={"samples": samples, "outputs": outputs})
+
+    def decode(self, evaluate: Evaluate, split: str) -> list[str]:
+        """Translations of a split, in its order, with a key-value cache."""
+        field = "source" if self._card.target_vocab_size is None else "target"
+        name = "tokenizer.json" if field == "source" else "tokenizer-target.json"
+        tokenizer = Tokenizer.from_file(str(self._folder / name))
+        outputs = [""] * self.num_examples[split]
+        for indices, ids in evaluate(split, self._generate):
+            for index, row in zip(indices, ids.tolist(), strict=True):
+                outputs[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+        return outputs
+
+    def save(self, folder: str) -> None:
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+        for file in self._folder.glob("tokenizer*.json"):
+            shutil.copy(file, folder)
+
+    def _generate(self, batch: Batch) -> Tensor:
+        source = batch.tensors[0]
+        ids: Tensor = self.model.generate(
+            input_ids=source,
+            attention_mask=(source != PADDING_ID).long(),
+            num_beams=self._options.num_beams,
+            do_sample=False,
+            max_length=self._length,
+            use_cache=True,
+        )
+        return ids
+
+    def _lengths(self, split: str) -> NDArray[np.int64]:
+        """The longer side of each pair, as the model sees it."""
+        longest = np.maximum(self._sources[split].lengths, self._targets[split].lengths)
+        return np.minimum(longest, self._length)
+
+
+def _tokens(settings: ModelSettings, vocab_size: int, target_vocab_size: int | None) -> dict[str, Any]:
+    tokens: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "pad_token_id": PADDING_ID,
+        "eos_token_id": END_ID,
+        "bos_token_id": END_ID,
+        "decoder_start_token_id": PADDING_ID,
+    }
+    if settings.architecture in ("marian", "bart", "mbart", "pegasus"):
+        tokens["forced_eos_token_id"] = END_ID
+    if target_vocab_size is not None:
+        if settings.architecture != "marian":
+            raise UsageError(
+                f"tokenizer.shared: '{settings.architecture}' has one vocabulary for both languages; "
+                "marian can have two"
+            )
+        tokens |= {
+            "decoder_vocab_size": target_vocab_size,
+            "share_encoder_decoder_embeddings": False,
+            "tie_word_embeddings": True,
+        }
+    elif settings.architecture == "marian":
+        tokens["decoder_vocab_size"] = vocab_size
+    return tokens
+
+
+def _score(name: str, metric: Any, outputs: list[str], references: list[str], shared: dict[str, Any]) -> Score:
+    value = metric.corpus_score(outputs, [references]).score
+    # Sentence statistics add up to corpus statistics, so a resample costs a sum and no text is read again.
+    statistics = np.array(metric._extract_corpus_statistics(outputs, [references]), dtype=np.float64)
+
+    def resampled(chosen: Indices) -> NDArray[np.float64]:
+        sums = statistics[chosen].sum(axis=1)
+        return np.array([metric._compute_score_from_stats(_whole(row)).score for row in sums])
+
+    low, high = bootstrap(resampled, len(outputs), resamples=1000)
+    contract = {**shared, "signature": str(metric.get_signature())}
+    return Score(metric=name, value=float(value), low=low, high=high, n=len(outputs), contract=contract)
+
+
+def _whole(row: NDArray[np.float64]) -> list[Any]:
+    return [int(value) if value == int(value) else value for value in row.tolist()]
