@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpsearch import pretrained
 from hpsearch.corpora import CORPORA, Example, fold
 from hpsearch.errors import DataError, RunFolderError
-from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
+from hpsearch.spec import AlignedFiles, DataSpec, StudySpec, TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,10 +32,12 @@ SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 END_ID, PADDING_ID = 0, 1
+TOKENIZER_FOLDER = "tokenizer"
 LABEL_SEPARATOR = "|"
 """Between the labels of one example, where labels are given as text."""
-_FORMAT = 2
+_FORMAT = 3
 """Of the files on disk; part of the fingerprint."""
+_TARGET_TOKENIZER = "tokenizer-target.json"
 _TEXT_FIELDS = {"causal_lm": ("text",), "translation": ("source", "target"), "classification": ("text",)}
 
 
@@ -74,7 +77,12 @@ class DataCard:
     """Of texts, split and tokenizer: equal fingerprints mean equal arrays."""
     tokenizer: str
     """Hash of the tokenizer: perplexities per token compare only when it is the same."""
+    test_fingerprint: str
+    """Of the test split's text alone: scores compare when it is the same, whatever the tokenizer and training data."""
     vocab_size: int
+    end_id: int
+    """The token that ends a text."""
+    padding_id: int
     target_vocab_size: int | None
     """Of a translation study whose target has a vocabulary of its own."""
     documents: dict[str, int]
@@ -93,8 +101,9 @@ class DataCard:
 class TokenSplit:
     """One split as a stream of tokens, mapped from disk.
 
-    `tokens` starts with end-of-text, then each document followed by end-of-text, so that every token of every document
-    is predicted once. `document_ends[d]` counts the predicted tokens up to the end of document d.
+    `tokens` starts with end-of-text, then come the documents as the tokenizer marks them for the task: a language
+    model's and a translation's end with end-of-text, so that every token of every document is predicted once.
+    `document_ends[d]` counts the tokens up to the end of document d, the very first one left out.
     """
 
     tokens: NDArray[np.integer[Any]]
@@ -102,13 +111,13 @@ class TokenSplit:
     document_bytes: NDArray[np.int64]
 
     def document(self, index: int) -> NDArray[np.integer[Any]]:
-        """The tokens of one document, its final end-of-text included."""
+        """The tokens of one document, marks included."""
         start = int(self.document_ends[index - 1]) if index else 0
         return self.tokens[1 + start : 1 + int(self.document_ends[index])]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, its final end-of-text included."""
+        """Tokens of each document, marks included."""
         return np.diff(self.document_ends, prepend=0)
 
 
@@ -134,20 +143,26 @@ def read_examples(spec: StudySpec) -> Examples:
     return examples
 
 
-def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, *, padding: bool = False) -> Tokenizer:
-    """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, task: str = "causal_lm") -> Tokenizer:
+    """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1.
+
+    It marks a text as the task needs it: end-of-text behind a translation's sentences and before a classifier's texts.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=spec.vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING] if padding else [END_OF_TEXT],
+        special_tokens=[END_OF_TEXT] if task == "causal_lm" else [END_OF_TEXT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    if task != "causal_lm":
+        marked = f"{END_OF_TEXT} $A" if task == "classification" else f"$A {END_OF_TEXT}"
+        tokenizer.post_processor = processors.TemplateProcessing(single=marked, special_tokens=[(END_OF_TEXT, END_ID)])
     return tokenizer
 
 
@@ -191,6 +206,23 @@ def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
     return _cut(spec, lengths)
 
 
+def save_tokenizer(folder: Path, checkpoint: str) -> None:
+    """Put the tokenizer of prepared data beside the weights that were trained on it."""
+    shutil.copytree(folder / TOKENIZER_FOLDER, checkpoint, dirs_exist_ok=True)
+
+
+def decode(folder: Path, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Text of token ids of the target language of a prepared translation."""
+    from tokenizers import Tokenizer
+
+    own = folder / TOKENIZER_FOLDER / _TARGET_TOKENIZER
+    if own.is_file():
+        return [text.strip() for text in Tokenizer.from_file(str(own)).decode_batch(rows, skip_special_tokens=True)]
+    tokenizer = pretrained.load_tokenizer(folder / TOKENIZER_FOLDER)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in texts]
+
+
 def read_card(folder: Path) -> DataCard:
     return DataCard(**json.loads((folder / "card.json").read_text()))
 
@@ -222,72 +254,132 @@ def stable_fraction(text: str, salt: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
+class _Trained:
+    """Tokenizers trained on the training split: one, or one for each language."""
+
+    def __init__(self, examples: Examples, spec: StudySpec) -> None:
+        self._task = spec.task
+        texts = {field: examples.field("train", index) for index, field in enumerate(_TEXT_FIELDS[spec.task])}
+        if spec.tokenizer.shared:
+            joint = [text for field in texts.values() for text in field]
+            self._tokenizers = dict.fromkeys(texts, train_tokenizer(joint, spec.tokenizer, spec.task))
+        else:
+            self._tokenizers = {
+                field: train_tokenizer(own, spec.tokenizer, spec.task) for field, own in texts.items()
+            }
+        first, last = list(self._tokenizers.values())[0], list(self._tokenizers.values())[-1]
+        self.end_id, self.padding_id = END_ID, PADDING_ID
+        self.vocab_size = first.get_vocab_size()
+        self.target_vocab_size = last.get_vocab_size() if last is not first else None
+        distinct = dict.fromkeys(tokenizer.to_str() for tokenizer in self._tokenizers.values())
+        self.hash = hashlib.sha256("".join(distinct).encode()).hexdigest()[:16]
+
+    def encode(self, field: str, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizers[field].encode_batch_fast(texts)
+        ending = [END_ID] if self._task == "causal_lm" else []
+        return [encoding.ids + ending for encoding in encodings]
+
+    def save(self, folder: Path) -> None:
+        words = {"eos_token": END_OF_TEXT} | ({} if self._task == "causal_lm" else {"pad_token": PADDING})
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **words}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizers = list(self._tokenizers.values())
+        tokenizers[0].save(str(folder / "tokenizer.json"))
+        if self.target_vocab_size is not None:
+            tokenizers[-1].save(str(folder / _TARGET_TOKENIZER))
+
+
+class _Brought:
+    """The tokenizer that a pretrained model brings along."""
+
+    target_vocab_size = None
+
+    def __init__(self, spec: StudySpec) -> None:
+        folder = pretrained.of(spec.model)
+        assert folder is not None
+        self._spec = spec
+        self._tokenizer = pretrained.load_tokenizer(folder)
+        end = pretrained.end_id(self._tokenizer)
+        assert end is not None
+        self.end_id = end
+        self.padding_id = end if self._tokenizer.pad_token_id is None else int(self._tokenizer.pad_token_id)
+        self.vocab_size = len(self._tokenizer)
+        fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        described = fast.to_str() if fast else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        self.hash = hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    def encode(self, field: str, texts: list[str]) -> list[list[int]]:
+        if self._spec.task == "causal_lm":
+            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return [[*ids, self.end_id] for ids in encoded]
+        if field == "target":
+            encoded = self._tokenizer(text_target=texts, verbose=False)["input_ids"]
+        else:
+            prefix = self._spec.translation.source_prefix if field == "source" else ""
+            encoded = self._tokenizer([prefix + text for text in texts], verbose=False)["input_ids"]
+        if self._spec.task == "translation":
+            return [ids if ids[-1:] == [self.end_id] else [*ids, self.end_id] for ids in encoded]
+        return [ids or [self.end_id] for ids in encoded]
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+
+
 class _Prepared:
-    """Examples with their tokenizers and token ids, in memory."""
+    """Examples with their tokenizer and token ids, in memory."""
 
     def __init__(self, examples: Examples, spec: StudySpec) -> None:
         self._examples = examples
-        self._task = spec.task
         self._fields = _TEXT_FIELDS[spec.task]
-        self._tokenizers = self._train_tokenizers(spec.tokenizer)
+        self._tokenizer = _Trained(examples, spec) if spec.model.pretrained is None else _Brought(spec)
         self._ids = {
-            (split, field): [
-                encoding.ids
-                for encoding in self._tokenizers[field].encode_batch_fast(
-                    examples.field(split, index), add_special_tokens=False
-                )
-            ]
+            (split, field): self._tokenizer.encode(field, examples.field(split, index))
             for split in SPLITS
             for index, field in enumerate(self._fields)
         }
         self._spec = spec
-        known = {label for row in examples.train for label in _labels_of(row, spec)} if self._classifies else set()
+        classifies = spec.task == "classification"
+        known = {label for row in examples.train for label in _labels_of(row, spec)} if classifies else set()
         self._labels = sorted(known)
-        self.card = self._make_card(spec)
-
-    @property
-    def _classifies(self) -> bool:
-        return self._task == "classification"
-
-    def _train_tokenizers(self, spec: TokenizerSpec) -> dict[str, Tokenizer]:
-        texts = {field: self._examples.field("train", index) for index, field in enumerate(self._fields)}
-        padding = self._task != "causal_lm"
-        if spec.shared:
-            joint = train_tokenizer([text for field in texts.values() for text in field], spec, padding=padding)
-            return dict.fromkeys(texts, joint)
-        return {field: train_tokenizer(own, spec, padding=padding) for field, own in texts.items()}
+        self.card = self._make_card()
 
     def lengths(self) -> dict[tuple[str, str], NDArray[np.int64]]:
-        return {key: np.array([len(ids) + 1 for ids in documents]) for key, documents in self._ids.items()}
+        return {key: np.array([len(ids) for ids in documents]) for key, documents in self._ids.items()}
 
-    def _make_card(self, spec: StudySpec) -> DataCard:
-        examples, counted = self._examples, self._fields[-1]
-        first, last = self._tokenizers[self._fields[0]], self._tokenizers[counted]
-        hashed = "".join(dict.fromkeys(tokenizer.to_str() for tokenizer in self._tokenizers.values()))
+    def _make_card(self) -> DataCard:
+        examples, counted, tokenizer = self._examples, self._fields[-1], self._tokenizer
         return DataCard(
-            fingerprint=_fingerprint(examples, spec),
-            tokenizer=hashlib.sha256(hashed.encode()).hexdigest()[:16],
-            vocab_size=first.get_vocab_size(),
-            target_vocab_size=last.get_vocab_size() if last is not first else None,
+            fingerprint=_fingerprint(examples, self._spec),
+            tokenizer=tokenizer.hash,
+            test_fingerprint=_hash_of(examples.test),
+            vocab_size=tokenizer.vocab_size,
+            end_id=tokenizer.end_id,
+            padding_id=tokenizer.padding_id,
+            target_vocab_size=tokenizer.target_vocab_size,
             documents={split: len(getattr(examples, split)) for split in SPLITS},
-            tokens={split: sum(len(ids) + 1 for ids in self._ids[split, counted]) for split in SPLITS},
+            tokens={split: sum(map(len, self._ids[split, counted])) for split in SPLITS},
             bytes={
                 split: sum(len(text.encode()) for text in examples.field(split, len(self._fields) - 1))
                 for split in SPLITS
             },
             duplicates=examples.duplicates,
             seen_ngrams=examples.seen_ngrams,
-            seen_targets=examples.seen_targets if self._task == "translation" else None,
+            seen_targets=examples.seen_targets if self._spec.task == "translation" else None,
             labels=self._labels,
         )
 
     def write(self, folder: Path) -> None:
+        token_type = np.uint16 if max(self.card.vocab_size, self.card.target_vocab_size or 0) <= 2**16 else np.uint32
         for (split, field), documents in self._ids.items():
             texts = self._examples.field(split, self._fields.index(field))
-            _write_stream(folder / f"{split}-{field}", documents, texts, self._tokenizers[field].get_vocab_size())
-            if self._task == "translation" and split != "train":
+            stream = [np.array([self.card.end_id]), *map(np.array, documents)]
+            np.save(folder / f"{split}-{field}.npy", np.concatenate(stream).astype(token_type))
+            np.save(folder / f"{split}-{field}-ends.npy", np.cumsum([len(ids) for ids in documents], dtype=np.int64))
+            sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
+            np.save(folder / f"{split}-{field}-bytes.npy", sizes)
+            if self._spec.task == "translation" and split != "train":
                 (folder / f"{split}-{field}.json").write_text(json.dumps(texts))
-        if self._classifies:
+        if self._labels:
             numbers = {label: number for number, label in enumerate(self._labels)}
             for split in SPLITS:
                 rows = getattr(self._examples, split)
@@ -295,22 +387,9 @@ class _Prepared:
                 for index, row in enumerate(rows):
                     labels[index, [numbers[label] for label in _labels_of(row, self._spec)]] = 1
                 np.save(folder / f"{split}-labels.npy", labels)
-        for field, tokenizer in self._tokenizers.items():
-            tokenizer.save(str(folder / ("tokenizer.json" if field == self._fields[0] else f"tokenizer-{field}.json")))
+        (folder / TOKENIZER_FOLDER).mkdir()
+        self._tokenizer.save(folder / TOKENIZER_FOLDER)
         (folder / "card.json").write_text(json.dumps(asdict(self.card), indent=1))
-
-
-def _write_stream(path: Path, documents: list[list[int]], texts: list[str], vocab_size: int) -> None:
-    stream = np.empty(1 + sum(len(ids) + 1 for ids in documents), np.uint16 if vocab_size <= 2**16 else np.uint32)
-    stream[0] = END_ID
-    position = 1
-    for ids in documents:
-        stream[position : position + len(ids)] = ids
-        position += len(ids) + 1
-        stream[position - 1] = END_ID
-    np.save(f"{path}.npy", stream)
-    np.save(f"{path}-ends.npy", np.cumsum([len(ids) + 1 for ids in documents], dtype=np.int64))
-    np.save(f"{path}-bytes.npy", np.array([len(text.encode()) for text in texts], dtype=np.int64))
 
 
 def _columns(spec: StudySpec) -> tuple[str, ...]:
@@ -402,9 +481,12 @@ def _check_labels(examples: Examples, spec: StudySpec) -> None:
 _LOADERS = {".txt": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def _read_files(files: Iterable[str], columns: tuple[str, ...]) -> Iterator[Example]:
+def _read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...]) -> Iterator[Example]:
     import datasets
 
+    if isinstance(files, AlignedFiles):
+        yield from _aligned(files)
+        return
     for name in files:
         kind = _LOADERS[Path(name).suffix]
         options = {"sample_by": "paragraph"} if kind == "text" else {}
@@ -414,9 +496,31 @@ def _read_files(files: Iterable[str], columns: tuple[str, ...]) -> Iterator[Exam
         except DataError:
             raise
         except UnicodeDecodeError as error:
-            raise DataError(f"data: {name} is not UTF-8 text (byte {error.start})") from error
+            raise _not_utf8(name, error) from error
         except Exception as error:  # pyarrow, pandas and datasets each raise their own; all mean a malformed file
             raise DataError(f"data: {name} cannot be read as {kind}: {_first_line(error)}") from error
+
+
+def _aligned(files: AlignedFiles) -> Iterator[Example]:
+    sources, targets = _lines(files.source), _lines(files.target)
+    if len(sources) != len(targets):
+        raise DataError(
+            f"data: {files.source} has {len(sources)} lines and {files.target} has {len(targets)}; line by line, one "
+            "must be the translation of the other"
+        )
+    yield from zip(sources, targets, strict=True)
+
+
+def _lines(name: str) -> list[str]:
+    try:
+        # Only a line feed ends a line, as in the tools that align corpora; other separators may stand in a sentence.
+        return Path(name).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(name, error) from error
+
+
+def _not_utf8(name: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"data: {name} is not UTF-8 text (byte {error.start})")
 
 
 def _read_hub(spec: DataSpec, columns: tuple[str, ...]) -> dict[str, Iterator[Example]]:
@@ -467,12 +571,21 @@ def _text(value: Any, place: str, *, is_label: bool) -> str:
 
 
 def _fingerprint(examples: Examples, spec: StudySpec) -> str:
-    digest = hashlib.sha256(
-        json.dumps([_FORMAT, spec.task, spec.tokenizer.model_dump(), spec.classification.multi_label]).encode()
-    )
+    """Of everything that decides the arrays, so that equal ones are made once."""
+    settings: list[Any] = [_FORMAT, spec.task, spec.tokenizer.model_dump(), spec.classification.multi_label]
+    folder = pretrained.of(spec.model)
+    if folder is not None:
+        settings += [_Brought(spec).hash, spec.translation.source_prefix]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for split in SPLITS:
-        for example in getattr(examples, split):
-            digest.update("\0".join((split, *example, "")).encode(errors="surrogatepass"))
+        digest.update(f"{split} {_hash_of(getattr(examples, split))}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _hash_of(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update("\0".join((*example, "")).encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]
 
 

@@ -26,10 +26,15 @@ def migrate(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
     current = version(connection)
+    # Views hold no data: they are made anew, as the newest code has them, over whatever the steps changed.
+    for name in VIEWS:
+        connection.execute(text(f"DROP VIEW IF EXISTS {name}"))
     for number, step in enumerate(STEPS[current:], start=current + 1):
         for statement in step(connection.dialect.name):
             connection.execute(text(statement))
         connection.execute(text(f"INSERT INTO {_VERSION_TABLE} (version) VALUES (:version)"), {"version": number})
+    for name, query in VIEWS.items():
+        connection.execute(text(f"CREATE VIEW {name} AS {query}"))
 
 
 def _first_tables(dialect: str) -> list[str]:
@@ -113,20 +118,20 @@ def _first_tables(dialect: str) -> list[str]:
             beat BIGINT NOT NULL,
             acquired_at {time} NOT NULL,
             heartbeat_at {time} NOT NULL)""",
-        _LEADERBOARD,
-        _CURVES,
     ]
 
 
-_LEADERBOARD = """CREATE VIEW hpsearch_leaderboard AS
-SELECT
+_LEADERBOARD = """SELECT
     study.name AS study,
     study.task AS task,
     RANK() OVER (
         PARTITION BY trial.study_id
         ORDER BY CASE WHEN study.higher_is_better THEN -score.value ELSE score.value END
     ) AS test_rank,
-    RANK() OVER (PARTITION BY trial.study_id ORDER BY trial.best_valid_loss) AS valid_rank,
+    RANK() OVER (
+        PARTITION BY trial.study_id
+        ORDER BY CASE WHEN study.objective = 'loss' THEN trial.best_valid_loss ELSE -trial.best_valid_score END
+    ) AS valid_rank,
     trial.number AS trial,
     trial.state AS state,
     study.metric AS metric,
@@ -139,6 +144,7 @@ SELECT
     bleu.value AS test_bleu,
     f1.value AS test_f1,
     trial.best_valid_loss AS valid_loss,
+    trial.best_valid_score AS valid_score,
     trial.best_epoch AS best_epoch,
     trial.last_epoch AS last_epoch,
     trial.num_parameters AS num_parameters,
@@ -153,11 +159,10 @@ LEFT JOIN hpsearch_scores AS perplexity ON perplexity.trial_id = trial.id AND pe
 LEFT JOIN hpsearch_scores AS bits ON bits.trial_id = trial.id AND bits.metric = 'bits_per_byte'
 LEFT JOIN hpsearch_scores AS bleu ON bleu.trial_id = trial.id AND bleu.metric = 'bleu'
 LEFT JOIN hpsearch_scores AS f1 ON f1.trial_id = trial.id AND f1.metric = 'f1'
-WHERE trial.state IN ('completed', 'overfit', 'plateau')
+WHERE trial.state IN ('completed', 'overfit', 'plateau') AND trial.repeat_of IS NULL
 ORDER BY study.name, test_rank, trial.number"""
 
-_CURVES = """CREATE VIEW hpsearch_curves AS
-SELECT
+_CURVES = """SELECT
     study.name AS study,
     trial.number AS trial,
     trial.state AS state,
@@ -166,6 +171,7 @@ SELECT
     point.step AS step,
     point.train_loss AS train_loss,
     point.valid_loss AS valid_loss,
+    point.valid_score AS valid_score,
     point.learning_rate AS learning_rate,
     point.tokens AS tokens,
     point.seconds AS seconds
@@ -173,6 +179,26 @@ FROM hpsearch_points AS point
 JOIN hpsearch_trials AS trial ON trial.id = point.trial_id
 JOIN hpsearch_studies AS study ON study.id = trial.study_id
 ORDER BY study.name, trial.number, point.evaluation"""
+
+_FINALS = """SELECT
+    study.name AS study,
+    trial.repeat_of AS trial,
+    study.metric AS metric,
+    chosen.value AS chosen_score,
+    COUNT(*) AS seeds,
+    AVG(score.value) AS mean_score,
+    MIN(score.value) AS lowest_score,
+    MAX(score.value) AS highest_score
+FROM hpsearch_trials AS trial
+JOIN hpsearch_studies AS study ON study.id = trial.study_id
+JOIN hpsearch_scores AS score ON score.trial_id = trial.id AND score.metric = study.metric
+JOIN hpsearch_trials AS original ON original.study_id = trial.study_id AND original.number = trial.repeat_of
+JOIN hpsearch_scores AS chosen ON chosen.trial_id = original.id AND chosen.metric = study.metric
+WHERE trial.state IN ('completed', 'overfit', 'plateau')
+GROUP BY study.name, trial.repeat_of, study.metric, chosen.value
+ORDER BY study.name, trial.repeat_of"""
+
+VIEWS = {"hpsearch_leaderboard": _LEADERBOARD, "hpsearch_curves": _CURVES, "hpsearch_finals": _FINALS}
 
 
 def _details(dialect: str) -> list[str]:
@@ -186,4 +212,21 @@ def _details(dialect: str) -> list[str]:
     ]
 
 
-STEPS: list[Callable[[str], list[str]]] = [_first_tables, _details]
+def _evidence(dialect: str) -> list[str]:
+    """Objectives other than the loss, finals, and what paired tests need."""
+    json = "TEXT" if dialect == "sqlite" else "JSONB"
+    blob = "BLOB" if dialect == "sqlite" else "BYTEA"
+    real = "DOUBLE PRECISION"
+    return [
+        "ALTER TABLE hpsearch_studies ADD COLUMN objective VARCHAR(16) NOT NULL DEFAULT 'loss'",
+        f"ALTER TABLE hpsearch_studies ADD COLUMN placement {json}",
+        "ALTER TABLE hpsearch_trials ADD COLUMN repeat_of INTEGER",
+        f"ALTER TABLE hpsearch_trials ADD COLUMN best_valid_score {real}",
+        f"ALTER TABLE hpsearch_points ADD COLUMN valid_score {real}",
+        f"""CREATE TABLE hpsearch_examples (
+            trial_id BIGINT PRIMARY KEY REFERENCES hpsearch_trials (id),
+            content {blob} NOT NULL)""",
+    ]
+
+
+STEPS: list[Callable[[str], list[str]]] = [_first_tables, _details, _evidence]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Scalar = bool | int | float | str
+Objective = Literal["loss", "bleu", "f1"]
 
 
 class Strict(BaseModel):
@@ -21,14 +22,36 @@ class ModelSettings(Strict):
     architecture: str | None = Field(
         None, description="An architecture of transformers; by default gpt2, marian or bert, as the task needs."
     )
-    num_layers: int = Field(2, ge=0, description="Transformer blocks; of an encoder-decoder, in each of its halves.")
+    pretrained: str | None = Field(
+        None, description="Start from these weights and this tokenizer: a folder, or the id of a model on the hub."
+    )
+    revision: str | None = Field(None, description="Commit or tag of the hub model.")
+    num_layers: int | None = Field(
+        None,
+        ge=0,
+        description="Transformer blocks; of an encoder-decoder, in each of its halves. By default 2; of a pretrained "
+        "model all, or the first so many.",
+    )
     num_encoder_layers: int | None = Field(None, ge=0, description="Blocks of an encoder-decoder's encoder.")
     num_decoder_layers: int | None = Field(None, ge=0, description="Blocks of an encoder-decoder's decoder.")
     hidden_size: int = Field(128, ge=1, description="Width of the residual stream.")
     num_heads: int | None = Field(None, ge=1, description="Attention heads; by default one per 32 of width.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability, everywhere the architecture has one.")
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Dropout probability, everywhere the architecture has one; by default 0, or the pretrained model's.",
+    )
     init_std: float | None = Field(None, gt=0, description="Standard deviation of initial weights.")
     context_length: int = Field(128, ge=2, description="Tokens in a sequence; longer examples are cut, and counted.")
+    freeze_embeddings: bool = Field(False, description="Leave a pretrained model's embeddings as they are.")
+    freeze_layers: int = Field(
+        0, ge=0, description="Leave so many of a pretrained model's first blocks as they are (at most all of them)."
+    )
+    lora_rank: int = Field(
+        0, ge=0, description="Train low-rank adapters of this rank and a new head in place of the pretrained weights."
+    )
+    lora_alpha: float = Field(16.0, gt=0, description="Scale of the adapters: their output times alpha / rank.")
     config: dict[str, Scalar] = Field(
         default_factory=dict, description="Further keys of the architecture's transformers configuration."
     )
@@ -72,6 +95,7 @@ class TranslationSpec(Strict):
     """How translations are decoded and scored on the test split."""
 
     num_beams: int = Field(1, ge=1, description="1 decodes greedily.")
+    source_prefix: str = Field("", description="Put before every source, as T5 was trained to expect.")
     samples: int = Field(5, ge=0, description="Decoded sentences kept with each trial.")
 
 
@@ -84,8 +108,15 @@ class ClassificationSpec(Strict):
     class_weights: bool = Field(False, description="Weigh training losses by inverse class frequency.")
 
 
-NOT_SEARCHABLE = frozenset({"context_length", "config"})
+NOT_SEARCHABLE = frozenset({"context_length", "config", "pretrained", "revision"})
 """Model settings that decide what a perplexity means, or that are containers."""
+
+FIXED_BY_PRETRAINED = (
+    "architecture", "num_encoder_layers", "num_decoder_layers", "hidden_size", "num_heads", "init_std",
+)  # fmt: skip
+"""Model settings that a pretrained model brings along."""
+FOR_PRETRAINED = ("revision", "freeze_embeddings", "freeze_layers", "lora_rank", "lora_alpha")
+"""Model settings that mean nothing without a pretrained model."""
 
 SEARCHABLE: dict[str, type[Strict]] = {
     **{name: ModelSettings for name in ModelSettings.model_fields if name not in NOT_SEARCHABLE},

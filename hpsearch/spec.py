@@ -21,9 +21,12 @@ from hpsearch.corpora import CORPORA
 from hpsearch.errors import Problem, SpecError
 from hpsearch.pruning import OverfitRule
 from hpsearch.settings import (
+    FIXED_BY_PRETRAINED,
+    FOR_PRETRAINED,
     SEARCHABLE,
     ClassificationSpec,
     ModelSettings,
+    Objective,
     RunSettings,
     Scalar,
     Strict,
@@ -37,18 +40,41 @@ TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the overfitting rule are made for."""
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
+_PLACEMENT = {"folder", "resources", "backend"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
+OBJECTIVES: dict[str, tuple[Objective, ...]] = {
+    "causal_lm": ("loss",),
+    "translation": ("loss", "bleu"),
+    "classification": ("loss", "f1"),
+}
+"""What a task can search for on the validation split."""
 TaskName = Literal["causal_lm", "translation", "classification"]
+
+
+class AlignedFiles(Strict):
+    """Two plain text files: the translation of each line of one is the same line of the other."""
+
+    source: str
+    target: str
 
 
 class FileSplits(Strict):
     """Local text files (.txt, .jsonl, .csv, .parquet); paths are relative to the study file."""
 
-    train: list[str] = Field(min_length=1)
-    validation: list[str] = Field(default_factory=list, description="Without it, a fraction of train.")
-    test: list[str] = Field(default_factory=list, description="Without it, a fraction of train.")
+    train: list[str] | AlignedFiles
+    validation: list[str] | AlignedFiles = Field(
+        default_factory=list, description="Without it, a fraction of train."
+    )
+    test: list[str] | AlignedFiles = Field(default_factory=list, description="Without it, a fraction of train.")
+
+    @field_validator("train")
+    @classmethod
+    def _some(cls, files: list[str] | AlignedFiles) -> list[str] | AlignedFiles:
+        if not files:
+            raise ValueError("expected at least one file")
+        return files
 
 
 class DataSpec(Strict):
@@ -74,6 +100,8 @@ class DataSpec(Strict):
         if isinstance(files, str):
             files = [files]
         if isinstance(files, list):
+            files = {"train": files}
+        if isinstance(files, dict) and set(files) == {"source", "target"}:
             files = {"train": files}
         if isinstance(files, dict):
             return {key: [value] if isinstance(value, str) else value for key, value in files.items()}
@@ -217,6 +245,11 @@ class StudySpec(Strict):
     training: RunSettings = Field(default_factory=RunSettings)
     translation: TranslationSpec = Field(default_factory=TranslationSpec)
     classification: ClassificationSpec = Field(default_factory=ClassificationSpec)
+    objective: Objective = Field(
+        "loss",
+        description="What the search improves on the validation split, and what chooses a run's best checkpoint. A "
+        "score (bleu, f1) is taken at the end of each epoch; runs are still judged to overfit by their losses.",
+    )
     search: Annotated[dict[str, Any], WithJsonSchema(_SEARCH_SCHEMA)] = Field(default_factory=dict)
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     sampler: SamplerSpec = Field(default_factory=SamplerSpec, description="A sampler's name, or a mapping.")
@@ -262,7 +295,8 @@ class StudySpec(Strict):
         model, training = split_settings({**self.space.fixed, **params})
         model["config"] = {**self.model.config, **model.get("config", {})}
         settings = {**self.model.model_dump(), **model}
-        settings["architecture"] = settings["architecture"] or DEFAULT_ARCHITECTURE[self.task]
+        if self.model.pretrained is None:
+            settings["architecture"] = settings["architecture"] or DEFAULT_ARCHITECTURE[self.task]
         return (
             ModelSettings(**settings),
             RunSettings(
@@ -272,12 +306,23 @@ class StudySpec(Strict):
 
     def record(self) -> dict[str, Any]:
         """What identifies the study, as JSON: everything but where it runs and where it is kept."""
-        return self.model_dump(mode="json", exclude={"store", "folder", "resources", "backend", "budget"})
+        return self.model_dump(mode="json", exclude={"store", "budget", *_PLACEMENT})
+
+    def placement(self) -> dict[str, Any]:
+        """Where the study runs, as JSON."""
+        return {**self.model_dump(mode="json", include=_PLACEMENT), "folder": str(Path(self.folder).resolve())}
 
     @property
     def fingerprint(self) -> str:
         """Changes when the study becomes another one; the budget, the machine and the store do not count."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str) -> StudySpec:
+    """The study that `record()` and `placement()` of a launched one describe."""
+    spec = StudySpec.model_validate({**record, **placement, "store": store})
+    spec._space = parse_space(record["search"])[0]
+    return spec
 
 
 def load_study(
@@ -326,6 +371,7 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     except ValidationError as error:
         raise document.error(problems + [_problem(entry) for entry in error.errors()]) from None
     spec = _with_absolute_paths(spec, base, problems)
+    spec = _with_pretrained_folder(spec, base, problems)
     spec._space = space
     problems += _cross_checks(spec, content)
     if problems:
@@ -339,10 +385,10 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     properties, definitions = schema["properties"], schema["$defs"]
     paths = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    aligned = {"$ref": "#/$defs/AlignedFiles"}
     for split in definitions["FileSplits"]["properties"].values():
-        split.pop("type", None), split.pop("items", None), split.pop("minItems", None)
-        split.update(paths)
-    _also(definitions["DataSpec"]["properties"]["files"], paths)
+        split["anyOf"] = [*paths["anyOf"], aligned]
+    _also(definitions["DataSpec"]["properties"]["files"], {"anyOf": [*paths["anyOf"], aligned]})
     _also(properties["sampler"], definitions["SamplerSpec"]["properties"]["name"])
     _also(definitions["PruneSpec"]["properties"]["overfit"], {"type": "boolean"})
     _also(definitions["PruneSpec"]["properties"]["unpromising"], definitions["UnpromisingSpec"]["properties"]["rule"])
@@ -428,7 +474,8 @@ def _interpolate(content: dict[str, Any], problems: list[Problem]) -> None:
 
 
 def _problem(error: Any) -> Problem:
-    path = tuple(error["loc"])
+    # pydantic names the branch of a union, too; no key of the file is called so.
+    path = tuple(part for part in error["loc"] if part not in ("list[str]", "AlignedFiles"))
     if error["type"] == "extra_forbidden":
         return Problem(path=path, message=f"unknown key '{path[-1]}'{_known_keys(path)}", at_key=True)
     if error["type"] == "missing":
@@ -464,23 +511,56 @@ def _submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 def _with_absolute_paths(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:
     if spec.data.files is None:
         return spec
-    splits: dict[str, list[str]] = {}
+    splits: dict[str, Any] = {}
     for split in ("train", "validation", "test"):
-        splits[split] = []
-        for name in getattr(spec.data.files, split):
-            file = Path(name) if Path(name).is_absolute() else base / name
-            if not file.is_file():
-                problems.append(Problem(path=("data", "files", split), message=f"no such file: {file}"))
-            elif file.suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
-                problems.append(
-                    Problem(
-                        path=("data", "files", split),
-                        message=f"cannot tell the format of {file.name}; expected .txt, .jsonl, .csv or .parquet",
-                    )
-                )
-            splits[split].append(str(file.resolve()))
+        files = getattr(spec.data.files, split)
+        if isinstance(files, AlignedFiles):
+            pair = {side: _absolute(base, name, split, problems) for side, name in files.model_dump().items()}
+            splits[split] = AlignedFiles(**pair)
+            if spec.task != "translation":
+                message = "source and target files are for translation"
+                problems.append(Problem(path=("data", "files", split), message=message))
+            continue
+        splits[split] = [_absolute(base, name, split, problems) for name in files]
+        for name in files:
+            _check_format(Path(name), spec.task, split, problems)
     data = spec.data.model_copy(update={"files": FileSplits(**splits)})
     return spec.model_copy(update={"data": data})
+
+
+def _absolute(base: Path, name: str, split: str, problems: list[Problem]) -> str:
+    file = base / name
+    if not file.is_file():
+        problems.append(Problem(path=("data", "files", split), message=f"no such file: {file}"))
+    return str(file.resolve())
+
+
+def _check_format(file: Path, task: str, split: str, problems: list[Problem]) -> None:
+    expected = ".txt, .jsonl, .csv or .parquet" if task == "causal_lm" else ".jsonl, .csv or .parquet"
+    if file.suffix in (".txt", ".jsonl", ".csv", ".parquet") and (file.suffix != ".txt" or task == "causal_lm"):
+        return
+    message = f"cannot tell the format of {file.name}; expected {expected}"
+    if file.suffix == ".txt" or task == "translation":
+        lines = ", or two text files as {source: FILE, target: FILE}" if task == "translation" else ""
+        message = f"{file.name} has one text a paragraph and nothing beside it; expected {expected}{lines}"
+    problems.append(Problem(path=("data", "files", split), message=message))
+
+
+def _with_pretrained_folder(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:
+    name = spec.model.pretrained
+    if name is None:
+        return spec
+    folder = base / Path(name).expanduser()
+    if folder.is_dir():
+        model = spec.model.model_copy(update={"pretrained": str(folder.resolve())})
+        return spec.model_copy(update={"model": model})
+    if not _HUB_ID.fullmatch(name):
+        message = f"no folder {folder}, and no id of a model on the hub"
+        problems.append(Problem(path=("model", "pretrained"), message=message))
+    return spec
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
@@ -500,6 +580,11 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
     if spec.classification.f1 == "binary" and spec.classification.positive_label is None:
         message = "binary F1 needs positive_label: the label that it is about"
         problems.append(Problem(path=("classification", "f1"), message=message))
+    if spec.objective not in OBJECTIVES[spec.task]:
+        expected = " or ".join(OBJECTIVES[spec.task])
+        message = f"a {spec.task} study has no validation {spec.objective}; expected {expected}"
+        problems.append(Problem(path=("objective",), message=message))
+    problems += _pretrained_problems(spec, content)
     if not spec.tokenizer.shared and spec.task != "translation":
         problems.append(Problem(path=("tokenizer", "shared"), message="only a translation has two vocabularies"))
     for section in ("model", "training"):
@@ -527,7 +612,30 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
             problems.append(
                 Problem(path=("sampler",), message="cmaes needs at least two ranges (choices are sampled at random)")
             )
-    problems += _head_problems(spec)
+    if spec.model.pretrained is None:
+        problems += _head_problems(spec)
+    return problems
+
+
+def _pretrained_problems(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
+    """Settings that a pretrained model brings along, or that need one."""
+    model = content.get("model")
+    named = [(("model", name), name) for name in (model if isinstance(model, dict) else ())]
+    named += [(("search", name), name) for name in (*spec.space.fixed, *spec.space.dimensions)]
+    if spec.model.pretrained is None:
+        return [
+            Problem(path=path, message=f"'{name}' is for a model that is fine-tuned; set model.pretrained", at_key=True)
+            for path, name in named
+            if name in FOR_PRETRAINED
+        ]
+    problems = [
+        Problem(path=path, message=f"'{name}' comes with the pretrained model; leave it out", at_key=True)
+        for path, name in named
+        if name in FIXED_BY_PRETRAINED
+    ]
+    if "tokenizer" in content:
+        message = "the tokenizer comes with the pretrained model; leave it out"
+        problems.append(Problem(path=("tokenizer",), message=message, at_key=True))
     return problems
 
 

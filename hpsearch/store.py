@@ -67,6 +67,7 @@ _studies = sa.Table(
     sa.Column("task", sa.String(32)), sa.Column("metric", sa.String(32)), sa.Column("higher_is_better", sa.Boolean),
     sa.Column("spec", _Json), sa.Column("fingerprint", sa.String(16)), sa.Column("overrides", _Json),
     sa.Column("budget_trials", sa.Integer), sa.Column("data", _Json), sa.Column("created_at", _Utc),
+    sa.Column("objective", sa.String(16)), sa.Column("placement", _Json),
 )  # fmt: skip
 _trials = sa.Table(
     "hpsearch_trials", metadata,
@@ -79,14 +80,14 @@ _trials = sa.Table(
     sa.Column("best_evaluation", sa.Integer), sa.Column("best_epoch", sa.Double),
     sa.Column("best_valid_loss", sa.Double), sa.Column("num_parameters", sa.BigInteger),
     sa.Column("micro_batch_size", sa.Integer), sa.Column("checkpoint", sa.Text), sa.Column("error", sa.Text),
-    sa.Column("provenance", _Json),
+    sa.Column("provenance", _Json), sa.Column("repeat_of", sa.Integer), sa.Column("best_valid_score", sa.Double),
 )  # fmt: skip
 _points = sa.Table(
     "hpsearch_points", metadata,
     sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("evaluation", sa.Integer, primary_key=True),
     sa.Column("epoch", sa.Double), sa.Column("step", sa.Integer), sa.Column("train_loss", sa.Double),
     sa.Column("valid_loss", sa.Double), sa.Column("learning_rate", sa.Double), sa.Column("tokens", sa.BigInteger),
-    sa.Column("seconds", sa.Double),
+    sa.Column("seconds", sa.Double), sa.Column("valid_score", sa.Double),
 )  # fmt: skip
 _scores = sa.Table(
     "hpsearch_scores", metadata,
@@ -105,6 +106,10 @@ _details = sa.Table(
     sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("kind", sa.String(32), primary_key=True),
     sa.Column("content", _Json),
 )  # fmt: skip
+_examples = sa.Table(
+    "hpsearch_examples", metadata,
+    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("content", sa.LargeBinary),
+)  # fmt: skip
 _leases = sa.Table(
     "hpsearch_leases", metadata,
     sa.Column("study_id", sa.BigInteger, primary_key=True), sa.Column("holder", sa.String(255)),
@@ -115,7 +120,7 @@ _leaderboard = sa.table(
     "hpsearch_leaderboard",
     *(sa.column(name) for name in (
         "study", "task", "test_rank", "valid_rank", "trial", "state", "metric", "score", "score_low", "score_high",
-        "score_n", "test_perplexity", "test_bits_per_byte", "test_bleu", "test_f1", "valid_loss", "best_epoch",
+        "score_n", "test_perplexity", "test_bits_per_byte", "test_bleu", "test_f1", "valid_loss", "valid_score", "best_epoch",
         "last_epoch", "num_parameters", "device_seconds", "reason", "checkpoint",
     )),
     sa.column("params", _Json),
@@ -137,6 +142,9 @@ class NewStudy:
     overrides: list[str]
     budget_trials: int
     data: dict[str, Any]
+    objective: str
+    placement: dict[str, Any]
+    """Where it runs (folder, resources, backend): no part of what it is."""
 
 
 class Store:
@@ -205,10 +213,12 @@ class Store:
             values = {**asdict(study), "created_at": _now()}
             return int(connection.execute(sa.insert(_studies).values(values).returning(_studies.c.id)).scalar_one())
 
-    def update_study(self, study_id: int, *, budget_trials: int, overrides: list[str]) -> None:
+    def update_study(
+        self, study_id: int, *, budget_trials: int, overrides: list[str], placement: dict[str, Any]
+    ) -> None:
         """What may change from launch to launch of one study."""
         with self._guarded(), self._engine.begin() as connection:
-            values = {"budget_trials": budget_trials, "overrides": overrides}
+            values = {"budget_trials": budget_trials, "overrides": overrides, "placement": placement}
             connection.execute(sa.update(_studies).where(_studies.c.id == study_id).values(values))
 
     def find_study(self, name: str) -> Row | None:
@@ -259,6 +269,7 @@ class Store:
                 "seed": config.seed,
                 "attempt": attempt,
                 "retry_of": retry_of,
+                "repeat_of": config.repeat_of,
                 "started_at": _now(),
                 "provenance": {},
             }
@@ -301,6 +312,7 @@ class Store:
                     best_evaluation=result.best_evaluation,
                     best_epoch=result.best_epoch,
                     best_valid_loss=result.best_valid_loss,
+                    best_valid_score=result.best_valid_score,
                     num_parameters=result.num_parameters,
                     micro_batch_size=result.micro_batch_size,
                     checkpoint=result.checkpoint,
@@ -314,6 +326,8 @@ class Store:
                 connection.execute(sa.insert(_scores).values(trial_id=trial_id, **asdict(score)))
             for kind, content in result.details.items():
                 connection.execute(sa.insert(_details).values(trial_id=trial_id, kind=kind, content=content))
+            if result.examples is not None:
+                connection.execute(sa.insert(_examples).values(trial_id=trial_id, content=result.examples))
 
     # Reads
 
@@ -338,6 +352,23 @@ class Store:
         """What a task kept beside the scores of a trial, by kind."""
         rows = self._rows(sa.select(_details).where(_details.c.trial_id == trial_id))
         return {row["kind"]: row["content"] for row in rows}
+
+    def examples(self, trial_ids: Sequence[int]) -> dict[int, bytes]:
+        """Per-example test statistics (see `statistics.unpack`) of those of the trials that have them."""
+        rows = self._rows(sa.select(_examples).where(_examples.c.trial_id.in_(trial_ids)))
+        return {row["trial_id"]: row["content"] for row in rows}
+
+    def study_scores(self, study_id: int) -> dict[int, dict[str, Row]]:
+        """Scores of all trials of a study, by trial number and metric."""
+        query = (
+            sa.select(_trials.c.number, _scores)
+            .join(_scores, _scores.c.trial_id == _trials.c.id)
+            .where(_trials.c.study_id == study_id)
+        )
+        scores: dict[int, dict[str, Row]] = {}
+        for row in self._rows(query):
+            scores.setdefault(row["number"], {})[row["metric"]] = row
+        return scores
 
     def decisions(self, trial_id: int) -> list[Row]:
         return self._rows(sa.select(_decisions).where(_decisions.c.trial_id == trial_id).order_by(_decisions.c.id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from hpsearch.pruning import Evidence, Judgement, OverfitRule, Verdict
-from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, Strict, TranslationSpec
+from hpsearch.settings import ClassificationSpec, ModelSettings, Objective, RunSettings, Strict, TranslationSpec
 
 
 class TrialState(StrEnum):
@@ -60,6 +61,8 @@ class Point:
     """Training tokens seen so far."""
     seconds: float
     """Device-seconds spent so far, evaluation included."""
+    valid_score: float | None = None
+    """BLEU or F1 of the validation split, at the ends of epochs of a study that searches for it."""
 
     @property
     def ends_epoch(self) -> bool:
@@ -112,9 +115,13 @@ class TrialResult:
     best_evaluation: int | None = None
     best_epoch: float | None = None
     best_valid_loss: float | None = None
+    best_valid_score: float | None = None
+    """Of a study whose objective is a score."""
     scores: tuple[Score, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
     """What the task keeps beside its scores, by kind: `samples`, `outputs`, `confusion`, `predictions`."""
+    examples: bytes | None = None
+    """What each test example adds to the scores, as `statistics.pack` writes it: for paired tests."""
     judgement: dict[str, Any] | None = None
     """Verdict and evidence of the last judgement."""
     num_parameters: int | None = None
@@ -130,13 +137,15 @@ class TrialResult:
     """Versions and thread count that the numbers depend on."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        examples = None if self.examples is None else base64.b64encode(self.examples).decode()
+        return json.dumps({**asdict(self), "examples": examples})
 
     @classmethod
     def from_json(cls, text: str) -> TrialResult:
         content = json.loads(text)
         scores = tuple(Score(**score) for score in content.get("scores", ()))
-        return cls(**{**content, "state": TrialState(content["state"]), "scores": scores})
+        examples = None if content["examples"] is None else base64.b64decode(content["examples"])
+        return cls(**{**content, "state": TrialState(content["state"]), "scores": scores, "examples": examples})
 
 
 def judgement_dict(judgement: Judgement) -> dict[str, Any]:
@@ -152,6 +161,9 @@ class TrialConfig(Strict):
     seed: int
     params: dict[str, Any]
     """What the sampler chose."""
+    repeat_of: int | None = None
+    """Of a trial of the finals: the trial whose settings it runs again."""
+    objective: Objective = "loss"
     model: ModelSettings
     training: RunSettings
     translation: TranslationSpec
