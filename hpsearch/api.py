@@ -22,8 +22,8 @@ from hpsearch.errors import (
     UsageError,
     hide_password,
 )
-from hpsearch.ranking import Leaderboard, frame, leaderboard
-from hpsearch.spec import DEFAULT_STORE, StudySpec, load_study
+from hpsearch.ranking import Leaderboard, compare, finalists, frame, leaderboard
+from hpsearch.spec import DEFAULT_STORE, StudySpec, load_study, recorded_study
 from hpsearch.store import LEASE_TIMEOUT_S, NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
 from hpsearch.trial import RANKED, Event, Listener, TrialState
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from hpsearch.data import DataCard
-    from hpsearch.study import StudyRun
+    from hpsearch.study import Repeat, StudyRun
 
 MAX_FAILED_SHARE = 0.5
 """A study that finished with a larger share of failed trials ends in exit code 3."""
@@ -49,9 +49,15 @@ class Study:
     stop_reason: str | None = None
     """Why the launch ended before the budget was used, if it did."""
 
-    def board(self, *, top: int | None = None) -> Leaderboard:
+    def board(self, *others: str, top: int | None = None, mixed: bool = False) -> Leaderboard:
+        """Ranked trials, together with those of other studies in the same store. Raises UsageError."""
         with _opened(self.store) as store:
-            return leaderboard(store, self.name, top=top)
+            return leaderboard(store, self.name, *others, top=top, mixed=mixed)
+
+    def compare(self, first: int, second: int) -> dict[str, Any]:
+        """The paired test of two ranked trials. Raises UnknownStudyError, UsageError."""
+        with _opened(self.store) as store:
+            return compare(store, self.name, first, second)
 
     def leaderboard(self, *, top: int | None = None) -> pd.DataFrame:
         """Ranked trials as a frame, best test score first; sampled settings are columns `param_NAME`."""
@@ -119,7 +125,43 @@ def launch(
     return launch_spec(spec, recorded, listen or _silent)
 
 
-def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Study:
+def finals(
+    name: str, *, top: int = 5, seeds: int = 3, store: str | None = None, listen: Listener | None = None
+) -> Study:
+    """Run the best `top` settings of a study again with `seeds` new seeds each; repeats that are done stay.
+
+    The repeats are trials of their own, marked `repeat_of`; the sampler is not told. Raises the errors of `launch`.
+    """
+    from hpsearch.study import Repeat
+
+    url = store_url(store)
+    with _opened(url) as opened:
+        row = opened.study(name)
+        if row["placement"] is None:
+            raise UsageError(f"'{name}' was last launched by an older hpsearch; launch it once more before its finals")
+        spec = recorded_study(row["spec"], row["placement"], url, trials=row["budget_trials"])
+        rows = list(finalists(leaderboard(opened, name), top))
+        if not rows:
+            raise UsageError(f"no trial of '{name}' can be ranked yet, so there are no finals")
+        done = {
+            (trial["repeat_of"], trial["seed"])
+            for trial in opened.trials(row["id"])
+            if trial["repeat_of"] is not None and trial["state"] in RANKED
+        }
+    wanted = [
+        Repeat(of=finalist["trial"], seed=(spec.seed + number) % 2**32)
+        for number in range(1, seeds + 1)
+        for finalist in rows
+    ]
+    repeats = [repeat for repeat in wanted if (repeat.of, repeat.seed) not in done]
+    if not repeats:
+        return Study(name=name, store=url)
+    return launch_spec(spec, row["overrides"], listen or _silent, repeats)
+
+
+def launch_spec(
+    spec: StudySpec, overrides: list[str], listen: Listener, repeats: Sequence[Repeat] | None = None
+) -> Study:
     """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
     from hpsearch.backends import open_backend
     from hpsearch.search import Search
@@ -145,6 +187,7 @@ def launch_spec(spec: StudySpec, overrides: list[str], listen: Listener) -> Stud
                         data=folder,
                         threads=backend.placement.cpus_per_trial,
                         listen=listen,
+                        repeats=repeats,
                     )
                     lease.on_loss = lambda: run.request_stop("another driver took the study over")
                     orphans = run.adopt_orphans()
@@ -216,7 +259,7 @@ def _corner_models(spec: StudySpec) -> Iterator[Any]:
     from hpsearch.space import Choice
 
     first = {
-        name: dimension.values[0] if isinstance(dimension, Choice) else _whole(dimension.low, dimension.integer)
+        name: dimension.values[0] if isinstance(dimension, Choice) else _whole(dimension.high, dimension.integer)
         for name, dimension in spec.space.dimensions.items()
         if not dimension.when
     }
@@ -289,6 +332,8 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
                 overrides=overrides,
                 budget_trials=spec.budget.trials,
                 data=card.__dict__,
+                objective=spec.objective,
+                placement=spec.placement(),
             )
         )
         return store.study(spec.name)
@@ -298,7 +343,7 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
             f"study '{spec.name}' was begun on other text (data fingerprint {row['data']['fingerprint']}, now "
             f"{card.fingerprint}): another Python or changed files. Its scores would not compare; use a new --name"
         )
-    store.update_study(row["id"], budget_trials=spec.budget.trials, overrides=overrides)
+    store.update_study(row["id"], budget_trials=spec.budget.trials, overrides=overrides, placement=spec.placement())
     return store.study(spec.name)
 
 
@@ -375,7 +420,7 @@ def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, orphans:
         "name": spec.name,
         "store": store.shown_url,
         "where": where,
-        "budget": spec.budget.trials,
+        "budget": run.budget,
         "finished": run.num_finished,
         "orphans": orphans,
         "data": card.__dict__,

@@ -130,6 +130,14 @@ def launch(study_file: str, dry_run: bool, quiet: bool, as_json: bool, top: int,
     console = _console(stderr=True)
     with terminal.progress(console, quiet=quiet or as_json) as listen:
         study = api.launch(study_file, **options, listen=terminal.json_lines(sys.stdout) if as_json else listen)
+    _finish(study, as_json=as_json, quiet=quiet, top=top)
+    return study.exit_code
+
+
+def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
+    """What stands at the end of a launch: the leaderboard, and how to go on."""
+    from hpsearch import terminal
+
     board = study.board(top=top)
     if as_json:
         print(terminal.to_json({"event": "leaderboard", **board.to_json()}).replace("\n", ""))
@@ -139,7 +147,6 @@ def launch(study_file: str, dry_run: bool, quiet: bool, as_json: bool, top: int,
         print(f"\n{study.stop_reason}. To go on:\n  {_command_again()}", file=sys.stderr)
     elif study.exit_code and not quiet:
         print("\nMost trials failed, or none can be ranked: see `hpsearch show STUDY TRIAL`.", file=sys.stderr)
-    return study.exit_code
 
 
 @main.command()
@@ -176,19 +183,76 @@ def studies(store: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("study")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Settings to run again.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="New seeds for each.")
+@_store_option
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
+def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_json: bool) -> int:
+    """Run the best settings of a study again with new seeds, to see what was luck.
+
+    The repeats are trials of their own that the sampler is not told of. Repeats that are done are not run again.
+    """
+    from hpsearch import api, terminal
+
+    console = _console(stderr=True)
+    with terminal.progress(console, quiet=quiet or as_json) as listen:
+        found = api.finals(
+            study,
+            top=top,
+            seeds=seeds,
+            store=store,
+            listen=terminal.json_lines(sys.stdout) if as_json else listen,
+        )
+    _finish(found, as_json=as_json, quiet=quiet, top=20)
+    return found.exit_code
+
+
+@main.command()
+@click.argument("study")
+@click.argument("first", type=int)
+@click.argument("second", type=int)
+@_store_option
+@_json_option
+def compare(study: str, first: int, second: int, store: str | None, as_json: bool) -> None:
+    """Test whether two trials of a study differ: a paired bootstrap over test examples."""
+    from hpsearch import api, terminal
+
+    found = api.open_study(study, store=store).compare(first, second)
+    if as_json:
+        print(terminal.to_json(found))
+    else:
+        _console().print(terminal.comparison_table(found))
+
+
+@main.command()
+@click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
 @_store_option
 @click.option("--top", type=click.IntRange(min=1), help="Only the best so many.")
+@click.option("--mixed", is_flag=True, help="Rank scores together that are no like for like.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @_json_option
-def rank(study: str, store: str | None, top: int | None, as_csv: bool, markdown: bool, as_json: bool) -> None:
-    """Rank the trials of a study by their test score."""
+def rank(
+    studies: tuple[str, ...],
+    store: str | None,
+    top: int | None,
+    mixed: bool,
+    as_csv: bool,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Rank the trials of a study, or of several together, by their test score.
+
+    1= cannot be told from the winner. Scores that cannot be compared are refused, unless --mixed; perplexities of
+    different tokenizers are ranked in bits per byte.
+    """
     from hpsearch import api, terminal
     from hpsearch.ranking import flat_rows
 
     if as_csv + markdown + as_json > 1:
         raise click.UsageError("give one of --csv, --markdown and --json")
-    board = api.open_study(study, store=store).board(top=top)
+    board = api.open_study(studies[0], store=store).board(*studies[1:], top=top, mixed=mixed)
     if as_json:
         print(terminal.to_json(board.to_json()))
     elif markdown:
@@ -267,6 +331,10 @@ def _print_board(board: Any) -> None:
         console.print(terminal.leaderboard_table(board, console.width))
     for line in terminal.leaderboard_notes(board):
         console.print(line, style="dim", markup=False, highlight=False)
+    if board.finals:
+        console.print()
+        console.print(terminal.finals_table(board.finals))
+        console.print(terminal.finals_note(board.finals), style="dim", markup=False, highlight=False)
 
 
 def _console(*, stderr: bool = False) -> Any:

@@ -264,10 +264,8 @@ class _Trained:
             joint = [text for field in texts.values() for text in field]
             self._tokenizers = dict.fromkeys(texts, train_tokenizer(joint, spec.tokenizer, spec.task))
         else:
-            self._tokenizers = {
-                field: train_tokenizer(own, spec.tokenizer, spec.task) for field, own in texts.items()
-            }
-        first, last = list(self._tokenizers.values())[0], list(self._tokenizers.values())[-1]
+            self._tokenizers = {field: train_tokenizer(own, spec.tokenizer, spec.task) for field, own in texts.items()}
+        first, last = (self._tokenizers[field] for field in (_TEXT_FIELDS[spec.task][0], _TEXT_FIELDS[spec.task][-1]))
         self.end_id, self.padding_id = END_ID, PADDING_ID
         self.vocab_size = first.get_vocab_size()
         self.target_vocab_size = last.get_vocab_size() if last is not first else None

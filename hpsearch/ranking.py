@@ -1,35 +1,51 @@
-"""Who is best, by the test metric, and whom validation would have chosen. Imports neither torch nor Ray."""
+"""Who is best, by the test metric, and by how much: ranks, ties, finals. Imports neither torch nor Ray.
+
+Scores are compared only when their contracts are equal. Perplexities of different tokenizers are ranked in bits per
+byte instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from hpsearch import statistics
+from hpsearch.errors import UsageError
 from hpsearch.store import Row, Store
+from hpsearch.tasks import HIGHER_IS_BETTER
+from hpsearch.trial import RANKED
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SIGNIFICANCE = 0.05
+"""Trials whose p-value against the winner is above this are tied with it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """The ranked trials of a study, best test score first."""
+    """The ranked trials of one study or several, best test score first."""
 
     study: str
     task: str
     metric: str
+    objective: str
     rows: list[Row]
+    """Columns of hpsearch_leaderboard, with `test_rank` among these rows, `tie` (`1`, `1=`, `4`) and `p_value`."""
     states: dict[str, int]
+    validation_choice: Row | None
+    """The trial that validation alone would have chosen; it is the winner's rival to look at."""
+    finals: list[Row]
+    """Configurations that were run again with new seeds, best mean first; see `_finals`."""
+    note: str | None = None
 
     @property
     def best(self) -> Row | None:
         return self.rows[0] if self.rows else None
-
-    @property
-    def validation_choice(self) -> Row | None:
-        """The trial that the lowest validation loss would have chosen; it is the winner's rival to look at."""
-        return min(self.rows, key=lambda row: (row["valid_loss"], row["trial"]), default=None)
 
     def to_json(self) -> dict[str, Any]:
         choice = self.validation_choice
@@ -38,25 +54,100 @@ class Leaderboard:
             "study": self.study,
             "task": self.task,
             "metric": self.metric,
+            "objective": self.objective,
             "states": self.states,
             "validation_would_choose": choice["trial"] if choice else None,
             "trials": self.rows,
+            "finals": self.finals,
         }
 
 
-def leaderboard(store: Store, study: str, *, top: int | None = None) -> Leaderboard:
-    """The leaderboard of a study; `top` keeps the best so many. Raises UnknownStudyError."""
-    row = store.study(study)
-    ranked = store.leaderboard(study)
+def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool = False) -> Leaderboard:
+    """The leaderboard of a study, or of several together; `top` keeps the best so many.
+
+    Raises UnknownStudyError, and UsageError when scores cannot be compared (unless `mixed`).
+    """
+    found = [store.study(name) for name in dict.fromkeys(studies)]
+    first = found[0]
+    for other in found[1:]:
+        if other["task"] != first["task"]:
+            raise UsageError(
+                f"'{first['name']}' is a {first['task']} study and '{other['name']}' a {other['task']} study: they "
+                "have no score in common"
+            )
     states: dict[str, int] = {}
-    for trial in store.trials(row["id"]):
-        states[trial["state"]] = states.get(trial["state"], 0) + 1
-    choice = min(ranked, key=lambda entry: (entry["valid_loss"], entry["trial"]), default=None)
+    entries: list[_Entry] = []
+    finals: list[Row] = []
+    for study in found:
+        trials = store.trials(study["id"])
+        for trial in trials:
+            if trial["repeat_of"] is None:
+                states[trial["state"]] = states.get(trial["state"], 0) + 1
+        scores = store.study_scores(study["id"])
+        ids = {trial["number"]: trial["id"] for trial in trials}
+        rows = store.leaderboard(study["name"])
+        entries += [_Entry(row=row, id=ids[row["trial"]], scores=scores[row["trial"]]) for row in rows]
+        finals += _finals(study, trials, scores)
+    metric, note = _common_metric(first["metric"], entries, mixed=mixed)
+    ranked = _ranked(store, metric, entries, mixed=mixed)
+    choice = min(ranked, key=lambda row: (row["valid_rank"], row["trial"]), default=None) if len(found) == 1 else None
     shown = ranked[:top]
     # The rival is always there to be seen, wherever its test score put it.
     if choice is not None and choice not in shown:
         shown = [*shown, choice]
-    return Leaderboard(study=study, task=row["task"], metric=row["metric"], rows=shown, states=states)
+    return Leaderboard(
+        study=" + ".join(study["name"] for study in found),
+        task=first["task"],
+        metric=metric,
+        objective=first["objective"],
+        rows=shown,
+        states=states,
+        validation_choice=choice,
+        finals=finals,
+        note=note,
+    )
+
+
+def compare(store: Store, study: str, first: int, second: int) -> dict[str, Any]:
+    """The paired test of two ranked trials, for every metric whose per-example statistics were kept.
+
+    Raises UnknownStudyError, UsageError.
+    """
+    found = store.study(study)
+    numbers = (first, second)
+    rows = [store.trial(found, number) for number in numbers]
+    kept = store.examples([row["id"] for row in rows])
+    for row in rows:
+        if row["id"] not in kept:
+            reason = "" if row["state"] in RANKED else f" (it ended {row['state']})"
+            raise UsageError(f"trial {row['number']} of '{study}' has no test answers to compare{reason}")
+    examples = [statistics.unpack(kept[row["id"]]) for row in rows]
+    scores = store.study_scores(found["id"])
+    metrics = []
+    for metric in statistics.metrics_of(examples[0]):
+        pair = [scores[number][metric] for number in numbers]
+        differs = _difference(pair[0]["contract"], pair[1]["contract"])
+        if differs:
+            raise UsageError(f"the {metric} of trials {first} and {second} cannot be compared: {differs}")
+        observed = np.array([score["value"] for score in pair])
+        resampled = statistics.resample(metric, list(examples), pair[0]["contract"])
+        low, high, p_value = statistics.difference(observed, resampled)
+        better = None
+        if p_value <= SIGNIFICANCE:
+            better = numbers[int((observed[0] > observed[1]) != HIGHER_IS_BETTER[metric])]
+        metrics.append(
+            {
+                "metric": metric,
+                "scores": observed.tolist(),
+                "difference": float(observed[0] - observed[1]),
+                "low": low,
+                "high": high,
+                "p_value": p_value,
+                "better": better,
+                "n": pair[0]["n"],
+            }
+        )
+    return {"schema_version": 1, "study": study, "trials": list(numbers), "metrics": metrics}
 
 
 def frame(board: Leaderboard) -> pd.DataFrame:
@@ -69,8 +160,9 @@ def frame(board: Leaderboard) -> pd.DataFrame:
 def flat_rows(board: Leaderboard) -> list[Row]:
     """The rows with `params` spread into `param_NAME`, the same keys in each, all-empty columns left out."""
     names = param_names(board.rows)
+    hidden = ("params", "task") if " + " in board.study else ("params", "study", "task")
     flat = [
-        {**{key: value for key, value in row.items() if key not in ("params", "study", "task")}}
+        {**{key: value for key, value in row.items() if key not in hidden}}
         | {f"param_{name}": row["params"].get(name) for name in names}
         for row in board.rows
     ]
@@ -81,3 +173,149 @@ def flat_rows(board: Leaderboard) -> list[Row]:
 def param_names(rows: Sequence[Row]) -> list[str]:
     """Names of all sampled settings, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row["params"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A ranked trial: its row of the view, its id, its scores by metric."""
+
+    row: Row
+    id: int
+    scores: dict[str, Row]
+
+    @property
+    def name(self) -> str:
+        return f"trial {self.row['trial']} of '{self.row['study']}'"
+
+
+def _common_metric(metric: str, entries: Sequence[_Entry], *, mixed: bool) -> tuple[str, str | None]:
+    """The metric in which all scores can be compared. Raises UsageError when there is none."""
+    odd = _odd_one(metric, entries)
+    if odd is None or mixed:
+        return metric, "ranked across different contracts (--mixed): the scores are no like for like" if odd else None
+    if metric == "perplexity" and odd[1].startswith("tokenizer") and _odd_one("bits_per_byte", entries) is None:
+        return "bits_per_byte", "the tokenizers differ, so these are ranked in bits per byte"
+    entry, differs = odd
+    raise UsageError(
+        f"the {metric} of {entries[0].name} and {entry.name} cannot be ranked together: {differs}. Rank them apart, or "
+        "give --mixed to rank them all the same"
+    )
+
+
+def _odd_one(metric: str, entries: Sequence[_Entry]) -> tuple[_Entry, str] | None:
+    """The first entry whose contract is not that of the first of all, and what differs."""
+    for entry in entries[1:]:
+        differs = _difference(entries[0].scores[metric]["contract"], entry.scores[metric]["contract"])
+        if differs:
+            return entry, differs
+    return None
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """What differs between two contracts, in words; empty when they are equal."""
+    return ", ".join(
+        f"{key} ({first.get(key)} and {second.get(key)})"
+        for key in dict.fromkeys([*first, *second])
+        if first.get(key) != second.get(key)
+    )
+
+
+def _ranked(store: Store, metric: str, entries: Sequence[_Entry], *, mixed: bool) -> list[Row]:
+    """The entries' rows, best first, with rank, tie and p-value."""
+    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    rated = [replace(entry, row={**entry.row, **_rating(metric, entry)}) for entry in entries]
+    rated.sort(key=lambda entry: (sign * entry.row["score"], entry.row["study"], entry.row["trial"]))
+    p_values = {} if mixed else _p_values(store, metric, rated)
+    rows: list[Row] = []
+    for place, entry in enumerate(rated, start=1):
+        same = rows and rows[-1]["score"] == entry.row["score"]
+        rank = rows[-1]["test_rank"] if same else place
+        p_value = p_values.get(entry.id)
+        tied = place > 1 and (rank == 1 or (p_value is not None and p_value > SIGNIFICANCE))
+        row = {**entry.row, "test_rank": rank, "tie": "1=" if tied else str(rank), "p_value": p_value}
+        rows.append({name: row[name] for name in ("study", "task", "test_rank", "tie", *row)})
+    return rows
+
+
+def _rating(metric: str, entry: _Entry) -> Row:
+    score = entry.scores[metric]
+    return {
+        "metric": metric,
+        "score": score["value"],
+        "score_low": score["low"],
+        "score_high": score["high"],
+        "score_n": score["n"],
+    }
+
+
+def _p_values(store: Store, metric: str, rated: Sequence[_Entry]) -> dict[int, float]:
+    """By trial id; none for trials whose answers were not kept."""
+    kept = store.examples([entry.id for entry in rated])
+    tested = [entry for entry in rated if entry.id in kept]
+    if not tested or tested[0] is not rated[0]:
+        return {}
+    examples: list[statistics.Examples] = [statistics.unpack(kept[entry.id]) for entry in tested]
+    contract = tested[0].scores[metric]["contract"]
+    observed = np.array([entry.row["score"] for entry in tested])
+    resampled = statistics.resample(metric, examples, contract)
+    p_values = statistics.tie_p_values(
+        observed, resampled, tested[0].row["score_n"], higher_is_better=HIGHER_IS_BETTER[metric]
+    )
+    return {entry.id: float(p_value) for entry, p_value in zip(tested, p_values, strict=True)}
+
+
+def _finals(study: Row, trials: Sequence[Row], scores: dict[int, dict[str, Row]]) -> list[Row]:
+    """One row a configuration of the finals, best mean first.
+
+    `sank` says by how much the mean of the new seeds is worse than the score that chose the configuration.
+    """
+    metric = study["metric"]
+    sign = 1 if study["higher_is_better"] else -1
+    repeated: dict[int, list[Row]] = {}
+    for trial in trials:
+        if trial["repeat_of"] is not None and metric in scores.get(trial["number"], {}):
+            repeated.setdefault(trial["repeat_of"], []).append(trial)
+    params = {trial["number"]: trial["params"] for trial in trials}
+    rows = [
+        _finalist(study["name"], metric, sign, number, params[number], scores, repeats)
+        for number, repeats in repeated.items()
+    ]
+    return sorted(rows, key=lambda row: (-sign * row["mean"], row["trial"]))
+
+
+def _finalist(
+    study: str,
+    metric: str,
+    sign: int,
+    number: int,
+    params: dict[str, Any],
+    scores: dict[int, dict[str, Row]],
+    repeats: Sequence[Row],
+) -> Row:
+    values = [scores[repeat["number"]][metric]["value"] for repeat in repeats]
+    mean = sum(values) / len(values)
+    chosen = scores[number][metric]["value"]
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else None
+    return {
+        "study": study,
+        "trial": number,
+        "metric": metric,
+        "chosen_score": chosen,
+        "seeds": len(values),
+        "mean": mean,
+        "standard_deviation": spread,
+        "low": min(values),
+        "high": max(values),
+        "sank": sign * (chosen - mean),
+        "repeats": [repeat["number"] for repeat in repeats],
+        "params": params,
+    }
+
+
+def finalists(board: Leaderboard, top: int) -> Iterator[Row]:
+    """The best so many rows of a leaderboard with different settings."""
+    seen: list[dict[str, Any]] = []
+    for row in board.rows:
+        if row["params"] not in seen and len(seen) < top:
+            seen.append(row["params"])
+            yield row

@@ -20,6 +20,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
@@ -29,7 +30,9 @@ from hpsearch.spec import SamplerSpec, StudySpec, UnpromisingSpec
 from hpsearch.store import configure_engine
 from hpsearch.trial import TrialState
 
-VALUE_NAME = "validation loss (nats per token)"
+VALUE_NAMES = {"loss": "validation loss (nats per token)", "bleu": "validation BLEU", "f1": "validation F1"}
+_REPEAT = "hpsearch:repeat_of"
+"""System attribute of a trial of the finals: the trial that it repeats."""
 
 OPTUNA_STATE = {
     TrialState.COMPLETED: OptunaState.COMPLETE,
@@ -46,7 +49,7 @@ OPTUNA_STATE = {
 """What the sampler should learn from what happened. An overfit run is COMPLETE with its best value: its best checkpoint
 is a valid answer, and told as PRUNED it would rank behind every complete trial with its last, worst value."""
 
-_MIRRORED_ATTRIBUTES = ("grid_id", "search_space", "completed_rung_", "failed_trial", "retry_history")
+_MIRRORED_ATTRIBUTES = (_REPEAT, "grid_id", "search_space", "completed_rung_", "failed_trial", "retry_history")
 """System attributes that a resumed study needs. CMA-ES's pickled optimizer is none of them."""
 
 
@@ -67,15 +70,18 @@ class Search:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._space = spec.space
         self._is_grid = spec.sampler.name == "grid"
-        self._record = _Record(store_url, spec.name) if store_url else None
+        direction = StudyDirection.MINIMIZE if spec.objective == "loss" else StudyDirection.MAXIMIZE
+        self._record = _Record(store_url, spec.name, direction, VALUE_NAMES[spec.objective]) if store_url else None
         history = self._record.history() if self._record else []
+        self._repeats = {trial.number for trial in history if _REPEAT in trial.system_attrs}
         self._brain = optuna.create_study(
             study_name=spec.name,
             storage=InMemoryStorage(),
+            direction=direction,
             sampler=_make_sampler(spec.sampler, spec.space, _seed_after(spec.seed, len(history))),
             pruner=_make_pruner(spec.prune.unpromising, spec.max_epochs),
         )
-        self._brain.add_trials(history)
+        self._brain.add_trials([_untold(trial) if trial.number in self._repeats else trial for trial in history])
 
     @property
     def is_exhausted(self) -> bool:
@@ -108,13 +114,31 @@ class Search:
         )
         return self._begin(len(self._trials()) - 1)
 
-    def report(self, number: int, *, epoch: int, valid_loss: float) -> bool:
-        """Record the validation loss at the end of an epoch; True when the trial is unpromising and should stop."""
-        self._each_storage(number, "set_trial_intermediate_value", epoch, valid_loss)
+    def repeat(self, number: int) -> Suggestion:
+        """The settings of a trial once more, on the record but hidden from the sampler: it is no new point."""
+        original = self._trial(number)
+        self._brain.add_trial(
+            create_trial(
+                state=OptunaState.RUNNING,
+                params=original.params,
+                distributions=original.distributions,
+                system_attrs={_REPEAT: number},
+            )
+        )
+        suggestion = self._begin(len(self._trials()) - 1)
+        self._repeats.add(suggestion.number)
+        self._brain._storage.set_trial_state_values(self._trial(suggestion.number)._trial_id, OptunaState.FAIL)
+        return suggestion
+
+    def report(self, number: int, *, epoch: int, value: float) -> bool:
+        """Record the objective at the end of an epoch; True when the trial is unpromising and should stop."""
+        self._each_storage(number, "set_trial_intermediate_value", epoch, value)
+        if number in self._repeats:
+            return False
         return bool(self._brain.pruner.prune(self._brain, self._trial(number)))
 
     def tell(self, number: int, state: TrialState, *, value: float | None, notes: dict[str, Any]) -> None:
-        """End a trial. `value` is its best validation loss; `notes` become attributes that the dashboard shows."""
+        """End a trial. `value` is its best objective; `notes` become attributes that the dashboard shows."""
         if self._record:
             for key, note in notes.items():
                 self._record.storage.set_trial_user_attr(self._record.ids[number], key, note)
@@ -133,7 +157,8 @@ class Search:
 
     def unfinished(self) -> list[int]:
         """Trials that Optuna believes to be running: after a crash, those that were lost."""
-        return [trial.number for trial in self._trials() if not trial.state.is_finished()]
+        trials = self._record.history() if self._record else self._trials()
+        return [trial.number for trial in trials if not trial.state.is_finished()]
 
     def close(self) -> None:
         """Give the connections to the store back."""
@@ -148,7 +173,8 @@ class Search:
         return Suggestion(number=number, params=dict(trial.params))
 
     def _each_storage(self, number: int, method: str, *arguments: Any) -> None:
-        getattr(self._brain._storage, method)(self._trial(number)._trial_id, *arguments)
+        if number not in self._repeats:
+            getattr(self._brain._storage, method)(self._trial(number)._trial_id, *arguments)
         if self._record:
             getattr(self._record.storage, method)(self._record.ids[number], *arguments)
 
@@ -162,12 +188,12 @@ class Search:
 class _Record:
     """The study as Optuna's own tables hold it."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, direction: StudyDirection, value_name: str) -> None:
         self.storage = _open_storage(url)
         self._study = optuna.create_study(
-            study_name=name, storage=self.storage, direction="minimize", load_if_exists=True
+            study_name=name, storage=self.storage, direction=direction, load_if_exists=True
         )
-        self._study.set_metric_names([VALUE_NAME])
+        self._study.set_metric_names([value_name])
         self.ids: dict[int, int] = {}
 
     def history(self) -> list[FrozenTrial]:
@@ -336,13 +362,14 @@ class _ClippedStudy:
     def _get_trials(
         self, deepcopy: bool = True, states: Container[OptunaState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        trials = clip_at_median(self._inner_study._get_trials(deepcopy=False, use_cache=use_cache))
+        maximise = self._inner_study.direction is StudyDirection.MAXIMIZE
+        trials = clip_at_median(self._inner_study._get_trials(deepcopy=False, use_cache=use_cache), maximise=maximise)
         chosen = [trial for trial in trials if states is None or trial.state in states]
         return copy.deepcopy(chosen) if deepcopy else chosen
 
 
-def clip_at_median(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials with complete values above the median lowered to it, and valueless pruned ones complete at it."""
+def clip_at_median(trials: Sequence[FrozenTrial], *, maximise: bool = False) -> list[FrozenTrial]:
+    """The trials with complete values worse than the median moved to it, and valueless pruned ones complete at it."""
     values = [
         trial.value
         for trial in trials
@@ -351,13 +378,22 @@ def clip_at_median(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     if not values:
         return list(trials)
     median = float(np.median(values))
-    return [_at(trial, median) if _is_clipped(trial, median) else trial for trial in trials]
+    return [_at(trial, median) if _is_clipped(trial, median, maximise) else trial for trial in trials]
 
 
-def _is_clipped(trial: FrozenTrial, median: float) -> bool:
+def _is_clipped(trial: FrozenTrial, median: float, maximise: bool) -> bool:
     if trial.state is OptunaState.PRUNED:
         return trial.value is None
-    return trial.state is OptunaState.COMPLETE and trial.value is not None and trial.value > median
+    if trial.state is not OptunaState.COMPLETE or trial.value is None:
+        return False
+    return trial.value < median if maximise else trial.value > median
+
+
+def _untold(trial: FrozenTrial) -> FrozenTrial:
+    """What the sampler sees of a trial of the finals: a failed one, which it learns nothing from."""
+    return create_trial(
+        state=OptunaState.FAIL, params=trial.params, distributions=trial.distributions, system_attrs=trial.system_attrs
+    )
 
 
 def _at(trial: FrozenTrial, value: float) -> FrozenTrial:

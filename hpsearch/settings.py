@@ -40,7 +40,7 @@ class ModelSettings(Strict):
         None,
         ge=0,
         lt=1,
-        description="Dropout probability, everywhere the architecture has one; by default 0, or the pretrained model's.",
+        description="Dropout probability, wherever the architecture has one; by default 0, or the pretrained model's.",
     )
     init_std: float | None = Field(None, gt=0, description="Standard deviation of initial weights.")
     context_length: int = Field(128, ge=2, description="Tokens in a sequence; longer examples are cut, and counted.")

@@ -64,9 +64,7 @@ class FileSplits(Strict):
     """Local text files (.txt, .jsonl, .csv, .parquet); paths are relative to the study file."""
 
     train: list[str] | AlignedFiles
-    validation: list[str] | AlignedFiles = Field(
-        default_factory=list, description="Without it, a fraction of train."
-    )
+    validation: list[str] | AlignedFiles = Field(default_factory=list, description="Without it, a fraction of train.")
     test: list[str] | AlignedFiles = Field(default_factory=list, description="Without it, a fraction of train.")
 
     @field_validator("train")
@@ -318,9 +316,9 @@ class StudySpec(Strict):
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str) -> StudySpec:
+def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str, *, trials: int) -> StudySpec:
     """The study that `record()` and `placement()` of a launched one describe."""
-    spec = StudySpec.model_validate({**record, **placement, "store": store})
+    spec = StudySpec.model_validate({**record, **placement, "store": store, "budget": {"trials": trials}})
     spec._space = parse_space(record["search"])[0]
     return spec
 

@@ -120,8 +120,8 @@ _leaderboard = sa.table(
     "hpsearch_leaderboard",
     *(sa.column(name) for name in (
         "study", "task", "test_rank", "valid_rank", "trial", "state", "metric", "score", "score_low", "score_high",
-        "score_n", "test_perplexity", "test_bits_per_byte", "test_bleu", "test_f1", "valid_loss", "valid_score", "best_epoch",
-        "last_epoch", "num_parameters", "device_seconds", "reason", "checkpoint",
+        "score_n", "test_perplexity", "test_bits_per_byte", "test_bleu", "test_f1", "valid_loss", "valid_score",
+        "best_epoch", "last_epoch", "num_parameters", "device_seconds", "reason", "checkpoint",
     )),
     sa.column("params", _Json),
 )  # fmt: skip

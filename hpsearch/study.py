@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,19 @@ class _Live:
     best: float = math.inf
 
 
+@dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """A trial of the finals: the settings of trial `of`, trained from another seed."""
+
+    of: int
+    seed: int
+
+
 class StudyRun:
-    """One launch of a study: hands out trials, hears their events, writes what happened."""
+    """One launch of a study: hands out trials, hears their events, writes what happened.
+
+    With `repeats` it runs these in place of new settings, whatever the budget of trials says.
+    """
 
     def __init__(
         self,
@@ -60,6 +72,7 @@ class StudyRun:
         data: Path,
         threads: int,
         listen: Listener,
+        repeats: Sequence[Repeat] | None = None,
     ) -> None:
         self.spec = spec
         self.stop_reason: str | None = None
@@ -73,7 +86,8 @@ class StudyRun:
         self._listen = listen
         self._live: dict[int, _Live] = {}
         self._deadline = time.monotonic() + 60 * spec.budget.minutes if spec.budget.minutes else math.inf
-        rows = store.trials(study["id"])
+        self._repeats = None if repeats is None else list(repeats)
+        rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
         retried = {row["retry_of"] for row in rows}
         self._attempts = {row["number"]: row["attempt"] for row in rows}
         self._retries = [
@@ -94,6 +108,13 @@ class StudyRun:
         waiting = {TrialState.INTERRUPTED.value, *(state.value for state in LIVE)}
         return sum(count for state, count in self.states.items() if state not in waiting)
 
+    @property
+    def budget(self) -> int:
+        """Trials that this launch should have finished in the end, those of earlier launches included."""
+        if self._repeats is None:
+            return self.spec.budget.trials
+        return self.num_finished + len(self._live) + len(self._repeats)
+
     def request_stop(self, reason: str) -> None:
         """Ask the backend to end the launch; safe to call from a signal handler or another thread."""
         if self.stop_reason is None:
@@ -110,17 +131,28 @@ class StudyRun:
 
     def next_trial(self) -> TrialConfig | None:
         """The next trial to run, interrupted ones first; None when the budget or the space is used up."""
+        if self._repeats is not None:
+            return self._next_repeat(self._repeats)
         if self.num_finished + len(self._live) >= self.spec.budget.trials:
             return None
         retry_of = self._retries.pop(0) if self._retries else None
         if retry_of is None and self._search.is_exhausted:
             return None
         suggestion = self._search.ask() if retry_of is None else self._search.ask_again(retry_of)
-        config = self._config(suggestion)
         attempt = 1 if retry_of is None else self._attempts[retry_of] + 1
+        return self._start(self._config(suggestion), attempt=attempt, retry_of=retry_of)
+
+    def _next_repeat(self, waiting: list[Repeat]) -> TrialConfig | None:
+        if not waiting:
+            return None
+        repeat = waiting.pop(0)
+        config = self._config(self._search.repeat(repeat.of))
+        return self._start(config.model_copy(update={"seed": repeat.seed, "repeat_of": repeat.of}))
+
+    def _start(self, config: TrialConfig, *, attempt: int = 1, retry_of: int | None = None) -> TrialConfig:
         row_id = self._store.start_trial(self._study["id"], config, attempt=attempt, retry_of=retry_of)
         self._live[config.number] = _Live(row_id=row_id, config=config, started=time.monotonic())
-        facts = {"params": config.params, "epochs": config.training.num_epochs}
+        facts = {"params": config.params, "epochs": config.training.num_epochs, "repeat_of": config.repeat_of}
         self._listen(Event(kind="trial_started", trial=config.number, facts=facts))
         return config
 
@@ -144,7 +176,9 @@ class StudyRun:
         unpromising = False
         # A run is compared with others at the ends of its epochs; one that ends inside its first is noted there, too.
         if point.ends_epoch or (stops and (live.last is None or live.last.epoch < 1)):
-            unpromising = self._search.report(number, epoch=math.ceil(point.epoch), valid_loss=point.valid_loss)
+            value = point.valid_loss if self.spec.objective == "loss" else point.valid_score
+            if value is not None:
+                unpromising = self._search.report(number, epoch=math.ceil(point.epoch), value=value)
         live.last = point
         facts = {"point": point, "verdict": judgement.verdict.value, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="point", trial=number, facts=facts))
@@ -203,14 +237,15 @@ class StudyRun:
             result = TrialResult(state=TrialState.INTERRUPTED, reason="its driver died")
             points = self._store.points(row["id"])
             self._store.finish_trial(row["id"], result, last_epoch=points[-1]["epoch"] if points else None)
-            self.states[row["state"]] -= 1
-            self._count(TrialState.INTERRUPTED)
-            self._retries.append(row["number"])
+            if (row["repeat_of"] is not None) == (self._repeats is not None):
+                self.states[row["state"]] -= 1
+                self._count(TrialState.INTERRUPTED)
+                self._retries.append(row["number"])
         ended = {row["number"]: row for row in self._store.trials(self._study["id"])}
         for number in self._search.unfinished():
             known = ended.get(number)
             state = TrialState(known["state"]) if known else TrialState.INTERRUPTED
-            value = known["best_valid_loss"] if known else None
+            value = self._objective(known["best_valid_loss"], known["best_valid_score"]) if known else None
             self._search.tell(number, state, value=value, notes={"outcome": state.value})
         return len(orphans)
 
@@ -226,6 +261,7 @@ class StudyRun:
             task=self.spec.task,
             seed=self.spec.seed,
             params=suggestion.params,
+            objective=self.spec.objective,
             model=model,
             training=training,
             translation=self.spec.translation,
@@ -242,10 +278,14 @@ class StudyRun:
             shutil.rmtree(live.config.folder, ignore_errors=True)
         last_epoch = live.last.epoch if live.last else None
         self._store.finish_trial(live.row_id, result, last_epoch=last_epoch)
-        self._search.tell(number, result.state, value=result.best_valid_loss, notes=_notes(result))
+        value = self._objective(result.best_valid_loss, result.best_valid_score)
+        self._search.tell(number, result.state, value=value, notes=_notes(result, live.config.repeat_of))
         self._count(result.state)
         facts = {"result": result, "last_epoch": last_epoch, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="trial_ended", trial=number, facts=facts))
+
+    def _objective(self, best_loss: float | None, best_score: float | None) -> float | None:
+        return best_loss if self.spec.objective == "loss" else best_score
 
     def _last_known(self, live: _Live) -> dict[str, Any]:
         """Device-seconds of a trial whose worker cannot tell them any more."""
@@ -259,9 +299,11 @@ def _best(live: _Live) -> dict[str, Any]:
     return {"best_valid_loss": live.best if math.isfinite(live.best) else None}
 
 
-def _notes(result: TrialResult) -> dict[str, Any]:
+def _notes(result: TrialResult, repeat_of: int | None) -> dict[str, Any]:
     """Attributes of the Optuna trial, named as a person reads them in the dashboard."""
     notes: dict[str, Any] = {"outcome": result.state.value, "why": result.reason[:1000]}
+    if repeat_of is not None:
+        notes["repeats trial"] = repeat_of
     if result.best_epoch is not None:
         notes["best epoch"] = round(result.best_epoch, 3)
     for score in result.scores:

@@ -69,13 +69,16 @@ def leaderboard_table(board: Leaderboard, width: int) -> Table:
         ]
         names = ["settings"]
     choice = board.validation_choice
+    several = len({row["study"] for row in board.rows}) > 1
     cells: list[dict[str, str | Text]] = [
         {
-            "rank": str(row["test_rank"]),
+            "rank": row["tie"],
+            **({"study": plain(row["study"])} if several else {}),
             "trial": str(row["trial"]),
             board.metric: Text(score_text(board.metric, row["score"]), style="bold"),
             "95 % interval": _interval(row),
-            "valid loss": f"{row['valid_loss']:.4f}{' *' if choice and row['trial'] == choice['trial'] else ''}",
+            f"valid {board.objective}": _valid(board, row)
+            + (" *" if choice and row["trial"] == choice["trial"] else ""),
             "epoch": f"{row['best_epoch']:.3g}/{row['last_epoch']:.3g}",
             "state": _state(row["state"]),
         }
@@ -96,25 +99,76 @@ def leaderboard_notes(board: Leaderboard) -> list[str]:
     """What stands under the table."""
     if board.best is None:
         return [f"no trial of '{board.study}' can be ranked yet ({counts(board.states) or 'none has ended'})"]
+    notes = [board.note] if board.note else []
     choice = board.validation_choice
-    assert choice is not None
-    same = choice["trial"] == board.best["trial"]
+    if choice is not None:
+        same = choice["trial"] == board.best["trial"]
+        notes.append(
+            f"* validation would have chosen trial {choice['trial']}"
+            + (", the winner" if same else f", ranked {choice['test_rank']} on the test split")
+        )
+    if any(row["tie"] == "1=" for row in board.rows):
+        notes.append(
+            "1= cannot be told from the winner on this test split (paired bootstrap, corrected for the choice)"
+        )
     return [
-        f"* validation would have chosen trial {choice['trial']}"
-        + (", the winner" if same else f", ranked {choice['test_rank']} on the test split"),
+        *notes,
         f"{board.metric}: on the test split; epoch: best/last, the best one's checkpoint is scored",
         f"{counts(board.states)}",
     ]
 
 
+def finals_table(rows: Sequence[Row]) -> Table:
+    """Settings that were run again with new seeds, best mean first."""
+    metric = rows[0]["metric"]
+    table = _table("trial", f"{metric} that chose it", "seeds", "mean of new seeds", "spread", "worse by", "settings")
+    for row in rows:
+        spread = row["standard_deviation"]
+        table.add_row(
+            str(row["trial"]),
+            score_text(metric, row["chosen_score"]),
+            str(row["seeds"]),
+            score_text(metric, row["mean"]),
+            "-" if spread is None else f"±{score_text(metric, spread)}",
+            score_text(metric, row["sank"]),
+            plain(", ".join(f"{name}={number(value)}" for name, value in row["params"].items())),
+        )
+    return table
+
+
+def finals_note(rows: Sequence[Row]) -> str:
+    """How the winner of the finals compares with the score that chose it."""
+    best = rows[0]
+    sank = best["sank"]
+    moved = f"{score_text(best['metric'], abs(sank))} {'worse' if sank > 0 else 'better'} than the score that chose it"
+    return (
+        f"finals: trial {best['trial']}'s settings are best, {best['metric']} "
+        f"{score_text(best['metric'], best['mean'])} on average over {best['seeds']} new seeds, {moved}"
+    )
+
+
+def comparison_table(found: dict[str, Any]) -> Table:
+    """The paired test of two trials, a row a metric."""
+    first, second = found["trials"]
+    table = _table("metric", f"trial {first}", f"trial {second}", "difference", "95 % interval", "p", "better")
+    for entry in found["metrics"]:
+        name = entry["metric"]
+        text = [
+            score_text(name, value) for value in (*entry["scores"], entry["difference"], entry["low"], entry["high"])
+        ]
+        better = "cannot tell" if entry["better"] is None else f"trial {entry['better']}"
+        table.add_row(name, text[0], text[1], text[2], f"{text[3]} to {text[4]}", f"{entry['p_value']:.4f}", better)
+    return table
+
+
 def leaderboard_markdown(board: Leaderboard) -> str:
     names = param_names(board.rows)
-    headers = ["rank", "trial", f"test {board.metric}", "95 % interval", "valid loss", "best epoch", "state", *names]
+    valid = f"valid {board.objective}"
+    headers = ["rank", "trial", f"test {board.metric}", "95 % interval", valid, "best epoch", "state", *names]
     lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
     for row in board.rows:
         cells = [
-            row["test_rank"], row["trial"], score_text(board.metric, row["score"]), _interval(row),
-            f"{row['valid_loss']:.4f}",
+            row["tie"], row["trial"], score_text(board.metric, row["score"]), _interval(row), _valid(board, row),
             f"{row['best_epoch']:.3g}", row["state"], *(number(row["params"].get(name)) for name in names),
         ]  # fmt: skip
         lines.append("| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |")
@@ -215,6 +269,10 @@ def trial_report(trial: Row, width: int) -> Group:
     if trial["best_valid_loss"] is not None:
         at = f" at epoch {trial['best_epoch']:.3g}" if trial["best_epoch"] is not None else ""
         rows.append(("best validation", f"{trial['best_valid_loss']:.4f} nats/token{at}"))
+    if trial["best_valid_score"] is not None:
+        rows.append(("validation score", f"{trial['best_valid_score']:.4f}, which chose the checkpoint"))
+    if trial["repeat_of"] is not None:
+        rows.append(("repeats", f"trial {trial['repeat_of']}, from seed {trial['seed']}"))
     for score in trial["scores"]:
         name = score["metric"].replace("_", " ")
         rows.append(
@@ -336,7 +394,8 @@ def describe(event: Event) -> str:
         )
     if event.kind == "trial_started":
         params = ", ".join(f"{name}={number(value)}" for name, value in facts["params"].items())
-        return f"trial {event.trial} started: {plain(params)}"
+        again = f", trial {facts['repeat_of']} with a new seed" if facts["repeat_of"] is not None else ""
+        return f"trial {event.trial} started{again}: {plain(params)}"
     if event.kind == "point":
         point = facts["point"]
         return (
@@ -421,6 +480,12 @@ def _table(*columns: str, header: bool = True) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _valid(board: Leaderboard, row: Row) -> str:
+    if board.objective == "loss" or row["valid_score"] is None:
+        return f"{row['valid_loss']:.4f}"
+    return score_text(board.objective, row["valid_score"])
 
 
 def _interval(row: Row) -> str:

@@ -12,15 +12,17 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from hpsearch.settings import RunSettings
+from hpsearch.settings import Objective, RunSettings
+from hpsearch.tasks import architecture
 from hpsearch.tasks.base import Batch, Indices, Scored, Task
 from hpsearch.trial import Point
 
@@ -53,14 +55,25 @@ def gpu_names() -> list[str]:
 class Trainer:
     """One run. `points()` trains it; `score()` then judges its best checkpoint on the test split."""
 
-    def __init__(self, task: Task, settings: RunSettings, *, seed: int, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: RunSettings,
+        *,
+        seed: int,
+        device: torch.device,
+        folder: Path,
+        objective: Objective = "loss",
+    ) -> None:
         self.task = task
         self.settings = settings
         self.device = device
         self.folder = folder
+        self.objective = objective
         self.best: Point | None = None
         self.micro_batch_size = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+        self._is_partial = any(not parameter.requires_grad for parameter in task.model.parameters())
         self._order = np.random.default_rng(seed)
         self._model: nn.Module = task.model.to(device)
         if device.type == "cuda":
@@ -115,6 +128,7 @@ class Trainer:
                     continue
                 evaluation += 1
                 valid_loss = self._mean_loss("validation")
+                takes_score = self.objective != "loss" and step_in_epoch == self.steps_per_epoch
                 point = Point(
                     evaluation=evaluation,
                     epoch=epoch + step_in_epoch / self.steps_per_epoch,
@@ -123,21 +137,45 @@ class Trainer:
                     valid_loss=valid_loss,
                     learning_rate=learning_rate,
                     tokens=tokens,
+                    valid_score=self.task.validation_score(self._evaluate) if takes_score else None,
                     seconds=time.perf_counter() - started,
                 )
-                if math.isfinite(valid_loss) and (self.best is None or valid_loss < self.best.valid_loss):
-                    self.best = point
-                    self._save()
+                if self._is_better(point):
+                    self._keep(point)
                 yield point
                 loss_sum.zero_()
                 loss_count = 0
                 self._model.train()
 
+    def settle(self, last: Point) -> None:
+        """Make the last point the best one if a run was stopped before its first validation score."""
+        if self.best is None and self.objective != "loss" and math.isfinite(last.valid_loss):
+            self._keep(replace(last, valid_score=self.task.validation_score(self._evaluate)))
+
     def score(self) -> Scored:
         """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
         assert self.best is not None
-        load_model(self._model, self.folder / CHECKPOINT, device=str(self.device))
+        if self._is_partial:
+            self._model.load_state_dict(load_file(self.folder / CHECKPOINT, device=str(self.device)), strict=False)
+        else:
+            load_model(self._model, self.folder / CHECKPOINT, device=str(self.device))
         return self.task.score(self._evaluate)
+
+    def export(self) -> None:
+        """Leave the best model as a folder that transformers loads. After `score`."""
+        if self._is_partial:
+            architecture.merge_adapters(self.task.model)
+            self._write(lambda file: save_model(self.task.model, file, metadata={"format": "pt"}))
+        self.task.save(str(self.folder))
+
+    def _is_better(self, point: Point) -> bool:
+        if not math.isfinite(point.valid_loss):
+            return False
+        if self.objective == "loss":
+            return self.best is None or point.valid_loss < self.best.valid_loss
+        if point.valid_score is None:
+            return False
+        return self.best is None or point.valid_score > (self.best.valid_score or 0.0)
 
     def _step(self, optimizer: torch.optim.Optimizer, indices: Indices) -> tuple[Tensor, int]:
         """One optimizer step over a whole batch; returns its summed loss (on the device) and predicted tokens."""
@@ -233,11 +271,22 @@ class Trainer:
         floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
         return settings.learning_rate * (floor + (1.0 - floor) * decay)
 
-    def _save(self) -> None:
-        """The weights as a folder that transformers loads; the old file stands until the new one is whole."""
+    def _keep(self, point: Point) -> None:
+        """Make these weights the best so far. Of a model that is frozen in part, only what is trained is written."""
+        self.best = point
+        if self._is_partial:
+            trained: dict[str, Tensor] = {
+                name: value for name, value in self._model.named_parameters() if value.requires_grad
+            }
+            self._write(lambda file: save_file(trained, file))
+        else:
+            self._write(lambda file: save_model(self._model, file, metadata={"format": "pt"}))
+
+    def _write(self, save: Callable[[str], None]) -> None:
+        """The old file stands until the new one is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f".{CHECKPOINT}"
-        save_model(self._model, str(scratch), metadata={"format": "pt"})
+        save(str(scratch))
         os.replace(scratch, self.folder / CHECKPOINT)
 
 

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import hpsearch
+from hpsearch import statistics
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
 from hpsearch.tasks import build_task
 from hpsearch.trainer import OutOfMemoryError, Trainer, pick_device, seed_everything
@@ -69,7 +70,14 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
     torch.set_num_threads(config.threads)
     seed_everything(config.seed)
     device = pick_device(config.device)
-    trainer = Trainer(build_task(config), config.training, seed=config.seed, device=device, folder=folder)
+    trainer = Trainer(
+        build_task(config),
+        config.training,
+        seed=config.seed,
+        device=device,
+        folder=folder,
+        objective=config.objective,
+    )
     # Without the overfitting rule a run is still ended when its loss is no number any more.
     rule = config.rule or OverfitRule()
     curve: list[Point] = []
@@ -92,11 +100,12 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
         micro_batch_size=trainer.micro_batch_size,
         device=_device_name(device),
     )
+    trainer.settle(curve[-1])
     state = _STATE_OF[judgement.verdict] if stops else TrialState.COMPLETED
     if state is TrialState.DIVERGED or trainer.best is None:
         return replace(common, state=TrialState.DIVERGED, reason=_why(judgement, curve))
     scored = trainer.score()
-    trainer.task.save(str(folder))
+    trainer.export()
     return replace(
         common,
         state=state,
@@ -104,7 +113,9 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
         best_evaluation=trainer.best.evaluation,
         best_epoch=trainer.best.epoch,
         best_valid_loss=trainer.best.valid_loss,
+        best_valid_score=trainer.best.valid_score,
         scores=scored.scores,
+        examples=statistics.pack(scored.examples),
         details=scored.details,
         checkpoint=str(folder),
     )

@@ -1,6 +1,6 @@
 """What the trainer asks of a task: batches, a summed loss and a test score. The trainer knows nothing else of it.
 
-Here, too, is what the tasks share: padding and bucketing by length, bootstrap intervals.
+Here, too, is what the tasks share: padding and bucketing by length, scores with intervals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hpsearch.data import END_ID, PADDING_ID, TokenSplit
+from hpsearch import statistics
+from hpsearch.data import TokenSplit
+from hpsearch.statistics import Examples
 from hpsearch.trial import Score
 
 Indices = NDArray[np.int64]
@@ -51,6 +53,8 @@ class Scored:
     scores: tuple[Score, ...]
     details: dict[str, Any] = field(default_factory=dict)
     """JSON by kind: `samples`, `outputs`, `confusion`, ..."""
+    examples: Examples = field(default_factory=dict)
+    """What each test example adds to the scores; see `statistics`."""
 
 
 class Task(Protocol):
@@ -74,6 +78,9 @@ class Task(Protocol):
 
     def score(self, evaluate: Evaluate) -> Scored:
         """Test metrics of the model as it stands."""
+
+    def validation_score(self, evaluate: Evaluate) -> float:
+        """The score of the validation split that a study may search for (see `spec.OBJECTIVES`)."""
 
     def save(self, folder: str) -> None:
         """Write what is needed beside the weights to load the model again without hpsearch."""
@@ -107,51 +114,26 @@ def within_budget(lengths: NDArray[np.int64], tokens: int = EVALUATION_TOKENS) -
     return batches
 
 
-def padded(split: TokenSplit, indices: Indices, *, longest: int, leading_end: bool = False) -> Tensor:
+def padded(split: TokenSplit, indices: Indices, *, longest: int, padding: int) -> Tensor:
     """Token ids of shape (examples, longest of them), cut to `longest` tokens and padded at the end.
 
-    A document that is cut still ends with end-of-text. With `leading_end` end-of-text stands in front instead of behind
-    (a classifier's first token).
+    A document that is cut keeps its last token, which may be the mark that ends it.
     """
     documents = []
     for index in indices:
         ids = split.document(int(index))
-        documents.append(ids if len(ids) <= longest else np.append(ids[: longest - 1], END_ID).astype(ids.dtype))
-    ids = np.full((len(documents), max(map(len, documents))), PADDING_ID, dtype=np.int64)
+        documents.append(ids if len(ids) <= longest else np.append(ids[: longest - 1], ids[-1]).astype(ids.dtype))
+    ids = np.full((len(documents), max(map(len, documents))), padding, dtype=np.int64)
     for row, document in enumerate(documents):
-        ids[row, : len(document)] = np.roll(document, 1) if leading_end else document
+        ids[row, : len(document)] = document
     return torch.from_numpy(ids)
 
 
-def bootstrap_ratio(
-    numerators: NDArray[np.float64], denominators: NDArray[np.float64], *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of sum(numerators) / sum(denominators), resampling the pairs.
-
-    Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3. Both arrays have shape (examples,).
-    """
-
-    def ratio(chosen: Indices) -> NDArray[np.float64]:
-        return np.asarray(numerators[chosen].sum(axis=1) / denominators[chosen].sum(axis=1))
-
-    return bootstrap(ratio, len(numerators), resamples=resamples, seed=seed)
-
-
-def bootstrap(
-    statistic: Callable[[Indices], NDArray[np.float64]], count: int, *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a statistic of examples.
-
-    `statistic` takes indices of shape (resamples, count), drawn with replacement, and gives one value for each row.
-    """
-    rng = np.random.default_rng(seed)
-    rows = max(1, 2_000_000 // count)
-    values = [
-        statistic(rng.integers(0, count, size=(min(rows, resamples - start), count)))
-        for start in range(0, resamples, rows)
-    ]
-    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
-    return float(low), float(high)
+def make_score(metric: str, value: float, examples: Examples, contract: dict[str, Any]) -> Score:
+    """A test score with its bootstrap interval."""
+    low, high = statistics.interval(metric, examples, contract)
+    count = len(next(iter(examples.values())))
+    return Score(metric=metric, value=value, low=low, high=high, n=count, contract=contract)
 
 
 def gather_losses(losses: Sequence[Tensor]) -> NDArray[np.float64]:

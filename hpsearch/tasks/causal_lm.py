@@ -1,14 +1,12 @@
 """Causal language modelling: windows of a token stream, next-token loss, perplexity and bits per byte.
 
-Training and evaluation read the stream
-in windows of `context_length` that do not overlap, so each token is predicted once a pass; the stream's last, partial
-window is padded in evaluation and left out in training.
+Training and evaluation read the stream in windows of `context_length` that do not overlap, so each token is predicted
+once a pass; the stream's last, partial window is padded in evaluation and left out in training.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from hpsearch.data import SPLITS, DataCard, TokenSplit, load_split, read_card
+from hpsearch.data import SPLITS, DataCard, TokenSplit, load_split, read_card, save_tokenizer
 from hpsearch.settings import ModelSettings
 from hpsearch.tasks import architecture
 from hpsearch.tasks.base import (
@@ -27,11 +25,11 @@ from hpsearch.tasks.base import (
     Evaluate,
     Indices,
     Scored,
-    bootstrap_ratio,
     cut,
     gather_losses,
+    make_score,
 )
-from hpsearch.trial import Score, TrialConfig
+from hpsearch.trial import TrialConfig
 
 
 def build(config: TrialConfig) -> CausalLM:
@@ -90,34 +88,25 @@ class CausalLM:
         nats = gather_losses(losses)[: test.document_ends[-1]]
         starts = np.concatenate([[0], test.document_ends[:-1]])
         per_document = np.add.reduceat(nats, starts)
-        tokens = np.diff(test.document_ends, prepend=0).astype(np.float64)
-        sizes = test.document_bytes.astype(np.float64)
+        examples = {"nats": per_document, "tokens": test.lengths, "bytes": test.document_bytes}
         shared = {
             "split": "test",
-            "data": self._card.fingerprint,
+            "data": self._card.test_fingerprint,
             "context_length": self._length,
             "stride": self._length,
         }
-        low, high = bootstrap_ratio(per_document, tokens)
-        perplexity = Score(
-            metric="perplexity",
-            value=math.exp(per_document.sum() / tokens.sum()),
-            low=math.exp(low),
-            high=math.exp(high),
-            n=len(tokens),
-            contract={**shared, "unit": "token", "tokenizer": self._card.tokenizer},
+        by_token = {**shared, "unit": "token", "tokenizer": self._card.tokenizer}
+        perplexity = math.exp(per_document.sum() / test.lengths.sum())
+        bits = float(per_document.sum() / math.log(2) / test.document_bytes.sum())
+        scores = (
+            make_score("perplexity", perplexity, examples, by_token),
+            make_score("bits_per_byte", bits, examples, {**shared, "unit": "byte of UTF-8"}),
         )
-        low, high = bootstrap_ratio(per_document / math.log(2), sizes)
-        bits = Score(
-            metric="bits_per_byte",
-            value=float(per_document.sum() / math.log(2) / sizes.sum()),
-            low=low,
-            high=high,
-            n=len(tokens),
-            contract={**shared, "unit": "byte of UTF-8"},
-        )
-        return Scored(scores=(perplexity, bits))
+        return Scored(scores=scores, examples=examples)
+
+    def validation_score(self, evaluate: Evaluate) -> float:
+        raise NotImplementedError("a language model is searched by its loss, of which perplexity is the exponential")
 
     def save(self, folder: str) -> None:
         self.model.config.save_pretrained(folder)
-        shutil.copy(self._folder / "tokenizer.json", folder)
+        save_tokenizer(self._folder, folder)

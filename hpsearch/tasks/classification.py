@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
-from hpsearch.data import PADDING_ID, SPLITS, load_labels, load_split, read_card
+from hpsearch.data import SPLITS, load_labels, load_split, read_card, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.settings import ClassificationSpec, ModelSettings
+from hpsearch.statistics import ZERO_DIVISION
 from hpsearch.tasks import architecture
-from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bootstrap, bucketed, padded, within_budget
-from hpsearch.trial import Score, TrialConfig
-
-_ZERO_DIVISION = 0.0
-"""Precision, recall and F1 of a class that nothing was predicted as, or that does not occur."""
+from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bucketed, make_score, padded, within_budget
+from hpsearch.trial import TrialConfig
 
 
 def build(config: TrialConfig) -> Classification:
@@ -30,7 +27,7 @@ def build(config: TrialConfig) -> Classification:
 
 
 def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
-    architecture.check_model(AutoModelForSequenceClassification, settings, **_tokens(vocab_size, [""] * labels))
+    architecture.check_model(AutoModelForSequenceClassification, settings, **_tokens(vocab_size, 0, [""] * labels))
 
 
 class Classification:
@@ -49,7 +46,7 @@ class Classification:
         if options.positive_label is not None and options.positive_label not in self._card.labels:
             known = ", ".join(self._card.labels)
             raise UsageError(f"classification.positive_label: no label {options.positive_label!r}; there are {known}")
-        tokens = _tokens(self._card.vocab_size, self._card.labels)
+        tokens = _tokens(self._card.vocab_size, self._card.padding_id, self._card.labels)
         self.model = architecture.build_model(AutoModelForSequenceClassification, settings, **tokens)
         self._weights = torch.tensor(self._class_weights(), dtype=torch.float32) if options.class_weights else None
 
@@ -65,7 +62,7 @@ class Classification:
 
     def batch(self, split: str, indices: Indices) -> Batch:
         """Token ids of shape (texts, longest of them) and labels of shape (texts, labels)."""
-        ids = padded(self._texts[split], indices, longest=self._length, leading_end=True)
+        ids = padded(self._texts[split], indices, longest=self._length, padding=self._card.padding_id)
         return Batch((ids, torch.from_numpy(self._labels[split][indices])), predicted=len(indices))
 
     def losses(self, batch: Batch) -> Tensor:
@@ -84,16 +81,14 @@ class Classification:
 
     def score(self, evaluate: Evaluate) -> Scored:
         """F1 (which ranks, averaged as the study says) and its relatives on the test split, with intervals."""
-        predicted = np.zeros_like(self._labels["test"])
-        for indices, chosen in evaluate("test", lambda batch: self._choose(self._logits(batch))):
-            predicted[indices] = chosen.cpu().numpy()
-        truth = self._labels["test"]
+        truth, predicted = self._labels["test"], self._predict(evaluate, "test")
         contract = {
             "split": "test",
-            "data": self._card.fingerprint,
+            "data": self._card.test_fingerprint,
             "labels": self._card.labels,
+            "positive_label": self._options.positive_label,
             "context_length": self._length,
-            "zero_division": _ZERO_DIVISION,
+            "zero_division": ZERO_DIVISION,
         }
         kinds = {
             "f1": self._options.f1,
@@ -104,23 +99,29 @@ class Classification:
             "recall": self._options.f1,
             "accuracy": "accuracy",
         }
+        examples = {"truth": truth.astype(np.uint8), "predicted": predicted.astype(np.uint8)}
         scores = tuple(
-            self._score(name, average, truth, predicted, {**contract, "average": average})
+            make_score(name, self._value(name, average, truth, predicted), examples, {**contract, "average": average})
             for name, average in kinds.items()
         )
         details: dict[str, Any] = {"predictions": [np.flatnonzero(row).tolist() for row in predicted]}
         if not self._options.multi_label:
             matrix = confusion_matrix(truth.argmax(1), predicted.argmax(1), labels=range(len(self._card.labels)))
             details["confusion"] = {"labels": self._card.labels, "counts": matrix.tolist()}
-        return Scored(scores=scores, details=details)
+        return Scored(scores=scores, details=details, examples=examples)
+
+    def validation_score(self, evaluate: Evaluate) -> float:
+        """F1 of the validation split, averaged as the study says."""
+        predicted = self._predict(evaluate, "validation")
+        return self._value("f1", self._options.f1, self._labels["validation"], predicted)
 
     def save(self, folder: str) -> None:
         self.model.config.save_pretrained(folder)
-        shutil.copy(self._folder / "tokenizer.json", folder)
+        save_tokenizer(self._folder, folder)
 
     def _logits(self, batch: Batch) -> Tensor:
         ids = batch.tensors[0]
-        logits: Tensor = self.model(input_ids=ids, attention_mask=(ids != PADDING_ID).long()).logits
+        logits: Tensor = self.model(input_ids=ids, attention_mask=(ids != self._card.padding_id).long()).logits
         return logits.float()
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -138,23 +139,16 @@ class Classification:
     def _lengths(self, split: str) -> NDArray[np.int64]:
         return np.minimum(self._texts[split].lengths, self._length)
 
-    def _score(
-        self, name: str, average: str, truth: NDArray[np.int64], predicted: NDArray[np.int64], contract: dict[str, Any]
-    ) -> Score:
+    def _predict(self, evaluate: Evaluate, split: str) -> NDArray[np.int64]:
+        """Predicted labels of a split, of shape (examples, labels)."""
+        predicted = np.zeros_like(self._labels[split])
+        for indices, chosen in evaluate(split, lambda batch: self._choose(self._logits(batch))):
+            predicted[indices] = chosen.cpu().numpy()
+        return predicted
+
+    def _value(self, name: str, average: str, truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
         positive = self._card.labels.index(self._options.positive_label) if self._options.positive_label else None
-        hits, guesses, actual = truth & predicted, predicted, truth
-
-        def resampled(chosen: Indices) -> NDArray[np.float64]:
-            if average == "accuracy":
-                return np.asarray((truth == predicted).all(axis=1)[chosen].mean(axis=1))
-            # How often each example was drawn, times what it counts: shape (resamples, labels).
-            drawn = np.stack([np.bincount(row, minlength=len(truth)) for row in chosen])
-            counts = [(drawn @ each).astype(np.float64) for each in (hits, guesses, actual)]
-            return _averaged(name, average, *counts, positive=positive)
-
-        low, high = bootstrap(resampled, len(truth), resamples=1000)
-        value = _sklearn(name, average, truth, predicted, positive)
-        return Score(metric=name, value=value, low=low, high=high, n=len(truth), contract=contract)
+        return _sklearn(name, average, truth, predicted, positive)
 
 
 def _sklearn(
@@ -164,37 +158,14 @@ def _sklearn(
         return float(accuracy_score(truth, predicted))
     function = {"precision": precision_score, "recall": recall_score}.get(name, f1_score)
     if average == "binary":
-        return float(function(truth[:, positive], predicted[:, positive], zero_division=_ZERO_DIVISION))
-    return float(function(truth, predicted, average=average, zero_division=_ZERO_DIVISION))
+        return float(function(truth[:, positive], predicted[:, positive], zero_division=ZERO_DIVISION))
+    return float(function(truth, predicted, average=average, zero_division=ZERO_DIVISION))
 
 
-def _averaged(
-    name: str,
-    average: str,
-    hits: NDArray[np.float64],
-    guesses: NDArray[np.float64],
-    actual: NDArray[np.float64],
-    *,
-    positive: int | None,
-) -> NDArray[np.float64]:
-    """Precision, recall or F1 of counts of shape (resamples, labels)."""
-    weights = actual
-    if average == "micro":
-        hits, guesses, actual = (counts.sum(axis=1, keepdims=True) for counts in (hits, guesses, actual))
-    upper = {"precision": hits, "recall": hits}.get(name, 2 * hits)
-    lower = {"precision": guesses, "recall": actual}.get(name, guesses + actual)
-    each = np.divide(upper, lower, out=np.full(lower.shape, _ZERO_DIVISION), where=lower > 0)
-    if average == "binary":
-        return np.asarray(each[:, positive])
-    if average == "weighted":
-        return np.asarray((each * weights).sum(axis=1) / weights.sum(axis=1))
-    return np.asarray(each.mean(axis=1))
-
-
-def _tokens(vocab_size: int, labels: list[str]) -> dict[str, Any]:
+def _tokens(vocab_size: int, padding: int, labels: list[str]) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
-        "pad_token_id": PADDING_ID,
+        "pad_token_id": padding,
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},

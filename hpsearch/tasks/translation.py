@@ -5,7 +5,6 @@ Owns sacrebleu. Batches hold sentences of similar length, so that little of them
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM
 
-from hpsearch.data import END_ID, PADDING_ID, SPLITS, load_split, load_texts, read_card
+from hpsearch.data import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.settings import ModelSettings, TranslationSpec
 from hpsearch.tasks import architecture
@@ -29,8 +27,8 @@ from hpsearch.tasks.base import (
     Evaluate,
     Indices,
     Scored,
-    bootstrap,
     bucketed,
+    make_score,
     padded,
     within_budget,
 )
@@ -58,6 +56,10 @@ class Translation:
         self._label_smoothing = label_smoothing
         tokens = _tokens(settings, self._card.vocab_size, self._card.target_vocab_size)
         self.model = architecture.build_model(AutoModelForSeq2SeqLM, settings, **tokens)
+        self._padding = self._card.padding_id
+        self._start = self.model.config.decoder_start_token_id
+        if self._start is None:
+            raise UsageError(f"model.pretrained: {settings.pretrained} names no decoder_start_token_id")
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -71,17 +73,20 @@ class Translation:
 
     def batch(self, split: str, indices: Indices) -> Batch:
         """Source and target ids, each of shape (pairs, longest of them)."""
-        source = padded(self._sources[split], indices, longest=self._length)
-        target = padded(self._targets[split], indices, longest=self._length)
-        target[target == PADDING_ID] = IGNORED
+        source = padded(self._sources[split], indices, longest=self._length, padding=self._padding)
+        target = padded(self._targets[split], indices, longest=self._length, padding=self._padding)
+        target[target == self._padding] = IGNORED
         return Batch((source, target), predicted=int((target != IGNORED).sum()))
 
     def losses(self, batch: Batch) -> Tensor:
         source, target = batch.tensors
-        shifted = target.new_full(target.shape, PADDING_ID)
-        shifted[:, 1:] = target[:, :-1].masked_fill(target[:, :-1] == IGNORED, PADDING_ID)
+        shifted = target.new_full(target.shape, self._start)
+        shifted[:, 1:] = target[:, :-1].masked_fill(target[:, :-1] == IGNORED, self._padding)
         logits = self.model(
-            input_ids=source, attention_mask=source != PADDING_ID, decoder_input_ids=shifted, use_cache=False
+            input_ids=source,
+            attention_mask=(source != self._padding).long(),
+            decoder_input_ids=shifted,
+            use_cache=False,
         ).logits
         return functional.cross_entropy(
             logits.float().reshape(-1, logits.shape[-1]),
@@ -98,40 +103,42 @@ class Translation:
         sources = load_texts(self._folder, "test", "source")
         shared = {
             "split": "test",
-            "data": self._card.fingerprint,
+            "data": self._card.test_fingerprint,
             "num_beams": self._options.num_beams,
             "context_length": self._length,
         }
         metrics = {"bleu": BLEU(), "chrf": CHRF(word_order=2), "ter": TER()}
         scores = tuple(_score(name, metric, outputs, references, shared) for name, metric in metrics.items())
+        examples = {"bleu": np.array(metrics["bleu"]._extract_corpus_statistics(outputs, [references]))}
         shown = np.linspace(0, len(outputs) - 1, min(self._options.samples, len(outputs)), dtype=int)
         samples = [
             {"source": sources[index], "reference": references[index], "output": outputs[index]} for index in shown
         ]
-        return Scored(scores=scores, details={"samples": samples, "outputs": outputs})
+        return Scored(scores=scores, details={"samples": samples, "outputs": outputs}, examples=examples)
+
+    def validation_score(self, evaluate: Evaluate) -> float:
+        """BLEU of the validation split."""
+        references = load_texts(self._folder, "validation", "target")
+        return float(BLEU().corpus_score(self.decode(evaluate, "validation"), [references]).score)
 
     def decode(self, evaluate: Evaluate, split: str) -> list[str]:
         """Translations of a split, in its order, with a key-value cache."""
-        field = "source" if self._card.target_vocab_size is None else "target"
-        name = "tokenizer.json" if field == "source" else "tokenizer-target.json"
-        tokenizer = Tokenizer.from_file(str(self._folder / name))
         outputs = [""] * self.num_examples[split]
         for indices, ids in evaluate(split, self._generate):
-            for index, row in zip(indices, ids.tolist(), strict=True):
-                outputs[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            for index, text in zip(indices, decode(self._folder, ids.tolist()), strict=True):
+                outputs[index] = text
         return outputs
 
     def save(self, folder: str) -> None:
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
-        for file in self._folder.glob("tokenizer*.json"):
-            shutil.copy(file, folder)
+        save_tokenizer(self._folder, folder)
 
     def _generate(self, batch: Batch) -> Tensor:
         source = batch.tensors[0]
         ids: Tensor = self.model.generate(
             input_ids=source,
-            attention_mask=(source != PADDING_ID).long(),
+            attention_mask=(source != self._padding).long(),
             num_beams=self._options.num_beams,
             do_sample=False,
             max_length=self._length,
@@ -146,6 +153,8 @@ class Translation:
 
 
 def _tokens(settings: ModelSettings, vocab_size: int, target_vocab_size: int | None) -> dict[str, Any]:
+    if settings.pretrained is not None:
+        return {"vocab_size": vocab_size}
     tokens: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_token_id": PADDING_ID,
@@ -172,17 +181,17 @@ def _tokens(settings: ModelSettings, vocab_size: int, target_vocab_size: int | N
 
 
 def _score(name: str, metric: Any, outputs: list[str], references: list[str], shared: dict[str, Any]) -> Score:
-    value = metric.corpus_score(outputs, [references]).score
-    # Sentence statistics add up to corpus statistics, so a resample costs a sum and no text is read again.
-    statistics = np.array(metric._extract_corpus_statistics(outputs, [references]), dtype=np.float64)
-
-    def resampled(chosen: Indices) -> NDArray[np.float64]:
-        sums = statistics[chosen].sum(axis=1)
-        return np.array([metric._compute_score_from_stats(_whole(row)).score for row in sums])
-
-    low, high = bootstrap(resampled, len(outputs), resamples=1000)
+    value = float(metric.corpus_score(outputs, [references]).score)
+    counts = np.array(metric._extract_corpus_statistics(outputs, [references]), dtype=np.float64)
     contract = {**shared, "signature": str(metric.get_signature())}
-    return Score(metric=name, value=float(value), low=low, high=high, n=len(outputs), contract=contract)
+    if name == "bleu":
+        return make_score(name, value, {"bleu": counts}, contract)
+    # Sentence statistics add up to corpus statistics, so a resample costs a sum and no text is read again.
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(outputs), np.full(len(outputs), 1 / len(outputs)), size=1000)
+    resampled = [metric._compute_score_from_stats(_whole(row)).score for row in drawn @ counts]
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Score(metric=name, value=value, low=float(low), high=float(high), n=len(outputs), contract=contract)
 
 
 def _whole(row: NDArray[np.float64]) -> list[Any]:

@@ -84,7 +84,7 @@ def test_a_text_falls_on_the_same_side_wherever_it_stands() -> None:
 def test_the_arrays_hold_every_token_once(tmp_path: Path) -> None:
     folder, card = prepare(study(DOCS, tmp_path))
     texts = read_examples(study(DOCS))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer/tokenizer.json"))
     split = load_split(folder, "test")
     assert isinstance(split.tokens, np.memmap)
     assert split.tokens[0] == 0
@@ -103,7 +103,7 @@ def test_the_tokenizer_knows_the_training_split_alone(tmp_path: Path) -> None:
     held_out.write_text("\n\n".join(f"zyzzyva {line}" for line in lines(300)))
     data = DataSpec(files=files(train, validation=[str(held_out)]))
     folder, _ = prepare(study(data, tmp_path, TokenizerSpec(vocab_size=400)))
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer/tokenizer.json")).get_vocab()
     assert "alpha" in vocabulary
     assert not any("zyz" in entry for entry in vocabulary)
 
@@ -229,7 +229,7 @@ def test_the_arrays_of_a_translation(tmp_path: Path) -> None:
         MESSAGES, tmp_path, TokenizerSpec(vocab_size=600), "translation", model=ModelSettings(context_length=16)
     )
     folder, card = prepare(spec)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer/tokenizer.json"))
     pairs = read_examples(spec)
     assert load_texts(folder, "test", "target") == pairs.field("test", 1)
     split = load_split(folder, "test", "source")
@@ -244,7 +244,7 @@ def test_the_arrays_of_a_translation(tmp_path: Path) -> None:
 def test_two_vocabularies_know_a_language_each(tmp_path: Path) -> None:
     folder, card = prepare(study(MESSAGES, tmp_path, TokenizerSpec(vocab_size=600, shared=False), "translation"))
     english, french = (
-        Tokenizer.from_file(str(folder / name)).get_vocab() for name in ("tokenizer.json", "tokenizer-target.json")
+        Tokenizer.from_file(str(folder / "tokenizer" / name)).get_vocab() for name in ("tokenizer.json", "tokenizer-target.json")
     )
     assert card.target_vocab_size == 600
     assert "Ġthe" in english

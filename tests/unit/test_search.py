@@ -99,7 +99,7 @@ def test_the_record_says_what_the_table_says(
     suggestion = search.ask()
     assert optuna.load_study(study_name="s", storage=url).trials[0].state is OptunaState.RUNNING
     for epoch, loss in enumerate([4.0, 2.5, 3.0], start=1):
-        search.report(suggestion.number, epoch=epoch, valid_loss=loss)
+        search.report(suggestion.number, epoch=epoch, value=loss)
     search.tell(suggestion.number, state, value=2.5, notes={"outcome": state.value})
     trial = optuna.load_study(study_name="s", storage=url).trials[0]
     assert trial.state is optuna_state
@@ -119,12 +119,12 @@ def test_a_hopeless_trial_is_stopped_after_the_warm_up(tmp_path: Path, rule: str
     for _ in range(12):
         number = search.ask().number
         for epoch in range(1, 10):
-            search.report(number, epoch=epoch, valid_loss=3.0 / epoch)
+            search.report(number, epoch=epoch, value=3.0 / epoch)
         search.tell(number, TrialState.COMPLETED, value=1 / 3, notes={})
     stopped = []
     for _ in range(6):
         number = search.ask().number
-        epoch = next((epoch for epoch in range(1, 10) if search.report(number, epoch=epoch, valid_loss=9.0)), 99)
+        epoch = next((epoch for epoch in range(1, 10) if search.report(number, epoch=epoch, value=9.0)), 99)
         search.tell(number, TrialState.UNPROMISING, value=None, notes={})
         stopped.append(epoch)
     assert min(stopped) < 9
@@ -136,7 +136,7 @@ def test_no_rule_stops_nothing(tmp_path: Path) -> None:
     search = Search(spec(tmp_path, "prune.unpromising=none"), None)
     optimise(search, 12)
     number = search.ask().number
-    assert not any(search.report(number, epoch=epoch, valid_loss=99.0) for epoch in range(1, 10))
+    assert not any(search.report(number, epoch=epoch, value=99.0) for epoch in range(1, 10))
 
 
 def trial(value: float | None, state: OptunaState = OptunaState.COMPLETE) -> optuna.trial.FrozenTrial:

@@ -22,7 +22,7 @@ from hpsearch.trial import Point, Score, TrialConfig, TrialResult, TrialState
 
 STUDY = NewStudy(
     name="s", task="causal_lm", metric="perplexity", higher_is_better=False, spec={"name": "s"}, fingerprint="f",
-    overrides=["--trials 3"], budget_trials=3, data={"fingerprint": "d"},
+    overrides=["--trials 3"], budget_trials=3, data={"fingerprint": "d"}, objective="loss", placement={},
 )  # fmt: skip
 POINT = Point(
     evaluation=1, epoch=0.5, step=9, train_loss=3.0, valid_loss=2.0, learning_rate=0.1, tokens=99, seconds=1.5
@@ -193,8 +193,13 @@ def test_the_tables_are_what_the_migrations_make(store: Store) -> None:
 
 
 def test_every_step_migrates_from_the_one_before(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [*migrations.STEPS, lambda dialect: ["ALTER TABLE hpsearch_trials ADD COLUMN later INTEGER"]]
+    migrations_today = migrations.STEPS
+    steps = [*migrations_today, lambda dialect: ["ALTER TABLE hpsearch_trials ADD COLUMN later INTEGER"]]
+    views = migrations.VIEWS
     for count in range(1, len(steps) + 1):
+        # An older hpsearch had older views; whatever they were, the newest ones take their place.
+        older = {"hpsearch_leaderboard": "SELECT name FROM hpsearch_studies"}
+        monkeypatch.setattr(migrations, "VIEWS", older if count < len(migrations_today) else views)
         monkeypatch.setattr(migrations, "STEPS", steps[:count])
         opened = Store(store_url, create=True)
         if count == 1:

@@ -253,19 +253,6 @@ def test_the_scores_of_a_classifier_are_scikit_learns(areas: Path, tmp_path: Pat
     assert model.config.id2label[0] == labels[0]
 
 
-@pytest.mark.parametrize("average", ["macro", "micro", "weighted"])
-def test_the_intervals_bootstrap_the_very_score(areas: Path, average: str) -> None:
-    from hpsearch.tasks.classification import _averaged, _sklearn
-
-    rng = np.random.default_rng(0)
-    truth = np.eye(4, dtype=np.int64)[rng.integers(0, 4, 200)]
-    predicted = np.eye(4, dtype=np.int64)[rng.integers(0, 3, 200)]
-    counts = [each.sum(axis=0, keepdims=True).astype(float) for each in (truth & predicted, predicted, truth)]
-    for name in ("f1", "precision", "recall"):
-        ours = _averaged(name, average, *counts, positive=None)
-        assert ours[0] == pytest.approx(_sklearn(name, average, truth, predicted, None))
-
-
 def test_several_labels_are_learned_and_scored(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = []

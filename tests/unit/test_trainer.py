@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hpsearch import statistics
 from hpsearch.data import load_split, prepare
 from hpsearch.errors import UsageError
 from hpsearch.pruning import OverfitRule
 from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
 from hpsearch.tasks.architecture import build_config
-from hpsearch.tasks.base import bootstrap_ratio
 from hpsearch.tasks.causal_lm import CausalLM
 from hpsearch.trainer import OutOfMemoryError, Trainer, seed_everything
 from hpsearch.trial import Point, Progress, TrialConfig, TrialResult, TrialState
@@ -304,9 +304,9 @@ def test_models_that_cannot_be_built_are_refused(settings: dict[str, Any], messa
 def test_the_bootstrap_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(0)
     hits = 0
-    for seed in range(200):
+    for _ in range(200):
         tokens = rng.integers(5, 200, 150).astype(float)
         nats = tokens * rng.normal(4.0, 0.5, 150)
-        low, high = bootstrap_ratio(nats, tokens, seed=seed, resamples=400)
-        hits += low < 4.0 < high
+        low, high = statistics.interval("perplexity", {"nats": nats, "tokens": tokens}, {})
+        hits += low < math.exp(4.0) < high
     assert 0.90 <= hits / 200 <= 0.99
