@@ -6,6 +6,7 @@ that comes with a model is never run.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.spm")
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -26,6 +28,10 @@ def locate(name: str, revision: str | None) -> Path:
     folder = Path(name) if Path(name).is_dir() else _fetch(name, revision)
     if not (folder / "config.json").is_file():
         raise UsageError(f"model.pretrained: {name} is no model of transformers: it has no config.json")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UsageError(f"model.pretrained: {folder}/config.json cannot be used: {error}") from error
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
         if pickled:
@@ -42,6 +48,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UsageError when there is none, or it marks no end of text."""
     from transformers import AutoTokenizer
 
+    # Without any of these files some tokenizers start out empty and turn every word into nothing.
+    if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+        raise UsageError(f"model.pretrained: {folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # each kind of tokenizer misses its files in its own way

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpsearch.ranking import Leaderboard, param_names
+from hpsearch.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED
 from hpsearch.store import Row
 from hpsearch.trial import PRUNED, Event, Listener, TrialState
 
@@ -497,10 +498,11 @@ def _state(state: str) -> Text:
 
 
 def _fixed(settings: dict[str, Any], params: dict[str, Any]) -> str:
+    meaningless = FIXED_BY_PRETRAINED if settings.get("pretrained") else FOR_PRETRAINED
     return ", ".join(
         f"{name}={number(value)}"
         for name, value in settings.items()
-        if name not in params and value is not None and value != {}
+        if name not in params and name not in meaningless and value is not None and value != {}
     )
 
 
@@ -510,7 +512,8 @@ def _is_finite(value: Any) -> bool:
 
 def _jsonable(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
-        return {key: _jsonable(getattr(value, key)) for key in value.__dataclass_fields__}
+        fields = {key: getattr(value, key) for key in value.__dataclass_fields__}
+        return {key: _jsonable(field) for key, field in fields.items() if not isinstance(field, bytes)}
     if isinstance(value, dict):
         return {key: _jsonable(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

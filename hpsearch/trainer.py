@@ -165,7 +165,8 @@ class Trainer:
         """Leave the best model as a folder that transformers loads. After `score`."""
         if self._is_partial:
             architecture.merge_adapters(self.task.model)
-            self._write(lambda file: save_model(self.task.model, file, metadata={"format": "pt"}))
+        # transformers knows which of two tied weights other heads will look for.
+        self.task.model.save_pretrained(self.folder)
         self.task.save(str(self.folder))
 
     def _is_better(self, point: Point) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from hpsearch import pretrained
 from hpsearch.data import END_ID
@@ -25,6 +27,8 @@ _DROPOUT_NAMES = (
 _FEED_FORWARD_NAMES = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim")
 _HEAD_NAMES = ("num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
 
+
+logging.disable_progress_bar()
 
 DEFAULT_LAYERS = 2
 _ROBERTA_OFFSET = 2
@@ -81,6 +85,8 @@ def merge_adapters(model: PreTrainedModel) -> None:
 def _load(auto_class: Any, settings: ModelSettings, **tokens: Any) -> tuple[PreTrainedModel, list[str]]:
     """The pretrained model in float32, and the names of weights that it did not bring: a new head's."""
     config = build_config(auto_class, settings, **tokens)
+    # Its table of unused weights is for people who load by hand; what matters is checked below.
+    logging.set_verbosity_error()
     try:
         model, report = auto_class.from_pretrained(
             pretrained.of(settings),
@@ -114,11 +120,17 @@ def _add_adapters(model: PreTrainedModel, settings: ModelSettings, new: list[str
     linear = [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if isinstance(module, nn.Linear | Conv1D)
         and module is not model.get_output_embeddings()
         and not any(f"{name}.{part}" in head for part in ("weight", "bias"))
     ]
-    config = lora.LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=linear)
+    config = lora.LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=linear,
+        # GPT-2 keeps its linear layers transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
     lora.inject_adapter_in_model(config, model)
     for parameter in head.values():
         parameter.requires_grad_(True)

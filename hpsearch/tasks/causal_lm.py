@@ -108,5 +108,4 @@ class CausalLM:
         raise NotImplementedError("a language model is searched by its loss, of which perplexity is the exponential")
 
     def save(self, folder: str) -> None:
-        self.model.config.save_pretrained(folder)
         save_tokenizer(self._folder, folder)

@@ -116,7 +116,6 @@ class Classification:
         return self._value("f1", self._options.f1, self._labels["validation"], predicted)
 
     def save(self, folder: str) -> None:
-        self.model.config.save_pretrained(folder)
         save_tokenizer(self._folder, folder)
 
     def _logits(self, batch: Batch) -> Tensor:

@@ -130,8 +130,6 @@ class Translation:
         return outputs
 
     def save(self, folder: str) -> None:
-        self.model.config.save_pretrained(folder)
-        self.model.generation_config.save_pretrained(folder)
         save_tokenizer(self._folder, folder)
 
     def _generate(self, batch: Batch) -> Tensor:

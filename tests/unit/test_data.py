@@ -244,7 +244,8 @@ def test_the_arrays_of_a_translation(tmp_path: Path) -> None:
 def test_two_vocabularies_know_a_language_each(tmp_path: Path) -> None:
     folder, card = prepare(study(MESSAGES, tmp_path, TokenizerSpec(vocab_size=600, shared=False), "translation"))
     english, french = (
-        Tokenizer.from_file(str(folder / "tokenizer" / name)).get_vocab() for name in ("tokenizer.json", "tokenizer-target.json")
+        Tokenizer.from_file(str(folder / "tokenizer" / name)).get_vocab()
+        for name in ("tokenizer.json", "tokenizer-target.json")
     )
     assert card.target_vocab_size == 600
     assert "Ġthe" in english

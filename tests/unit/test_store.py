@@ -193,18 +193,27 @@ def test_the_tables_are_what_the_migrations_make(store: Store) -> None:
 
 
 def test_every_step_migrates_from_the_one_before(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    migrations_today = migrations.STEPS
-    steps = [*migrations_today, lambda dialect: ["ALTER TABLE hpsearch_trials ADD COLUMN later INTEGER"]]
-    views = migrations.VIEWS
+    today, views = migrations.STEPS, migrations.VIEWS
+    steps = [*today, lambda dialect: ["ALTER TABLE hpsearch_trials ADD COLUMN later INTEGER"]]
     for count in range(1, len(steps) + 1):
         # An older hpsearch had older views; whatever they were, the newest ones take their place.
         older = {"hpsearch_leaderboard": "SELECT name FROM hpsearch_studies"}
-        monkeypatch.setattr(migrations, "VIEWS", older if count < len(migrations_today) else views)
+        monkeypatch.setattr(migrations, "VIEWS", older if count < len(today) else views)
         monkeypatch.setattr(migrations, "STEPS", steps[:count])
         opened = Store(store_url, create=True)
         if count == 1:
-            start(opened, 0)
-        assert opened.trial(opened.study("s"), 0)["number"] == 0
+            with opened._engine.begin() as connection:
+                columns = "name, task, metric, higher_is_better, spec, fingerprint, overrides, budget_trials, data"
+                connection.execute(
+                    sa.text(
+                        f"INSERT INTO hpsearch_studies ({columns}, created_at) VALUES "
+                        "('old', 'causal_lm', 'perplexity', false, '{}', 'f', '[]', 3, '{}', '2026-11-23 10:00:00')"
+                    )
+                )
+        if count >= len(today):
+            row = opened.study("old")
+            assert (row["objective"], row["placement"]) == ("loss", None)
+            assert opened.leaderboard("old") == []
         opened.close()
     monkeypatch.setattr(migrations, "STEPS", steps[:1])
     with pytest.raises(StoreError, match=f"schema version {len(steps)}, written by a newer hpsearch"):
