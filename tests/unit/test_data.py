@@ -24,7 +24,7 @@ from hpsearch.data import (
 )
 from hpsearch.errors import DataError, RunFolderError
 from hpsearch.settings import ClassificationSpec, ModelSettings
-from hpsearch.spec import DataSpec, FileSplits, StudySpec, TaskName, TokenizerSpec
+from hpsearch.spec import AlignedFiles, DataSpec, FileSplits, StudySpec, TaskName, TokenizerSpec
 
 DOCS = DataSpec(corpus="python_docs", fraction=0.4)
 BPE = TokenizerSpec(vocab_size=512)
@@ -167,11 +167,35 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: s
     assert message in str(caught.value)
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "latin.txt"
-    file.write_bytes("café\n\n".encode("latin-1") * 50)
-    with pytest.raises(DataError, match=r"latin\.txt"):
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_text_that_is_not_utf8_is_named(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"latin.{suffix}"
+    row = {"txt": "café\n\n", "jsonl": '{"text": "café"}\n', "csv": "café\n"}[suffix]
+    file.write_bytes(("text\n" if suffix == "csv" else "").encode() + row.encode("latin-1") * 50)
+    with pytest.raises(DataError, match=rf"latin\.{suffix}"):
         read_examples(study(DataSpec(files=files(file))))
+
+
+def test_two_aligned_files_are_a_translation(tmp_path: Path) -> None:
+    source, target = tmp_path / "all.en", tmp_path / "all.fr"
+    # A line separator inside a sentence ends no line.
+    source.write_text("".join(f"{line}\u2028again\n" for line in lines(200)))
+    target.write_text("".join(f"fenêtre numéro {index}\n" for index in range(200)))
+    data = DataSpec(files=FileSplits(train=AlignedFiles(source=str(source), target=str(target))))
+    spec = StudySpec(name="s", task="translation", data=data)
+    examples = read_examples(spec)
+    pairs = [*examples.train, *examples.validation, *examples.test]
+    assert len(pairs) == 200
+    assert all(one.split()[-2] == other.split()[-1] for one, other in pairs)
+    target.write_text(target.read_text() + "et une de plus\n")
+    with pytest.raises(DataError, match=r"all\.en has 200 lines and .*all\.fr has 201"):
+        read_examples(spec)
+    target.write_bytes("fenêtre\n".encode("latin-1") * 200)
+    with pytest.raises(DataError, match=r"all\.fr is not UTF-8 text \(byte 3\)"):
+        read_examples(spec)
+    target.write_text("fenêtre\n" * 3 + "\n" + "fenêtre\n" * 196)
+    with pytest.raises(DataError, match="row 4: column 'target' is empty"):
+        read_examples(spec)
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -211,3 +211,33 @@ def test_the_schema_accepts_our_studies_and_refuses_a_misspelt_key() -> None:
             jsonschema.validate({**study, "trails": 3}, schema)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**study, "search": {"num_layer": 3}}, schema)
+
+
+def test_aligned_files_are_for_translations(tmp_path: Path) -> None:
+    for name in ("a.en", "a.fr"):
+        (tmp_path / name).write_text("one\n")
+    pair = "data: {files: {source: a.en, target: a.fr}}\n"
+    spec = load(tmp_path, f"name: s\ntask: translation\n{pair}")
+    assert spec.data.files is not None
+    assert spec.data.files.train.target == str(tmp_path / "a.fr")  # type: ignore[union-attr]
+    jsonschema.validate(read_study_file(tmp_path / "s.yaml").content, json_schema())
+    (line,) = mistakes(tmp_path, f"name: s\ntask: causal_lm\n{pair}")
+    assert line.endswith("data.files.train: source and target files are for translation")
+    (tmp_path / "a.txt").write_text("one\n")
+    (line,) = mistakes(tmp_path, "name: s\ntask: translation\ndata: {files: a.txt}\n")
+    assert "a.txt has one text a paragraph and nothing beside it" in line
+    (line,) = mistakes(tmp_path, "name: s\ntask: translation\ndata: {files: {train: 5}}\n")
+    assert "data.files.train: expected" in line
+
+
+@pytest.mark.parametrize(
+    ("task", "objective", "message"),
+    [
+        ("causal_lm", "bleu", "a causal_lm study has no validation bleu; expected loss"),
+        ("translation", "f1", "a translation study has no validation f1; expected loss or bleu"),
+    ],
+)
+def test_an_objective_that_the_task_lacks_is_refused(tmp_path: Path, task: str, objective: str, message: str) -> None:
+    corpus = {"causal_lm": "python_docs", "translation": "ui_messages"}[task]
+    (line,) = mistakes(tmp_path, f"name: s\ntask: {task}\ndata: {{corpus: {corpus}}}\nobjective: {objective}\n")
+    assert line.endswith(f"objective: {message}")
