@@ -22,11 +22,11 @@ from hpsearch.errors import (
     UsageError,
     hide_password,
 )
-from hpsearch.ranking import Leaderboard, compare, finalists, frame, leaderboard
+from hpsearch.ranking import Leaderboard, compare, count_states, finalists, frame, leaderboard
 from hpsearch.spec import DEFAULT_STORE, StudySpec, load_study, recorded_study
 from hpsearch.store import LEASE_TIMEOUT_S, NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import RANKED, Event, Listener, TrialState
+from hpsearch.trial import LIVE, RANKED, Event, Listener, TrialState
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from hpsearch.data import DataCard
     from hpsearch.study import Repeat, StudyRun
 
+_RUN_AGAIN = {state.value for state in (*LIVE, TrialState.INTERRUPTED, TrialState.FAILED)}
+"""States of a repeat that the next finals put in its place again."""
 MAX_FAILED_SHARE = 0.5
 """A study that finished with a larger share of failed trials ends in exit code 3."""
 
@@ -146,7 +148,7 @@ def finals(
         done = {
             (trial["repeat_of"], trial["seed"])
             for trial in opened.trials(row["id"])
-            if trial["repeat_of"] is not None and trial["state"] in RANKED
+            if trial["repeat_of"] is not None and trial["state"] not in _RUN_AGAIN
         }
     wanted = [
         Repeat(of=finalist["trial"], seed=(spec.seed + number) % 2**32)
@@ -291,7 +293,7 @@ def _existing(spec: StudySpec) -> dict[str, int] | None:
         if row is None:
             return None
         _refuse_difference(row, spec)
-        return leaderboard(store, spec.name).states
+        return count_states(store.trials(row["id"]))
 
 
 def _refuse_difference(row: Row, spec: StudySpec) -> None:

@@ -7,6 +7,7 @@ byte instead.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from hpsearch.trial import RANKED
 if TYPE_CHECKING:
     import pandas as pd
 
+_MANY_TRIALS = 500
 SIGNIFICANCE = 0.05
 """Trials whose p-value against the winner is above this are tied with it."""
 
@@ -80,9 +82,8 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
     finals: list[Row] = []
     for study in found:
         trials = store.trials(study["id"])
-        for trial in trials:
-            if trial["repeat_of"] is None:
-                states[trial["state"]] = states.get(trial["state"], 0) + 1
+        for state, count in count_states(trials).items():
+            states[state] = states.get(state, 0) + count
         scores = store.study_scores(study["id"])
         ids = {trial["number"]: trial["id"] for trial in trials}
         rows = store.leaderboard(study["name"])
@@ -106,6 +107,11 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
         finals=finals,
         note=note,
     )
+
+
+def count_states(trials: Sequence[Row]) -> dict[str, int]:
+    """Trials by state, those of finals left out."""
+    return dict(Counter(trial["state"] for trial in trials if trial["repeat_of"] is None))
 
 
 def compare(store: Store, study: str, first: int, second: int) -> dict[str, Any]:
@@ -257,7 +263,9 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry]) -> dict[int, f
     examples: list[statistics.Examples] = [statistics.unpack(kept[entry.id]) for entry in tested]
     contract = tested[0].scores[metric]["contract"]
     observed = np.array([entry.row["score"] for entry in tested])
-    resampled = statistics.resample(metric, examples, contract)
+    # The test compares each with each; in a large study fewer resamples keep the answer within seconds.
+    resamples = statistics.RESAMPLES if len(examples) <= _MANY_TRIALS else 500
+    resampled = statistics.resample(metric, examples, contract, resamples=resamples)
     p_values = statistics.tie_p_values(
         observed, resampled, tested[0].row["score_n"], higher_is_better=HIGHER_IS_BETTER[metric]
     )

@@ -277,7 +277,7 @@ def test_class_weights_lift_the_rare_class(areas: Path) -> None:
     assert float((task._weights * torch.tensor(counts)).sum() / counts.sum()) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_no_layers_are_a_bag_of_embeddings(areas: Path, tmp_path: Path) -> None:
+def test_a_model_without_layers_can_be_trained(areas: Path, tmp_path: Path) -> None:
     none = BERT.model_copy(update={"num_layers": 0})
     assert trial("classification", areas, tmp_path / "trial", none).state is TrialState.COMPLETED
 
