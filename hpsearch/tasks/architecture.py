@@ -74,7 +74,9 @@ def check_model(auto_class: Any, settings: ModelSettings, **tokens: Any) -> None
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add what low-rank adapters learned to the weights below them, and take the adapters out."""
+    """Add what low-rank adapters learned to the weights below them, and take the adapters out, if there are any."""
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
+        return
     lora = _peft()
     for name, module in list(model.named_modules()):
         if isinstance(module, lora.tuners.lora.LoraLayer):

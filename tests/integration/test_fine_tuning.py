@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,14 @@ def test_the_study_file_names_what_a_pretrained_model_decides(gpt: Path, tmp_pat
     file.write_text(f"name: s\n{LANGUAGE_MODEL}model: {{pretrained: ./none}}\n")
     with pytest.raises(UsageError, match=r"no folder .*none, and no id of a model on the hub"):
         load_study(file)
+
+
+def test_only_adapters_need_peft(gpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    start = f"pretrained: {gpt}, context_length: 64"
+    launch(tmp_path, "frozen", f"{LANGUAGE_MODEL}model: {{{start}, freeze_layers: 2}}\n{RUN}")
+    with pytest.raises(UsageError, match=r"pip install 'hpsearch\[lora\]'"):
+        launch(tmp_path, "adapted", f"{LANGUAGE_MODEL}model: {{{start}, lora_rank: 2}}\n{RUN}")
 
 
 def minilm() -> Path:
