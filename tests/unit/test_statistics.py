@@ -77,6 +77,7 @@ def ties(trials: list[statistics.Examples], resamples: int = 400) -> tuple[np.nd
     return observed, statistics.tie_p_values(observed, resampled, len(trials[0]["nats"]), higher_is_better=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [2, 8])
 def test_equal_models_are_tied_in_at_least_93_of_100_draws(models: int) -> None:
     rng = np.random.default_rng(models)

@@ -148,6 +148,7 @@ def test_label_smoothing_touches_training_losses_only(pairs: Path, areas: Path) 
         assert losses[0.0, True] != losses[0.2, True]
 
 
+@pytest.mark.slow
 def test_the_scores_of_a_translation_are_the_sacrebleu_commands(pairs: Path, tmp_path: Path) -> None:
     run = RUN.model_copy(update={"num_epochs": 6, "learning_rate": 1e-2})
     result = trial("translation", pairs, tmp_path / "trial", BART, run)
@@ -181,6 +182,7 @@ def test_the_scores_of_a_translation_are_the_sacrebleu_commands(pairs: Path, tmp
     assert len(result.details["samples"]) == 5
 
 
+@pytest.mark.slow
 def test_a_translation_model_learns_and_its_folder_loads(tmp_path: Path) -> None:
     # Word for word: 30 words each with one translation, so that a small model has something to learn.
     words = [a + b for a in "bdfgk" for b in "aeiouy"]
@@ -205,6 +207,7 @@ def test_a_translation_model_learns_and_its_folder_loads(tmp_path: Path) -> None
     assert beams.scores[0].contract["num_beams"] == 3
 
 
+@pytest.mark.slow
 def test_two_vocabularies_train_and_decode(tmp_path: Path) -> None:
     data = make("translation", DataSpec(corpus="ui_messages", max_examples=400), tmp_path, shared=False)
     marian = BART.model_copy(update={"architecture": "marian"})
@@ -253,6 +256,7 @@ def test_the_scores_of_a_classifier_are_scikit_learns(areas: Path, tmp_path: Pat
     assert model.config.id2label[0] == labels[0]
 
 
+@pytest.mark.slow
 def test_several_labels_are_learned_and_scored(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = []

@@ -301,6 +301,7 @@ def test_models_that_cannot_be_built_are_refused(settings: dict[str, Any], messa
         build_config(AutoModelForCausalLM, ModelSettings(**{"architecture": "gpt2", **settings}), vocab_size=300)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(0)
     hits = 0
