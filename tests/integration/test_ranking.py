@@ -204,6 +204,24 @@ def test_a_study_goes_on_after_its_finals(searched: hpsearch.Study, tiny: Path) 
     assert [row["repeat_of"] is not None for row in rows] == [False] * 4 + [True] + [False] * 2
 
 
+def test_finals_that_were_stopped_go_on_where_they_were(searched: hpsearch.Study, tiny: Path) -> None:
+    import hpsearch as package
+    from hpsearch.study import StopRequestedError
+
+    def stop(event: Any) -> None:
+        if event.kind == "point":
+            raise StopRequestedError("enough")
+
+    finals("tiny", top=1, seeds=1, store=searched.store, listen=stop)
+    assert [row["state"] for row in searched.trials()][4:] == ["interrupted"]
+    done = finals("tiny", top=1, seeds=1, store=searched.store)
+    rows = done.trials()[4:]
+    assert [(row["state"], row["seed"]) for row in rows] == [("interrupted", 1), ("completed", 1)]
+    assert done.board().finals[0]["seeds"] == 1
+    longer = package.launch(tiny, trials=5, overrides=["prune.unpromising=none", "prune.overfit=false"])
+    assert [row["repeat_of"] for row in longer.trials()][6:] == [None], "a search leaves stopped finals alone"
+
+
 def test_finals_of_nothing_are_refused(tiny: Path, hpsearch: Run, tmp_path: Path) -> None:
     missing = hpsearch("finals", "tiny", "--store", f"sqlite:///{tmp_path}/none.db")
     assert missing.returncode == 69
