@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ OWNERS = {
 }
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     found = {}
     for file in PACKAGE.rglob("*.py"):

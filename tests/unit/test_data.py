@@ -277,6 +277,7 @@ def test_two_vocabularies_know_a_language_each(tmp_path: Path) -> None:
     assert "Ġles" not in english
 
 
+@pytest.mark.slow
 def test_areas_become_labels(tmp_path: Path) -> None:
     folder, card = prepare(study(AREAS, tmp_path, task="classification"))
     assert len(card.labels) == 13

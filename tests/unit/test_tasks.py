@@ -83,6 +83,7 @@ def each_alone(task: Any, split: str) -> Iterator[np.ndarray]:
         yield np.array([index])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["marian", "t5", "bart", "bert", "distilbert"])
 def test_padding_and_bucketing_change_no_loss(pairs: Path, areas: Path, tmp_path: Path, kind: str) -> None:
     classifies = "bert" in kind
@@ -132,6 +133,7 @@ def test_translation_losses_are_transformers_own(pairs: Path) -> None:
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_label_smoothing_touches_training_losses_only(pairs: Path, areas: Path) -> None:
     for make_task in (
         lambda smoothing: Translation(pairs, BART, TranslationSpec(), smoothing),
@@ -229,6 +231,7 @@ def test_layers_of_encoder_and_decoder_are_settings_of_their_own(pairs: Path) ->
         assert [getattr(translation(pairs, each).model.config, name) for name in names] == [3, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", ["macro", "micro", "weighted", "binary"])
 def test_the_scores_of_a_classifier_are_scikit_learns(areas: Path, tmp_path: Path, average: Any) -> None:
     positive = "web" if average == "binary" else None
@@ -273,6 +276,7 @@ def test_several_labels_are_learned_and_scored(tmp_path: Path) -> None:
     assert "confusion" not in result.details
 
 
+@pytest.mark.slow
 def test_class_weights_lift_the_rare_class(areas: Path) -> None:
     task = classification(areas, class_weights=True)
     counts = load_labels(areas, "train").sum(axis=0)
@@ -281,11 +285,13 @@ def test_class_weights_lift_the_rare_class(areas: Path) -> None:
     assert float((task._weights * torch.tensor(counts)).sum() / counts.sum()) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_without_layers_can_be_trained(areas: Path, tmp_path: Path) -> None:
     none = BERT.model_copy(update={"num_layers": 0})
     assert trial("classification", areas, tmp_path / "trial", none).state is TrialState.COMPLETED
 
 
+@pytest.mark.slow
 def test_a_positive_label_that_is_not_there_is_named(areas: Path) -> None:
     with pytest.raises(UsageError, match="no label 'webb'; there are asyncio, concurrency"):
         classification(areas, f1="binary", positive_label="webb")
