@@ -32,7 +32,7 @@ SIGNIFICANCE = 0.05
 class Leaderboard:
     """The ranked trials of one study or several, best test score first."""
 
-    study: str
+    studies: list[str]
     task: str
     metric: str
     objective: str
@@ -42,8 +42,12 @@ class Leaderboard:
     validation_choice: Row | None
     """The trial that validation alone would have chosen; it is the winner's rival to look at."""
     finals: list[Row]
-    """Configurations that were run again with new seeds, best mean first; see `_finals`."""
+    """Of one study: configurations that were run again with new seeds, best mean first; see `_finals`."""
     note: str | None = None
+
+    @property
+    def study(self) -> str:
+        return " + ".join(self.studies)
 
     @property
     def best(self) -> Row | None:
@@ -88,16 +92,17 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
         ids = {trial["number"]: trial["id"] for trial in trials}
         rows = store.leaderboard(study["name"])
         entries += [_Entry(row=row, id=ids[row["trial"]], scores=scores[row["trial"]]) for row in rows]
-        finals += _finals(study, trials, scores)
+        # Finals and the choice of validation are told within a study; across studies their scores need not compare.
+        finals = _finals(study, trials, scores) if len(found) == 1 else []
     metric, note = _common_metric(first["metric"], entries, mixed=mixed)
-    ranked = _ranked(store, metric, entries, mixed=mixed)
+    ranked = _ranked(store, metric, entries)
     choice = min(ranked, key=lambda row: (row["valid_rank"], row["trial"]), default=None) if len(found) == 1 else None
     shown = ranked[:top]
     # The rival is always there to be seen, wherever its test score put it.
     if choice is not None and choice not in shown:
         shown = [*shown, choice]
     return Leaderboard(
-        study=" + ".join(study["name"] for study in found),
+        studies=[study["name"] for study in found],
         task=first["task"],
         metric=metric,
         objective=first["objective"],
@@ -166,7 +171,7 @@ def frame(board: Leaderboard) -> pd.DataFrame:
 def flat_rows(board: Leaderboard) -> list[Row]:
     """The rows with `params` spread into `param_NAME`, the same keys in each, all-empty columns left out."""
     names = param_names(board.rows)
-    hidden = ("params", "task") if " + " in board.study else ("params", "study", "task")
+    hidden = ("params", "task") if len(board.studies) > 1 else ("params", "study", "task")
     flat = [
         {**{key: value for key, value in row.items() if key not in hidden}}
         | {f"param_{name}": row["params"].get(name) for name in names}
@@ -199,7 +204,7 @@ def _common_metric(metric: str, entries: Sequence[_Entry], *, mixed: bool) -> tu
     odd = _odd_one(metric, entries)
     if odd is None or mixed:
         return metric, "ranked across different contracts (--mixed): the scores are no like for like" if odd else None
-    if metric == "perplexity" and odd[1].startswith("tokenizer") and _odd_one("bits_per_byte", entries) is None:
+    if metric == "perplexity" and _odd_one("bits_per_byte", entries) is None:
         return "bits_per_byte", "the tokenizers differ, so these are ranked in bits per byte"
     entry, differs = odd
     raise UsageError(
@@ -226,12 +231,12 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     )
 
 
-def _ranked(store: Store, metric: str, entries: Sequence[_Entry], *, mixed: bool) -> list[Row]:
+def _ranked(store: Store, metric: str, entries: Sequence[_Entry]) -> list[Row]:
     """The entries' rows, best first, with rank, tie and p-value."""
     sign = -1 if HIGHER_IS_BETTER[metric] else 1
     rated = [replace(entry, row={**entry.row, **_rating(metric, entry)}) for entry in entries]
     rated.sort(key=lambda entry: (sign * entry.row["score"], entry.row["study"], entry.row["trial"]))
-    p_values = {} if mixed else _p_values(store, metric, rated)
+    p_values = _p_values(store, metric, rated) if _odd_one(metric, rated) is None else {}
     rows: list[Row] = []
     for place, entry in enumerate(rated, start=1):
         same = rows and rows[-1]["score"] == entry.row["score"]

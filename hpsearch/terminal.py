@@ -70,7 +70,7 @@ def leaderboard_table(board: Leaderboard, width: int) -> Table:
         ]
         names = ["settings"]
     choice = board.validation_choice
-    several = len({row["study"] for row in board.rows}) > 1
+    several = len(board.studies) > 1
     cells: list[dict[str, str | Text]] = [
         {
             "rank": row["tie"],

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hpsearch.settings import Objective, RunSettings
 from hpsearch.tasks import architecture
-from hpsearch.tasks.base import Batch, Indices, Scored, Task
+from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
 from hpsearch.trial import Point
 
 CHECKPOINT = "model.safetensors"
@@ -137,7 +137,7 @@ class Trainer:
                     valid_loss=valid_loss,
                     learning_rate=learning_rate,
                     tokens=tokens,
-                    valid_score=self.task.validation_score(self._evaluate) if takes_score else None,
+                    valid_score=self._validation_score() if takes_score else None,
                     seconds=time.perf_counter() - started,
                 )
                 if self._is_better(point):
@@ -150,7 +150,7 @@ class Trainer:
     def settle(self, last: Point) -> None:
         """Make the last point the best one if a run was stopped before its first validation score."""
         if self.best is None and self.objective != "loss" and math.isfinite(last.valid_loss):
-            self._keep(replace(last, valid_score=self.task.validation_score(self._evaluate)))
+            self._keep(replace(last, valid_score=self._validation_score()))
 
     def score(self) -> Scored:
         """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
@@ -165,9 +165,15 @@ class Trainer:
         """Leave the best model as a folder that transformers loads. After `score`."""
         if self._is_partial:
             architecture.merge_adapters(self.task.model)
+        # What was kept may be the trained part alone; nothing of it may stand beside the whole.
+        (self.folder / CHECKPOINT).unlink()
         # transformers knows which of two tied weights other heads will look for.
         self.task.model.save_pretrained(self.folder)
         self.task.save(str(self.folder))
+
+    def _validation_score(self) -> float:
+        assert isinstance(self.task, ScoredTask)
+        return self.task.validation_score(self._evaluate)
 
     def _is_better(self, point: Point) -> bool:
         if not math.isfinite(point.valid_loss):

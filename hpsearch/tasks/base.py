@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -79,11 +79,16 @@ class Task(Protocol):
     def score(self, evaluate: Evaluate) -> Scored:
         """Test metrics of the model as it stands."""
 
-    def validation_score(self, evaluate: Evaluate) -> float:
-        """The score of the validation split that a study may search for (see `spec.OBJECTIVES`)."""
-
     def save(self, folder: str) -> None:
         """Write what is needed beside the weights to load the model again without hpsearch."""
+
+
+@runtime_checkable
+class ScoredTask(Task, Protocol):
+    """A task whose validation score a study may search for in place of the loss (see `spec.OBJECTIVES`)."""
+
+    def validation_score(self, evaluate: Evaluate) -> float:
+        """The score of the model as it stands."""
 
 
 def cut(indices: Indices, size: int) -> list[Indices]:

@@ -104,8 +104,5 @@ class CausalLM:
         )
         return Scored(scores=scores, examples=examples)
 
-    def validation_score(self, evaluate: Evaluate) -> float:
-        raise NotImplementedError("a language model is searched by its loss, of which perplexity is the exponential")
-
     def save(self, folder: str) -> None:
         save_tokenizer(self._folder, folder)

@@ -11,7 +11,7 @@ import pytest
 
 from hpsearch.errors import SpecError
 from hpsearch.space import Choice, Range, parse_space
-from hpsearch.spec import StudySpec, json_schema, load_study
+from hpsearch.spec import AlignedFiles, StudySpec, json_schema, load_study
 from hpsearch.study_file import read_study_file
 
 BASE = "name: a\ntask: causal_lm\ndata: {corpus: python_docs}\n"
@@ -219,7 +219,8 @@ def test_aligned_files_are_for_translations(tmp_path: Path) -> None:
     pair = "data: {files: {source: a.en, target: a.fr}}\n"
     spec = load(tmp_path, f"name: s\ntask: translation\n{pair}")
     assert spec.data.files is not None
-    assert spec.data.files.train.target == str(tmp_path / "a.fr")  # type: ignore[union-attr]
+    assert isinstance(spec.data.files.train, AlignedFiles)
+    assert spec.data.files.train.target == str(tmp_path / "a.fr")
     jsonschema.validate(read_study_file(tmp_path / "s.yaml").content, json_schema())
     (line,) = mistakes(tmp_path, f"name: s\ntask: causal_lm\n{pair}")
     assert line.endswith("data.files.train: source and target files are for translation")
