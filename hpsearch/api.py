@@ -1,30 +1,32 @@
-"""The commands as functions: `launch`, `check`, `open_study`, `studies`. The command line calls these and prints."""
+"""The commands as functions: `launch`, `check`, `open_study`, `doctor`, ... The command line calls these and prints."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpsearch import leases
 from hpsearch.errors import (
+    EXIT_BUSY,
     EXIT_FINISHED,
     EXIT_SIGINT,
     EXIT_SIGTERM,
     EXIT_TOO_MANY_FAILED,
-    HpsearchError,
     UsageError,
     hide_password,
 )
+from hpsearch.housekeeping import Garbage, find_garbage, remove
 from hpsearch.ranking import Leaderboard, compare, count_states, finalists, frame, leaderboard
-from hpsearch.spec import DEFAULT_STORE, StudySpec, load_study, recorded_study
-from hpsearch.store import LEASE_TIMEOUT_S, NewStudy, Row, Store
+from hpsearch.space import narrowed
+from hpsearch.spec import DEFAULT_STORE, LimitSpec, StudySpec, load_study, recorded_space, recorded_study
+from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
 from hpsearch.trial import LIVE, RANKED, Event, Listener, TrialState
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from hpsearch.data import DataCard
+    from hpsearch.invariants import Finding
     from hpsearch.study import Repeat, StudyRun
 
 _RUN_AGAIN = {state.value for state in (*LIVE, TrialState.INTERRUPTED, TrialState.FAILED)}
@@ -115,16 +118,36 @@ def launch(
     trials: int | None = None,
     store: str | None = None,
     backend: str | None = None,
+    extend: bool = False,
     listen: Listener | None = None,
+    on_cluster_lost: Callable[[], None] | None = None,
 ) -> Study:
     """Run a study to the end of its budget, or go on with it; returns it with `.best` and `.leaderboard()`.
 
-    Interrupted by SIGINT or SIGTERM it returns, too, with `exit_code` 130 or 143. `listen` hears every Event.
-    Raises the errors of `hpsearch.errors`.
+    Interrupted by SIGINT or SIGTERM it returns, too, with `exit_code` 130 or 143. `extend` accepts a larger budget or a
+    wider space than the study has. `listen` hears every Event, from any thread. When Ray is lost everything is brought
+    to safety, then `on_cluster_lost` is called, then ClusterError is raised; but when the head of Ray died, Ray ends
+    the process within a minute. Raises the errors of `hpsearch.errors`.
     """
     spec = load_study(study, overrides=overrides, name=name, trials=trials, store=store, backend=backend)
     recorded = _recorded(overrides, name=name, trials=trials, backend=backend, store=store)
-    return launch_spec(spec, recorded, listen or _silent)
+    return launch_spec(spec, recorded, listen or _silent, extend=extend, on_cluster_lost=on_cluster_lost)
+
+
+def archive(name: str, *, store: str | None = None) -> str | None:
+    """Put a study aside under a name that says when, so that its own is free; returns that name.
+
+    None when there is no such study. Nothing is deleted. Raises StudyBusyError when it is running.
+    """
+    url = store_url(store)
+    if Store.preflight(url) == "new":
+        return None
+    with _opened(url, create=True) as opened:
+        row = opened.find_study(name)
+        if row is None:
+            return None
+        with leases.hold(opened, row, lambda text: None):
+            return opened.archive_study(row)
 
 
 def finals(
@@ -161,53 +184,106 @@ def finals(
     return launch_spec(spec, row["overrides"], listen or _silent, repeats)
 
 
+def collect(name: str, *, keep: int | None = None, dry_run: bool = False, store: str | None = None) -> list[Garbage]:
+    """Remove the checkpoints of a study that are neither among the best `keep` nor needed to resume; returns them.
+
+    `keep` is the study's own `limits.keep_checkpoints` by default. Raises UnknownStudyError, StudyBusyError.
+    """
+    url = store_url(store)
+    with _opened(url, create=not dry_run) as opened, ExitStack() as stack:
+        row = opened.study(name)
+        if row["placement"] is None:
+            raise UsageError(f"'{name}' was last launched by an older hpsearch; launch it once more before gc")
+        if not dry_run:
+            lease = stack.enter_context(leases.hold(opened, row, lambda text: None))
+            opened.fence(row["id"], lease.token)
+        limits = LimitSpec.model_validate(row["placement"].get("limits", {}))
+        garbage = find_garbage(opened, row, keep=keep or limits.keep_checkpoints)
+        if not dry_run:
+            remove(opened, garbage)
+        return garbage
+
+
+def doctor(study: str | None = None, *, repair: bool = False, store: str | None = None) -> list[Finding]:
+    """Hold a store, or one study of it, to its invariants; with `repair`, mend what is safe to.
+
+    Raises UnknownStudyError, StudyBusyError.
+    """
+    from hpsearch.invariants import examine
+
+    with _opened(store_url(store), create=repair) as opened:
+        return examine(opened, only=study, repair=repair)
+
+
 def launch_spec(
-    spec: StudySpec, overrides: list[str], listen: Listener, repeats: Sequence[Repeat] | None = None
+    spec: StudySpec,
+    overrides: list[str],
+    listen: Listener,
+    repeats: Sequence[Repeat] | None = None,
+    *,
+    extend: bool = False,
+    on_cluster_lost: Callable[[], None] | None = None,
 ) -> Study:
     """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
     from hpsearch.backends import open_backend
+    from hpsearch.outbox import Outbox
     from hpsearch.search import Search
     from hpsearch.study import StopRequestedError, StudyRun
 
     def note(text: str) -> None:
         listen(Event(kind="note", facts={"text": text}))
 
-    _existing(spec)
-    with ThreadPoolExecutor(1) as helper:
+    _existing(spec, extend=extend)
+    with ThreadPoolExecutor(1) as helper, ExitStack() as stack:
         # Ray needs seconds to start; the text is read and tokenized meanwhile.
         preparing = helper.submit(_prepare_data, spec)
-        with open_backend(spec, note) as backend:
-            folder, card, truncated = preparing.result()
-            with _opened(spec.store, create=True) as store:
-                row = _register(store, spec, overrides, card)
-                with _lease(store, row) as lease, closing(Search(spec, spec.store)) as search:
-                    run = StudyRun(
-                        spec=spec,
-                        study=row,
-                        store=store,
-                        search=search,
-                        data=folder,
-                        threads=backend.placement.cpus_per_trial,
-                        listen=listen,
-                        repeats=repeats,
-                    )
-                    lease.on_loss = lambda: run.request_stop("another driver took the study over")
-                    orphans = run.adopt_orphans()
-                    listen(_opening(spec, store, card, backend.placement.where, orphans, run))
-                    if any(truncated.values()):
-                        note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
-                    with _signals(run) as signals:
-                        try:
-                            backend.run(run)
-                        except StopRequestedError:
-                            pass
-                        finally:
-                            run.interrupt_live()
-                    code = signals.exit_code or _verdict(run)
-                    return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
+        backend = stack.enter_context(open_backend(spec, note))
+        folder, card, truncated = preparing.result()
+        store = stack.enter_context(_opened(spec.store, create=True))
+        row = _register(store, spec, overrides, card)
+        lease = stack.enter_context(leases.hold(store, row, note))
+        # What another driver did while this one waited for the lease counts.
+        row = _go_on(store, store.study(spec.name), spec, overrides, extend=extend, is_final=repeats is not None)
+        store.fence(row["id"], lease.token)
+        outbox = stack.enter_context(closing(Outbox(note)))
+        search = stack.enter_context(
+            closing(Search(spec, spec.store, lease=(row["id"], lease.token), write=outbox.put))
+        )
+
+        def cluster_lost() -> None:
+            store.release_lease(row["id"], lease.token)
+            if on_cluster_lost is not None:
+                on_cluster_lost()
+
+        run = StudyRun(
+            spec=spec,
+            study=row,
+            store=store,
+            search=search,
+            outbox=outbox,
+            data=folder,
+            threads=backend.placement.cpus_per_trial,
+            listen=listen,
+            repeats=repeats,
+            on_cluster_lost=cluster_lost,
+        )
+        lease.on_loss = lambda: run.request_stop("another driver took the study over", EXIT_BUSY)
+        listen(_opening(spec, store, card, backend.placement.where, run))
+        if any(truncated.values()):
+            note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
+        with _signals(run) as signals:
+            try:
+                backend.run(run)
+            except StopRequestedError:
+                pass
+            finally:
+                run.interrupt_live()
+            outbox.flush()
+        code = signals.exit_code or run.stop_code or _verdict(run)
+        return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
 
 
-def check(spec: StudySpec) -> dict[str, Any]:
+def check(spec: StudySpec, *, extend: bool = False) -> dict[str, Any]:
     """What a launch would do, touching nothing: space, first settings, data, store, devices, tokens to train.
 
     Raises the error that the launch would raise.
@@ -217,7 +293,7 @@ def check(spec: StudySpec) -> dict[str, Any]:
     from hpsearch.tasks import check_model
 
     store_state = Store.preflight(spec.store)
-    existing = _existing(spec)
+    existing = _existing(spec, extend=extend)
     card, truncated = (None, {}) if spec.data.hub else measure(spec)
     if card:
         for settings in _corner_models(spec):
@@ -284,7 +360,7 @@ def _prepare_data(spec: StudySpec) -> tuple[Path, DataCard, dict[str, int]]:
     return folder, card, count_cut(spec, folder)
 
 
-def _existing(spec: StudySpec) -> dict[str, int] | None:
+def _existing(spec: StudySpec, *, extend: bool = False) -> dict[str, int] | None:
     """Trials by state of the study that a launch would go on with; None when it is new. Refuses a changed study."""
     if Store.preflight(spec.store) != "current":
         return None
@@ -292,18 +368,36 @@ def _existing(spec: StudySpec) -> dict[str, int] | None:
         row = store.find_study(spec.name)
         if row is None:
             return None
-        _refuse_difference(row, spec)
+        _refuse_difference(row, spec, extend=extend)
         return count_states(store.trials(row["id"]))
 
 
-def _refuse_difference(row: Row, spec: StudySpec) -> None:
-    if row["fingerprint"] == spec.fingerprint:
+def _refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
+    """Raise UsageError when the study of the store says something else, and may not be (or was not) extended."""
+    old, new = {**row["spec"], "budget": {"trials": row["budget_trials"]}}, spec.record()
+    new["budget"] = {"trials": spec.budget.trials}
+    differences = list(_differences(old, new))
+    if not differences:
         return
-    lines = [f"  {path}: {_shown(old)} -> {_shown(new)}" for path, old, new in _differences(row["spec"], spec.record())]
+    changed = "\n".join(f"  {path}: {_shown(was)} -> {_shown(now)}" for path, was, now in differences)
+    problems = [
+        f"  {path} is not part of the space or the budget"
+        for path, _, _ in differences
+        if not path.startswith(("search.", "budget."))
+    ]
+    if spec.budget.trials < row["budget_trials"]:
+        problems.append(f"  budget.trials: {spec.budget.trials} is less than the {row['budget_trials']} it has")
+    problems += [f"  {problem}" for problem in narrowed(recorded_space(row["spec"]), spec.space)]
+    if extend and not problems:
+        return
+    heading = f"study '{spec.name}' is in the store already, from a file that says something else:\n{changed}\n"
+    if not problems:
+        raise UsageError(f"{heading}This only widens it: give --extend to go on with it so")
+    if extend:
+        raise UsageError(f"{heading}--extend takes a larger budget or a wider space only:\n" + "\n".join(problems))
     raise UsageError(
-        f"study '{spec.name}' is in the store already, from a file that says something else:\n"
-        + "\n".join(lines)
-        + "\nUndo the change to go on with it, or give the new study a name of its own with --name"
+        f"{heading}Undo the change to go on with it, give the new study a name of its own with --name, or put the old "
+        "one aside with --restart"
     )
 
 
@@ -339,45 +433,24 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
             )
         )
         return store.study(spec.name)
-    _refuse_difference(row, spec)
     if row["data"]["fingerprint"] != card.fingerprint:
         raise UsageError(
             f"study '{spec.name}' was begun on other text (data fingerprint {row['data']['fingerprint']}, now "
             f"{card.fingerprint}): another Python or changed files. Its scores would not compare; use a new --name"
         )
-    store.update_study(row["id"], budget_trials=spec.budget.trials, overrides=overrides, placement=spec.placement())
+    return row
+
+
+def _go_on(store: Store, row: Row, spec: StudySpec, overrides: list[str], *, extend: bool, is_final: bool) -> Row:
+    """Make the study in the store the one that is launched, as far as that is allowed."""
+    if not is_final:
+        _refuse_difference(row, spec, extend=extend)
+        if (row["fingerprint"], row["budget_trials"]) != (spec.fingerprint, spec.budget.trials):
+            store.extend_study(
+                row["id"], spec=spec.record(), fingerprint=spec.fingerprint, budget_trials=spec.budget.trials
+            )
+    store.update_study(row["id"], overrides=overrides, placement=spec.placement())
     return store.study(spec.name)
-
-
-class _Lease:
-    on_loss: Callable[[], None] = staticmethod(lambda: None)
-
-
-@contextmanager
-def _lease(store: Store, row: Row) -> Iterator[_Lease]:
-    """Hold the study's lease, with a heart that beats in a thread."""
-    holder = f"{socket.gethostname()}, process {os.getpid()}"
-    token = store.acquire_lease(row["name"], row["id"], holder)
-    lease = _Lease()
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(LEASE_TIMEOUT_S / 6):
-            try:
-                if not store.renew_lease(row["id"], token):
-                    lease.on_loss()
-                    return
-            except HpsearchError:
-                continue  # the store is away for now; the next beat may reach it
-
-    heart = threading.Thread(target=beat, name="hpsearch-lease", daemon=True)
-    heart.start()
-    try:
-        yield lease
-    finally:
-        done.set()
-        heart.join()
-        store.release_lease(row["id"], token)
 
 
 class _Signals:
@@ -417,14 +490,14 @@ def _verdict(run: StudyRun) -> int:
     return EXIT_FINISHED
 
 
-def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, orphans: int, run: StudyRun) -> Event:
+def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, run: StudyRun) -> Event:
     facts = {
         "name": spec.name,
         "store": store.shown_url,
         "where": where,
         "budget": run.budget,
         "finished": run.num_finished,
-        "orphans": orphans,
+        "resumed": run.resumed,
         "data": card.__dict__,
     }
     return Event(kind="study", facts=facts)

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import click
 
-from hpsearch.errors import EXIT_BUG, EXIT_IO, EXIT_SIGINT, HpsearchError, hide_password
+from hpsearch.errors import EXIT_BUG, EXIT_CLUSTER, EXIT_FOUND, EXIT_IO, EXIT_SIGINT, HpsearchError, hide_password
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_CODES = """\b
 Exit codes:
   0  finished
+  1  doctor found something that it did not mend
   2  the command, the study file or the data cannot be used as given
   3  finished, but no trial can be ranked or more than half of them failed
   4  another driver holds the study
@@ -113,25 +114,79 @@ def main(debug: bool) -> None:
 @main.command()
 @_study_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as `check`.")
+@click.option("--extend", is_flag=True, help="Accept a larger budget or a wider space than the study has.")
+@click.option("--restart", is_flag=True, help="Put the study of this name aside, under another name, and begin anew.")
+@click.option("--yes", is_flag=True, help="Do not ask before --restart.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
 @click.option(
     "--top", type=click.IntRange(min=1), default=20, show_default=True, help="Rows of the leaderboard at the end."
 )
-def launch(study_file: str, dry_run: bool, quiet: bool, as_json: bool, top: int, **options: Any) -> int:
+def launch(
+    study_file: str,
+    dry_run: bool,
+    extend: bool,
+    restart: bool,
+    yes: bool,
+    quiet: bool,
+    as_json: bool,
+    top: int,
+    **options: Any,
+) -> int:
     """Run a study to the end of its budget, or go on with one that was stopped.
 
-    Ends with the leaderboard. Ctrl-C ends the running trials as interrupted; the same command goes on with them.
+    Ends with the leaderboard. Ctrl-C lets the running trials write a checkpoint; the same command goes on from there.
     """
     if dry_run:
-        return _check(study_file, as_json, options)
+        return _check(study_file, as_json, options, extend=extend)
     from hpsearch import api, terminal
 
+    if restart and not os.environ.get(_RESTARTS):
+        _put_aside(study_file, options, yes)
     console = _console(stderr=True)
     with terminal.progress(console, quiet=quiet or as_json) as listen:
-        study = api.launch(study_file, **options, listen=terminal.json_lines(sys.stdout) if as_json else listen)
+        study = api.launch(
+            study_file,
+            **options,
+            extend=extend,
+            listen=terminal.json_lines(sys.stdout) if as_json else listen,
+            on_cluster_lost=_start_over,
+        )
     _finish(study, as_json=as_json, quiet=quiet, top=top)
     return study.exit_code
+
+
+_RESTARTS = "HPSEARCH_CLUSTER_RESTARTS"
+MAX_RESTARTS = 3
+"""Times that a launch begins anew by itself after Ray was lost."""
+
+
+def _start_over() -> None:
+    """Become a new process with the same command: what is left of a lost Ray would end this one."""
+    restarts = int(os.environ.get(_RESTARTS, 0)) + 1
+    if restarts > MAX_RESTARTS:
+        print(f"Error: Ray was lost {restarts} times; launch again to go on", file=sys.stderr, flush=True)
+        os._exit(EXIT_CLUSTER)
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    print(f"{show_cursor}Ray was lost; starting it anew ({restarts} of {MAX_RESTARTS})", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os.environ[_RESTARTS] = str(restarts)
+    os.execv(sys.executable, [sys.executable, "-m", "hpsearch", *sys.argv[1:]])
+
+
+def _put_aside(study_file: str, options: dict[str, Any], yes: bool) -> None:
+    """Archive the study that has the name, once the person has said so."""
+    from hpsearch import api
+    from hpsearch.spec import load_study
+
+    spec = load_study(study_file, **options)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("--restart asks before it puts a study aside; give --yes where nobody can answer")
+        click.confirm(f"Put the study '{spec.name}' aside and begin anew? Nothing is deleted.", abort=True, err=True)
+    archived = api.archive(spec.name, store=spec.store)
+    if archived:
+        print(f"the old study is kept as '{archived}'", file=sys.stderr)
 
 
 def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
@@ -304,6 +359,58 @@ def best(study: str, store: str | None, as_json: bool) -> int:
 
 
 @main.command()
+@click.argument("study")
+@click.option("--keep", type=click.IntRange(min=1), help="Ranked trials whose checkpoint stays [as the study says].")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@_store_option
+@_json_option
+def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: bool) -> None:
+    """Remove the checkpoints of a study that are not among the best, and files that belong to no trial.
+
+    A running study does this by itself. What a trial that has not ended needs to go on is never removed.
+    """
+    from hpsearch import api, terminal
+
+    garbage = api.collect(study, keep=keep, dry_run=dry_run, store=store)
+    if as_json:
+        pieces = [{"folder": str(piece.folder), "why": piece.why, "bytes": piece.size} for piece in garbage]
+        print(terminal.to_json({"schema_version": 1, "study": study, "dry_run": dry_run, "removed": pieces}))
+        return
+    for piece in garbage:
+        print(f"{terminal.plain(piece.folder)}  {piece.size / 1e6:,.1f} MB  {piece.why}")
+    verb = "would be removed" if dry_run else "removed"
+    print(f"{len(garbage)} folders, {sum(piece.size for piece in garbage) / 1e6:,.1f} MB {verb}")
+
+
+@main.command()
+@click.argument("study", required=False)
+@click.option("--repair", is_flag=True, help="Mend what can be mended without a guess.")
+@_store_option
+@_json_option
+def doctor(study: str | None, repair: bool, store: str | None, as_json: bool) -> int:
+    """Check that a store is whole: states, curves, ranking, files, leases, and what Optuna's tables say.
+
+    Looks at every study, or at one. Ends in 0 when there is nothing to say or everything was mended, else in 1.
+    """
+    from hpsearch import api, terminal
+
+    findings = api.doctor(study, repair=repair, store=store)
+    if as_json:
+        print(terminal.to_json({"schema_version": 1, "findings": [finding.__dict__ for finding in findings]}))
+    else:
+        for finding in findings:
+            whose = finding.study + ("" if finding.trial is None else f", trial {finding.trial}")
+            print(terminal.plain(f"{whose}: {finding.problem}"))
+            print(terminal.plain(f"    {'mended' if finding.repaired else 'remedy'}: {finding.remedy}"))
+        mendable = sum(finding.can_repair and not finding.repaired for finding in findings)
+        if not findings:
+            print("nothing is wrong")
+        elif mendable:
+            print(f"{mendable} of {len(findings)} can be mended with --repair")
+    return 0 if all(finding.repaired for finding in findings) else EXIT_FOUND
+
+
+@main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the shell completion script, for `eval "$(hpsearch completion bash)"`."""
@@ -314,11 +421,11 @@ def completion(shell: str) -> None:
     print(found(main, {}, "hpsearch", "_HPSEARCH_COMPLETE").source())
 
 
-def _check(study_file: str, as_json: bool, options: dict[str, Any]) -> int:
+def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: bool = False) -> int:
     from hpsearch import api, terminal
     from hpsearch.spec import load_study
 
-    found = api.check(load_study(study_file, **options))
+    found = api.check(load_study(study_file, **options), extend=extend)
     print(terminal.to_json(found) if as_json else terminal.check_report(found))
     return 0
 
@@ -342,7 +449,9 @@ def _console(*, stderr: bool = False) -> Any:
 
     # A table that is piped keeps its columns; nothing is folded for want of a terminal's width.
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
+    # What a study holds is text: nothing in it is markup or the name of an emoji.
+    width = None if stream.isatty() else 160
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def _command_again() -> str:

@@ -6,8 +6,11 @@ HpsearchError
 │   ├── DataError           data that is missing, empty or lacks the named column
 │   └── UnknownStudyError   no study or trial of that name in the store
 ├── StudyBusyError      4   another driver holds the study
+│   └── LeaseLostError      another driver took the study over while this one was away
 ├── StoreError         69   the study store cannot be reached, read or written
+│   └── StoreAwayError      perhaps only for a while
 ├── RunFolderError     74   files of the run (data, checkpoints) cannot be written
+│   └── DiskFullError       there is no room for them
 └── ClusterError       75   Ray could not be started or was lost; launch again to resume
 
 Whatever is not in this tree is a bug of ours and ends in 70.
@@ -17,8 +20,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 EXIT_FINISHED = 0
+EXIT_FOUND = 1
 EXIT_USAGE = 2
 EXIT_TOO_MANY_FAILED = 3
 EXIT_BUSY = 4
@@ -52,12 +57,27 @@ class StudyBusyError(HpsearchError):
     exit_code = EXIT_BUSY
 
 
+class LeaseLostError(StudyBusyError):
+    pass
+
+
 class StoreError(HpsearchError):
     exit_code = EXIT_STORE
 
 
+class StoreAwayError(StoreError):
+    pass
+
+
 class RunFolderError(HpsearchError):
     exit_code = EXIT_IO
+
+
+class DiskFullError(RunFolderError):
+    def __init__(self, folder: Path, needed: int) -> None:
+        super().__init__(f"no room for {needed / 1e6:,.1f} MB in {folder}")
+        self.needed = needed
+        """Bytes that did not fit."""
 
 
 class ClusterError(HpsearchError):

@@ -2,7 +2,8 @@
 
 The deciding study lives in memory, so that asking costs no SQL; every event is written through to an `RDBStorage` in
 the study's own store, which the unmodified `optuna-dashboard` and `optuna.load_study` open, and from which the deciding
-study is filled again at the next launch. The driver is the only writer, so the two cannot drift apart.
+study is filled again at the next launch. The driver is the only writer, so the two cannot drift apart: the memory is
+ahead of the record by what `write` has not done yet, and each write may be done twice.
 """
 
 from __future__ import annotations
@@ -11,28 +12,39 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from hpsearch.errors import StoreError, hide_password
+from hpsearch.errors import StoreAwayError, StoreError, hide_password
 from hpsearch.space import Choice, Dimension, Space
 from hpsearch.spec import SamplerSpec, StudySpec, UnpromisingSpec
-from hpsearch.store import configure_engine
+from hpsearch.store import configure_engine, fence
 from hpsearch.trial import TrialState
 
 VALUE_NAMES = {"loss": "validation loss (nats per token)", "bleu": "validation BLEU", "f1": "validation F1"}
 _REPEAT = "hpsearch:repeat_of"
-"""System attribute of a trial of the finals: the trial that it repeats."""
+_SEED = "hpsearch:seed"
+"""System attributes of a trial of the finals: the trial that it repeats, and its seed."""
 
 OPTUNA_STATE = {
     TrialState.COMPLETED: OptunaState.COMPLETE,
@@ -44,12 +56,13 @@ OPTUNA_STATE = {
     TrialState.DIVERGED: OptunaState.PRUNED,
     TrialState.INFEASIBLE: OptunaState.PRUNED,
     TrialState.FAILED: OptunaState.FAIL,
-    TrialState.INTERRUPTED: OptunaState.FAIL,
+    TrialState.INTERRUPTED: OptunaState.WAITING,
 }
-"""What the sampler should learn from what happened. An overfit run is COMPLETE with its best value: its best checkpoint
-is a valid answer, and told as PRUNED it would rank behind every complete trial with its last, worst value."""
+"""What the sampler should learn from what happened. An interrupted trial is back in the queue under its own number. An
+overfit run is COMPLETE with its best value: its best checkpoint is a valid answer, and told as PRUNED it would rank
+behind every complete trial with its last, worst value."""
 
-_MIRRORED_ATTRIBUTES = (_REPEAT, "grid_id", "search_space", "completed_rung_", "failed_trial", "retry_history")
+_MIRRORED_ATTRIBUTES = (_REPEAT, _SEED, "grid_id", "search_space", "completed_rung_")
 """System attributes that a resumed study needs. CMA-ES's pickled optimizer is none of them."""
 
 
@@ -64,15 +77,33 @@ class Suggestion:
 class Search:
     """A study's sampler and cross-trial pruner, with its record in SQL."""
 
-    def __init__(self, spec: StudySpec, store_url: str | None) -> None:
-        """Open the study in the store, taking up what it holds; without a store, decide in memory only."""
+    def __init__(
+        self,
+        spec: StudySpec,
+        store_url: str | None,
+        *,
+        lease: tuple[int, int] | None = None,
+        write: Callable[[Callable[[], None]], None] = lambda write: write(),
+    ) -> None:
+        """Open the study in the store, taking up what it holds; without a store, decide in memory only.
+
+        With a `lease` (study id and fencing token) nothing is written without it. Writes go through `write`, which may
+        do them later but does them in order.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._write = write
         self._space = spec.space
         self._is_grid = spec.sampler.name == "grid"
         direction = StudyDirection.MINIMIZE if spec.objective == "loss" else StudyDirection.MAXIMIZE
-        self._record = _Record(store_url, spec.name, direction, VALUE_NAMES[spec.objective]) if store_url else None
+        self._record = (
+            _Record(store_url, spec.name, direction, VALUE_NAMES[spec.objective], lease) if store_url else None
+        )
+        if self._record:
+            self._record.widen({name: _distribution(there) for name, there in spec.space.dimensions.items()})
         history = self._record.history() if self._record else []
+        self.unfinished = [trial.number for trial in history if not trial.state.is_finished()]
+        """Trials that Optuna believes to be running or waiting: those that an earlier launch did not end."""
         self._repeats = {trial.number for trial in history if _REPEAT in trial.system_attrs}
         self._brain = optuna.create_study(
             study_name=spec.name,
@@ -81,7 +112,8 @@ class Search:
             sampler=_make_sampler(spec.sampler, spec.space, _seed_after(spec.seed, len(history))),
             pruner=_make_pruner(spec.prune.unpromising, spec.max_epochs),
         )
-        self._brain.add_trials([_untold(trial) if trial.number in self._repeats else trial for trial in history])
+        for trial in history:
+            self._brain.add_trial(_untold(trial) if trial.number in self._repeats else _running(trial))
 
     @property
     def is_exhausted(self) -> bool:
@@ -100,21 +132,16 @@ class Search:
         return self._begin(trial.number)
 
     def ask_again(self, number: int) -> Suggestion:
-        """The settings of an interrupted trial as a new trial, with Optuna's own record of a retry."""
-        failed = self._trial(number)
-        attributes = {"failed_trial": number, "retry_history": [], **_mirrored(failed)}
-        attributes["retry_history"] = [*attributes["retry_history"], number]
-        self._brain.add_trial(
-            create_trial(
-                state=OptunaState.RUNNING,
-                params=failed.params,
-                distributions=failed.distributions,
-                system_attrs=attributes,
-            )
-        )
-        return self._begin(len(self._trials()) - 1)
+        """The settings of an interrupted trial, which runs again under its number."""
+        self._tell_record(number, OptunaState.RUNNING, None, {})
+        return Suggestion(number=number, params=dict(self._trial(number).params))
 
-    def repeat(self, number: int) -> Suggestion:
+    def repeated(self, number: int) -> tuple[int, int] | None:
+        """Of a trial of the finals: the trial that it repeats, and its seed."""
+        attributes = self._trial(number).system_attrs
+        return (attributes[_REPEAT], attributes[_SEED]) if _REPEAT in attributes else None
+
+    def repeat(self, number: int, *, seed: int) -> Suggestion:
         """The settings of a trial once more, on the record but hidden from the sampler: it is no new point."""
         original = self._trial(number)
         self._brain.add_trial(
@@ -122,7 +149,7 @@ class Search:
                 state=OptunaState.RUNNING,
                 params=original.params,
                 distributions=original.distributions,
-                system_attrs={_REPEAT: number},
+                system_attrs={_REPEAT: number, _SEED: seed},
             )
         )
         suggestion = self._begin(len(self._trials()) - 1)
@@ -132,19 +159,19 @@ class Search:
 
     def report(self, number: int, *, epoch: int, value: float) -> bool:
         """Record the objective at the end of an epoch; True when the trial is unpromising and should stop."""
-        self._each_storage(number, "set_trial_intermediate_value", epoch, value)
+        if self._record:
+            record = self._record
+            self._write(lambda: record.report(number, epoch, value))
         if number in self._repeats:
             return False
+        self._brain._storage.set_trial_intermediate_value(self._trial(number)._trial_id, epoch, value)
         return bool(self._brain.pruner.prune(self._brain, self._trial(number)))
 
     def tell(self, number: int, state: TrialState, *, value: float | None, notes: dict[str, Any]) -> None:
-        """End a trial. `value` is its best objective; `notes` become attributes that the dashboard shows."""
-        if self._record:
-            for key, note in notes.items():
-                self._record.storage.set_trial_user_attr(self._record.ids[number], key, note)
-            for key, attribute in _mirrored(self._trial(number)).items():
-                if key.startswith("completed_rung_"):
-                    self._record.storage.set_trial_system_attr(self._record.ids[number], key, attribute)
+        """End a trial, or put it back into the queue when it was interrupted.
+
+        `value` is its best objective; `notes` become attributes that the dashboard shows.
+        """
         optuna_state = OPTUNA_STATE[state]
         values: list[float] | None = None
         if optuna_state is OptunaState.COMPLETE:
@@ -153,12 +180,15 @@ class Search:
         elif state is TrialState.UNPROMISING:
             intermediate = self._trial(number).intermediate_values
             values = [intermediate[max(intermediate)]] if intermediate else None
-        self._each_storage(number, "set_trial_state_values", optuna_state, values)
+        self._tell_record(number, optuna_state, values, notes)
+        if number not in self._repeats and optuna_state.is_finished():
+            self._brain._storage.set_trial_state_values(self._trial(number)._trial_id, optuna_state, values)
 
-    def unfinished(self) -> list[int]:
-        """Trials that Optuna believes to be running: after a crash, those that were lost."""
-        trials = self._record.history() if self._record else self._trials()
-        return [trial.number for trial in trials if not trial.state.is_finished()]
+    def _tell_record(self, number: int, state: OptunaState, values: list[float] | None, notes: dict[str, Any]) -> None:
+        if self._record:
+            record = self._record
+            rungs = {key: rung for key, rung in _mirrored(self._trial(number)).items() if key.startswith("completed_")}
+            self._write(lambda: record.tell(number, state, values, notes, rungs))
 
     def close(self) -> None:
         """Give the connections to the store back."""
@@ -169,14 +199,9 @@ class Search:
     def _begin(self, number: int) -> Suggestion:
         trial = self._trial(number)
         if self._record:
-            self._record.begin(trial)
+            record, template = self._record, copy.deepcopy(trial)
+            self._write(lambda: record.begin(template))
         return Suggestion(number=number, params=dict(trial.params))
-
-    def _each_storage(self, number: int, method: str, *arguments: Any) -> None:
-        if number not in self._repeats:
-            getattr(self._brain._storage, method)(self._trial(number)._trial_id, *arguments)
-        if self._record:
-            getattr(self._record.storage, method)(self._record.ids[number], *arguments)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._brain.get_trials(deepcopy=False)
@@ -186,29 +211,123 @@ class Search:
 
 
 class _Record:
-    """The study as Optuna's own tables hold it."""
+    """The study as Optuna's own tables hold it. Every write may be done twice; raises StoreAwayError."""
 
-    def __init__(self, url: str, name: str, direction: StudyDirection, value_name: str) -> None:
+    def __init__(
+        self, url: str, name: str, direction: StudyDirection, value_name: str, lease: tuple[int, int] | None
+    ) -> None:
         self.storage = _open_storage(url)
-        self._study = optuna.create_study(
-            study_name=name, storage=self.storage, direction=direction, load_if_exists=True
-        )
-        self._study.set_metric_names([value_name])
-        self.ids: dict[int, int] = {}
+        if lease is not None:
+            fence(self.storage.engine, *lease)
+        with _away(url):
+            self._study = optuna.create_study(
+                study_name=name, storage=self.storage, direction=direction, load_if_exists=True
+            )
+            self._study.set_metric_names([value_name])
+        self._url = url
+        self._ids: dict[int, int] = {}
 
     def history(self) -> list[FrozenTrial]:
-        trials = self._study.get_trials(deepcopy=False)
-        self.ids = {trial.number: trial._trial_id for trial in trials}
+        with _away(self._url):
+            trials = self._study.get_trials(deepcopy=False)
+        self._ids = {trial.number: trial._trial_id for trial in trials}
         return trials
 
+    def widen(self, distributions: dict[str, BaseDistribution]) -> None:
+        """Record past trials as drawn from these distributions, which hold all their values: a study was extended."""
+        with _away(self._url):
+            session = self.storage.scoped_session()
+            rows: Any = (
+                session.query(models.TrialParamModel)
+                .join(models.TrialModel)
+                .filter(models.TrialModel.study_id == self._study._study_id)
+            )
+            for name, distribution in distributions.items():
+                wanted = distribution_to_json(distribution)
+                of_name = models.TrialParamModel.param_name == name
+                for row in rows.filter(of_name, models.TrialParamModel.distribution_json != wanted):
+                    value = json_to_distribution(row.distribution_json).to_external_repr(row.param_value)
+                    row.param_value = distribution.to_internal_repr(value)
+                    row.distribution_json = wanted
+            session.commit()
+            self.storage.remove_session()
+
     def begin(self, trial: FrozenTrial) -> None:
-        template = create_trial(
-            state=OptunaState.RUNNING,
-            params=trial.params,
-            distributions=trial.distributions,
-            system_attrs=_mirrored(trial),
-        )
-        self.ids[trial.number] = self.storage.create_new_trial(self._study._study_id, template)
+        with _away(self._url):
+            study_id = self._study._study_id
+            try:
+                # A commit whose answer was lost has made the trial already.
+                trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+            except KeyError:
+                template = create_trial(
+                    state=OptunaState.RUNNING,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    system_attrs=_mirrored(trial),
+                )
+                trial_id = self.storage.create_new_trial(study_id, template)
+            self._ids[trial.number] = trial_id
+
+    def report(self, number: int, epoch: int, value: float) -> None:
+        with _away(self._url):
+            self.storage.set_trial_intermediate_value(self._ids[number], epoch, value)
+
+    def tell(
+        self,
+        number: int,
+        state: OptunaState,
+        values: list[float] | None,
+        notes: dict[str, Any],
+        attributes: dict[str, Any],
+    ) -> None:
+        trial_id = self._ids[number]
+        # A commit whose answer was lost has ended the trial already.
+        with _away(self._url), suppress(optuna.exceptions.UpdateFinishedTrialError):
+            for key, note in notes.items():
+                self.storage.set_trial_user_attr(trial_id, key, note)
+            for key, attribute in attributes.items():
+                self.storage.set_trial_system_attr(trial_id, key, attribute)
+            self.storage.set_trial_state_values(trial_id, state, values)
+
+
+@contextmanager
+def _away(url: str) -> Iterator[None]:
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise StoreAwayError(f"the store {hide_password(url)} cannot be used: {hide_password(cause)}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTrial:
+    """A trial as Optuna's tables have it."""
+
+    state: str
+    value: float | None
+    params: dict[str, Any]
+
+
+def recorded_trials(url: str, study: str) -> dict[int, RecordedTrial]:
+    """Trials by number of a study in Optuna's tables; empty when Optuna does not know it. Raises StoreAwayError."""
+    storage = _open_storage(url)
+    try:
+        with _away(url):
+            try:
+                found = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+            except KeyError:
+                return {}
+            return {
+                trial.number: RecordedTrial(
+                    state=trial.state.name,
+                    value=trial.value if trial.state is OptunaState.COMPLETE else None,
+                    params=trial.params,
+                )
+                for trial in found
+            }
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
@@ -240,6 +359,15 @@ def _open_storage(url: str) -> RDBStorage:
 def _seed_after(seed: int, trials: int) -> int:
     """The study's seed, or one of its own for a study that goes on after so many trials."""
     return seed if trials == 0 else int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.values)
+    if dimension.integer:
+        low, high = int(dimension.low), int(dimension.high)
+        return IntDistribution(low, high, log=dimension.log, step=int(dimension.step or 1))
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)
 
 
 def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> None:
@@ -387,6 +515,16 @@ def _is_clipped(trial: FrozenTrial, median: float, maximise: bool) -> bool:
     if trial.state is not OptunaState.COMPLETE or trial.value is None:
         return False
     return trial.value < median if maximise else trial.value > median
+
+
+def _running(trial: FrozenTrial) -> FrozenTrial:
+    """What the sampler sees of a trial that waits for its next attempt: one whose answer is to come."""
+    if trial.state is not OptunaState.WAITING:
+        return trial
+    running = copy.copy(trial)
+    running.state = OptunaState.RUNNING
+    running.datetime_start = running.datetime_start or datetime.now()
+    return running
 
 
 def _untold(trial: FrozenTrial) -> FrozenTrial:

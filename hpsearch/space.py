@@ -113,6 +113,37 @@ def parse_space(raw: Any, path: KeyPath = ("search",)) -> tuple[Space, list[Prob
     return Space(fixed=fixed, dimensions=ordered), problems + order_problems
 
 
+def narrowed(old: Space, new: Space) -> list[str]:
+    """Why `new` does not hold everything that `old` does, in words; empty when it does, and trials of both compare."""
+    problems = [
+        f"search.{name} was fixed at {value}" for name, value in old.fixed.items() if new.fixed.get(name) != value
+    ]
+    problems += [
+        f"search.{name} was not searched" for name in new.dimensions if name not in (*old.dimensions, *old.fixed)
+    ]
+    problems += [f"search.{name} was not set" for name in new.fixed if name not in (*old.dimensions, *old.fixed)]
+    for name, was in old.dimensions.items():
+        now = new.dimensions.get(name)
+        if now is None:
+            problems.append(f"search.{name} is not searched any more")
+        elif type(was) is not type(now) or was.when != now.when:
+            problems.append(f"search.{name} is another kind of setting now")
+        elif isinstance(was, Choice):
+            problems += [f"search.{name} lacks {value}" for value in was.values if value not in now]
+        elif isinstance(now, Range):
+            problems += _narrowed_range(name, was, now)
+    return problems
+
+
+def _narrowed_range(name: str, was: Range, now: Range) -> Iterator[str]:
+    if (was.integer, was.log, was.step) != (now.integer, now.log, now.step):
+        yield f"search.{name} is another kind of range now (whole numbers, scale or step)"
+    elif now.low > was.low or now.high < was.high:
+        yield f"search.{name} lacks some of {was.low:g} to {was.high:g}"
+    elif was.step is not None and not math.isclose((was.low - now.low) / was.step % 1.0, 0.0, abs_tol=1e-9):
+        yield f"search.{name} does not step on {was.low:g} any more"
+
+
 def _entries(raw: dict[str, Any], path: KeyPath) -> Iterator[tuple[str, KeyPath, Any]]:
     """Name, place and value of every entry; `config: {KEY: ...}` is the same as `config.KEY: ...`."""
     for name, value in raw.items():

@@ -40,7 +40,7 @@ TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the overfitting rule are made for."""
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
-_PLACEMENT = {"folder", "resources", "backend"}
+_PLACEMENT = {"folder", "resources", "backend", "limits"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
@@ -127,6 +127,21 @@ class TokenizerSpec(Strict):
 class BudgetSpec(Strict):
     trials: int = Field(20, ge=1, description="Trials to finish; interrupted ones do not count.")
     minutes: float | None = Field(None, gt=0, description="Wall time of one launch; running trials are interrupted.")
+
+
+class LimitSpec(Strict):
+    """What a trial may cost and how often it may break, before it is ended."""
+
+    max_minutes: float | None = Field(
+        None, gt=0, description="A trial that has run so long is ended and scored at its best checkpoint."
+    )
+    stall_minutes: float | None = Field(
+        30.0, gt=0, description="A worker that makes no step for so long is ended; its trial is tried again."
+    )
+    retries: int = Field(2, ge=0, description="Times that a trial whose worker died goes on from its checkpoint.")
+    keep_checkpoints: int = Field(
+        5, ge=1, description="Ranked trials whose best checkpoint stays; the rest is collected as the study runs."
+    )
 
 
 SamplerName = Literal["tpe", "gp", "random", "cmaes", "grid", "qmc"]
@@ -253,6 +268,7 @@ class StudySpec(Strict):
     sampler: SamplerSpec = Field(default_factory=SamplerSpec, description="A sampler's name, or a mapping.")
     prune: PruneSpec = Field(default_factory=PruneSpec)
     resources: ResourceSpec = Field(default_factory=ResourceSpec)
+    limits: LimitSpec = Field(default_factory=LimitSpec)
     backend: Literal["ray", "inline"] = Field("ray", description="inline runs the trials one by one in this process.")
     store: str = Field(DEFAULT_STORE, description="SQLAlchemy URL; may hold ${NAME} and ${NAME:-default}.")
     folder: str = Field("hpsearch-runs", description="Folder of checkpoints and tokenized data.")
@@ -319,8 +335,13 @@ class StudySpec(Strict):
 def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str, *, trials: int) -> StudySpec:
     """The study that `record()` and `placement()` of a launched one describe."""
     spec = StudySpec.model_validate({**record, **placement, "store": store, "budget": {"trials": trials}})
-    spec._space = parse_space(record["search"])[0]
+    spec._space = recorded_space(record)
     return spec
+
+
+def recorded_space(record: dict[str, Any]) -> Space:
+    """The space that `record()` of a launched study describes."""
+    return parse_space(record["search"])[0]
 
 
 def load_study(

@@ -1,6 +1,8 @@
 """The SQL study store: one method per event, and the reads behind every command.
 
-Owns SQLAlchemy and our tables; Optuna's stand beside them in the same database. Only the driver of a study writes.
+Owns SQLAlchemy and our tables; Optuna's stand beside them in the same database. Only the driver of a study writes, and
+`fence` holds it to that: no transaction of a driver that has lost its lease can change anything. Every write of a trial
+may be repeated without harm, because a connection that breaks does not say whether its last commit was done.
 SQLite runs in WAL mode with foreign keys and a busy timeout, so that readers and the Optuna dashboard never block it.
 """
 
@@ -17,15 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from hpsearch import migrations
-from hpsearch.errors import StoreError, StudyBusyError, UnknownStudyError, hide_password
+from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError, UnknownStudyError, hide_password
 from hpsearch.trial import LIVE, Point, TrialConfig, TrialResult, TrialState
 
 BUSY_TIMEOUT_S = 30
-LEASE_TIMEOUT_S = 30
-"""A lease whose heart has not beaten for so long may be taken over."""
 
 
 class _Json(sa.types.TypeDecorator[Any]):
@@ -74,13 +74,14 @@ _trials = sa.Table(
     sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("study_id", sa.BigInteger),
     sa.Column("number", sa.Integer), sa.Column("state", sa.String(16)), sa.Column("reason", sa.Text),
     sa.Column("params", _Json), sa.Column("settings", _Json), sa.Column("seed", sa.BigInteger),
-    sa.Column("attempt", sa.Integer), sa.Column("retry_of", sa.Integer), sa.Column("started_at", _Utc),
+    sa.Column("attempt", sa.Integer), sa.Column("started_at", _Utc),
     sa.Column("ended_at", _Utc), sa.Column("device_seconds", sa.Double), sa.Column("host", sa.String(255)),
     sa.Column("device", sa.String(255)), sa.Column("last_epoch", sa.Double),
     sa.Column("best_evaluation", sa.Integer), sa.Column("best_epoch", sa.Double),
     sa.Column("best_valid_loss", sa.Double), sa.Column("num_parameters", sa.BigInteger),
     sa.Column("micro_batch_size", sa.Integer), sa.Column("checkpoint", sa.Text), sa.Column("error", sa.Text),
     sa.Column("provenance", _Json), sa.Column("repeat_of", sa.Integer), sa.Column("best_valid_score", sa.Double),
+    sa.Column("losses", sa.Integer),
 )  # fmt: skip
 _points = sa.Table(
     "hpsearch_points", metadata,
@@ -114,7 +115,13 @@ _leases = sa.Table(
     "hpsearch_leases", metadata,
     sa.Column("study_id", sa.BigInteger, primary_key=True), sa.Column("holder", sa.String(255)),
     sa.Column("token", sa.BigInteger), sa.Column("beat", sa.BigInteger), sa.Column("acquired_at", _Utc),
-    sa.Column("heartbeat_at", _Utc),
+    sa.Column("heartbeat_at", _Utc), sa.Column("process", _Json),
+)  # fmt: skip
+_specs = sa.Table(
+    "hpsearch_specs", metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("study_id", sa.BigInteger),
+    sa.Column("version", sa.Integer), sa.Column("spec", _Json), sa.Column("fingerprint", sa.String(16)),
+    sa.Column("budget_trials", sa.Integer), sa.Column("recorded_at", _Utc),
 )  # fmt: skip
 _leaderboard = sa.table(
     "hpsearch_leaderboard",
@@ -127,6 +134,7 @@ _leaderboard = sa.table(
 )  # fmt: skip
 
 Row = dict[str, Any]
+_UNFINISHED = (*(state.value for state in LIVE), TrialState.INTERRUPTED.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,15 +219,36 @@ class Store:
     def add_study(self, study: NewStudy) -> int:
         with self._guarded(), self._engine.begin() as connection:
             values = {**asdict(study), "created_at": _now()}
-            return int(connection.execute(sa.insert(_studies).values(values).returning(_studies.c.id)).scalar_one())
+            inserted = connection.execute(sa.insert(_studies).values(values).returning(_studies.c.id))
+            study_id = int(inserted.scalar_one())
+            _record_spec(connection, study_id, study.spec, study.fingerprint, study.budget_trials)
+            return study_id
 
-    def update_study(
-        self, study_id: int, *, budget_trials: int, overrides: list[str], placement: dict[str, Any]
-    ) -> None:
+    def update_study(self, study_id: int, *, overrides: list[str], placement: dict[str, Any]) -> None:
         """What may change from launch to launch of one study."""
         with self._guarded(), self._engine.begin() as connection:
-            values = {"budget_trials": budget_trials, "overrides": overrides, "placement": placement}
+            values = {"overrides": overrides, "placement": placement}
             connection.execute(sa.update(_studies).where(_studies.c.id == study_id).values(values))
+
+    def extend_study(self, study_id: int, *, spec: dict[str, Any], fingerprint: str, budget_trials: int) -> None:
+        """Make a new version of the spec the study's own; the older ones stay on record."""
+        with self._guarded(), self._engine.begin() as connection:
+            values = {"spec": spec, "fingerprint": fingerprint, "budget_trials": budget_trials}
+            connection.execute(sa.update(_studies).where(_studies.c.id == study_id).values(values))
+            _record_spec(connection, study_id, spec, fingerprint, budget_trials)
+
+    def spec_versions(self, study_id: int) -> list[Row]:
+        """Every spec that the study has had, oldest first."""
+        return self._rows(sa.select(_specs).where(_specs.c.study_id == study_id).order_by(_specs.c.version))
+
+    def archive_study(self, study: Row) -> str:
+        """Give a study, in our tables and Optuna's, a name that says when it was put aside; returns the name."""
+        name = f"{study['name'][:40]}.{_now():%Y%m%d-%H%M%S-%f}"
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(sa.update(_studies).where(_studies.c.id == study["id"]).values(name=name))
+            rename = sa.text("UPDATE studies SET study_name = :new WHERE study_name = :old")
+            connection.execute(rename, {"new": name, "old": study["name"]})
+        return name
 
     def find_study(self, name: str) -> Row | None:
         rows = self._rows(sa.select(_studies).where(_studies.c.name == name))
@@ -257,33 +286,44 @@ class Store:
 
     # Trials: the events of a study in flight
 
-    def start_trial(self, study_id: int, config: TrialConfig, *, attempt: int, retry_of: int | None) -> int:
+    def start_trial(self, study_id: int, config: TrialConfig) -> int:
+        """Put a trial on record as running, for the first time or again; returns the row's id."""
         with self._guarded(), self._engine.begin() as connection:
+            running = {"state": TrialState.RUNNING.value, "reason": "", "attempt": config.attempt}
             values = {
                 "study_id": study_id,
                 "number": config.number,
-                "state": TrialState.RUNNING.value,
-                "reason": "",
                 "params": config.params,
                 "settings": {"model": config.model.model_dump(), "training": config.training.model_dump()},
                 "seed": config.seed,
-                "attempt": attempt,
-                "retry_of": retry_of,
+                "losses": 0,
                 "repeat_of": config.repeat_of,
                 "started_at": _now(),
                 "provenance": {},
+                **running,
             }
-            return int(connection.execute(sa.insert(_trials).values(values).returning(_trials.c.id)).scalar_one())
+            insert = _insert(connection, _trials).values(values)
+            upsert = insert.on_conflict_do_update(
+                index_elements=["study_id", "number"], set_=running, where=_trials.c.state.in_(_UNFINISHED)
+            )
+            row_id = connection.execute(upsert.returning(_trials.c.id)).scalar()
+            if row_id is None:
+                raise StoreError(f"trial {config.number} has ended already, so it cannot run again")
+            return int(row_id)
 
     def add_point(self, trial_id: int, point: Point) -> None:
+        """Record a point of a curve; a run that was resumed from before it brings it again, and the new one stays."""
         with self._guarded(), self._engine.begin() as connection:
             values = {key: _finite(value) for key, value in asdict(point).items()}
-            connection.execute(sa.insert(_points).values(trial_id=trial_id, **values))
+            insert = _insert(connection, _points).values(trial_id=trial_id, **values)
+            connection.execute(insert.on_conflict_do_update(index_elements=["trial_id", "evaluation"], set_=values))
 
     def add_decision(
         self, trial_id: int, *, evaluation: int, verdict: str, action: str, evidence: dict[str, Any]
     ) -> None:
         with self._guarded(), self._engine.begin() as connection:
+            again = sa.delete(_decisions).where(_decisions.c.trial_id == trial_id)
+            connection.execute(again.where(_decisions.c.evaluation == evaluation, _decisions.c.verdict == verdict))
             connection.execute(
                 sa.insert(_decisions).values(
                     trial_id=trial_id,
@@ -295,12 +335,21 @@ class Store:
                 )
             )
 
+    def requeue_trial(self, trial_id: int, reason: str, *, lost: bool = False) -> None:
+        """Put a trial that did not end back into the queue; `lost` counts against its retries."""
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(
+                sa.update(_trials)
+                .where(_trials.c.id == trial_id, _trials.c.state.in_(_UNFINISHED))
+                .values(state=TrialState.INTERRUPTED.value, reason=reason, losses=_trials.c.losses + (1 if lost else 0))
+            )
+
     def finish_trial(self, trial_id: int, result: TrialResult, *, last_epoch: float | None) -> None:
-        """Give a live trial its end, with its scores. Raises StoreError when it has one already."""
+        """Give a trial its end, with its scores. Raises StoreError when it has another one already."""
         with self._guarded(), self._engine.begin() as connection:
             updated = connection.execute(
                 sa.update(_trials)
-                .where(_trials.c.id == trial_id, _trials.c.state.in_([state.value for state in LIVE]))
+                .where(_trials.c.id == trial_id, _trials.c.state.in_(_UNFINISHED))
                 .values(
                     state=result.state.value,
                     reason=result.reason,
@@ -321,6 +370,9 @@ class Store:
                 )
             )
             if updated.rowcount != 1:
+                state = connection.execute(sa.select(_trials.c.state).where(_trials.c.id == trial_id)).scalar()
+                if state == result.state.value:
+                    return  # written by a commit whose answer was lost
                 raise StoreError(f"trial row {trial_id} has ended already, so it cannot become {result.state}")
             for score in result.scores:
                 connection.execute(sa.insert(_scores).values(trial_id=trial_id, **asdict(score)))
@@ -328,6 +380,11 @@ class Store:
                 connection.execute(sa.insert(_details).values(trial_id=trial_id, kind=kind, content=content))
             if result.examples is not None:
                 connection.execute(sa.insert(_examples).values(trial_id=trial_id, content=result.examples))
+
+    def forget_checkpoint(self, trial_id: int) -> None:
+        """Record that the checkpoint of a trial was collected."""
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(sa.update(_trials).where(_trials.c.id == trial_id).values(checkpoint=None))
 
     # Reads
 
@@ -358,6 +415,32 @@ class Store:
         rows = self._rows(sa.select(_examples).where(_examples.c.trial_id.in_(trial_ids)))
         return {row["trial_id"]: row["content"] for row in rows}
 
+    def study_points(self, study_id: int) -> dict[int, list[Row]]:
+        """Curves of all trials of a study, by row id."""
+        ours = sa.select(_trials.c.id).where(_trials.c.study_id == study_id)
+        query = sa.select(_points).where(_points.c.trial_id.in_(ours))
+        curves: dict[int, list[Row]] = {}
+        for row in self._rows(query.order_by(_points.c.trial_id, _points.c.evaluation)):
+            curves.setdefault(row["trial_id"], []).append(row)
+        return curves
+
+    def orphans(self, *, remove: bool = False) -> dict[str, int]:
+        """Rows by table that belong to no trial or study, counted, and removed if so wanted."""
+        found: dict[str, int] = {}
+        no_study = _trials.c.study_id.not_in(sa.select(_studies.c.id))
+        conditions = [(_trials, no_study)] + [
+            (table, table.c.trial_id.not_in(sa.select(_trials.c.id)))
+            for table in (_points, _scores, _decisions, _details, _examples)
+        ]
+        with self._guarded(), self._engine.begin() as connection:
+            for table, condition in conditions:
+                count = connection.execute(sa.select(sa.func.count()).select_from(table).where(condition)).scalar_one()
+                if count:
+                    found[table.name] = count
+                    if remove:
+                        connection.execute(sa.delete(table).where(condition))
+        return found
+
     def study_scores(self, study_id: int) -> dict[int, dict[str, Row]]:
         """Scores of all trials of a study, by trial number and metric."""
         query = (
@@ -377,32 +460,38 @@ class Store:
         query = sa.select(_leaderboard).where(_leaderboard.c.study == study)
         return self._rows(query.order_by(_leaderboard.c.test_rank, _leaderboard.c.trial).limit(top))
 
-    # Leases: one driver per study
+    # Leases: one driver per study (see `leases`)
 
-    def acquire_lease(self, study: str, study_id: int, holder: str) -> int:
-        """Become the driver of a study; returns the fencing token. Raises StudyBusyError when there is one alive."""
+    def lease(self, study_id: int) -> Row | None:
+        rows = self._rows(sa.select(_leases).where(_leases.c.study_id == study_id))
+        return rows[0] if rows else None
+
+    def leases(self) -> list[Row]:
+        """Every lease that is held, with its study's name."""
+        query = sa.select(_leases, _studies.c.name.label("study")).join(_studies, _studies.c.id == _leases.c.study_id)
+        return self._rows(query.where(_leases.c.beat >= 0).order_by(_studies.c.name))
+
+    def take_lease(
+        self, study_id: int, *, holder: str, process: dict[str, Any], dead: tuple[int, int] | None = None
+    ) -> int | None:
+        """Take a lease that is free, or still at the (token, beat) of a `dead` holder.
+
+        Returns the fencing token; None when somebody else holds it.
+        """
         with self._guarded(), self._engine.begin() as connection:
-            if connection.dialect.name == "sqlite":
-                # Takes SQLite's write lock before reading, so that two launches cannot both see a free lease.
-                connection.execute(sa.update(_leases).where(_leases.c.study_id == -1).values(beat=0))
-            found = connection.execute(
-                sa.select(_leases).where(_leases.c.study_id == study_id).with_for_update()
-            ).mappings()
-            lease = found.first()
-            values = {"holder": holder, "beat": 0, "acquired_at": _now(), "heartbeat_at": _now()}
-            if lease is None:
-                connection.execute(sa.insert(_leases).values(study_id=study_id, token=1, **values))
-                return 1
-            age = (_now() - lease["heartbeat_at"]).total_seconds()
-            if lease["beat"] >= 0 and age < LEASE_TIMEOUT_S:
-                raise StudyBusyError(
-                    f"study '{study}' is held by {lease['holder']} since {lease['acquired_at']:%Y-%m-%d %H:%M:%S} UTC "
-                    f"(last sign of life {age:.0f} s ago); stop that launch first, or wait {LEASE_TIMEOUT_S} s if it "
-                    "is dead"
-                )
-            token = int(lease["token"]) + 1
-            connection.execute(sa.update(_leases).where(_leases.c.study_id == study_id).values(token=token, **values))
-            return token
+            values = {"holder": holder, "process": process, "acquired_at": _now(), "heartbeat_at": _now()}
+            first = _insert(connection, _leases).values(study_id=study_id, token=0, beat=-1, **values)
+            connection.execute(first.on_conflict_do_nothing())
+            is_free = _leases.c.beat < 0
+            if dead is not None:
+                is_free |= sa.and_(_leases.c.token == dead[0], _leases.c.beat == dead[1])
+            taken = connection.execute(
+                sa.update(_leases)
+                .where(_leases.c.study_id == study_id, is_free)
+                .values(token=_leases.c.token + 1, beat=0, **values)
+                .returning(_leases.c.token)
+            ).scalar()
+            return None if taken is None else int(taken)
 
     def renew_lease(self, study_id: int, token: int) -> bool:
         """A beat of the heart; False when somebody else holds the lease by now."""
@@ -419,6 +508,10 @@ class Store:
                 .values(beat=beat, heartbeat_at=_now())
             )
             return updated.rowcount == 1
+
+    def fence(self, study_id: int, token: int) -> None:
+        """From here on, change nothing through this store without the lease. Writes raise LeaseLostError."""
+        fence(self._engine, study_id, token)
 
     # Plumbing
 
@@ -443,8 +536,44 @@ class Store:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
+        except (OperationalError, InterfaceError) as error:
+            raise StoreAwayError(_unreachable(self.url, error)) from error
         except DBAPIError as error:
             raise StoreError(_unreachable(self.url, error)) from error
+
+
+def fence(engine: sa.Engine, study_id: int, token: int) -> None:
+    """Begin every transaction of an engine (ours, or Optuna's) that changes something by proving the lease.
+
+    The proof is an update of the lease's row, so it also keeps others from taking the lease until the transaction ends;
+    and it is a beat of the heart. Kleppmann, How to do distributed locking, 2016 (fencing tokens).
+    """
+    prove = f"UPDATE hpsearch_leases SET beat = beat + 1 WHERE study_id = {int(study_id)} AND token = {int(token)}"
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def _before(connection: sa.Connection, cursor: Any, statement: str, *_: Any) -> None:
+        kind = statement.lstrip()[:6].upper()
+        if (
+            connection.info.get("proved")
+            or kind not in ("INSERT", "UPDATE", "DELETE")
+            or "hpsearch_leases" in statement
+        ):
+            return
+        proof = connection.connection.cursor()
+        try:
+            proof.execute(prove)
+            held = proof.rowcount == 1
+        finally:
+            proof.close()
+        if not held:
+            raise LeaseLostError("another driver took the study over while this one was away")
+        connection.info["proved"] = True
+
+    def _end(connection: sa.Connection) -> None:
+        connection.info.pop("proved", None)
+
+    sa.event.listen(engine, "commit", _end)
+    sa.event.listen(engine, "rollback", _end)
 
 
 def configure_engine(engine: sa.Engine, *, may_write: bool = True) -> None:
@@ -497,6 +626,22 @@ def _refuse_newer(version: int, shown_url: str) -> None:
 def _unreachable(url: str, error: DBAPIError) -> str:
     cause = hide_password(str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error).__name__)
     return f"the store {hide_password(url)} cannot be used: {cause}"
+
+
+def _insert(connection: sa.Connection, table: sa.Table) -> Any:
+    """An INSERT that knows ON CONFLICT."""
+    from sqlalchemy.dialects import postgresql, sqlite
+
+    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
+
+
+def _record_spec(
+    connection: sa.Connection, study_id: int, spec: dict[str, Any], fingerprint: str, budget_trials: int
+) -> None:
+    last = sa.select(sa.func.coalesce(sa.func.max(_specs.c.version), 0) + 1).where(_specs.c.study_id == study_id)
+    values = {"spec": spec, "fingerprint": fingerprint, "budget_trials": budget_trials, "recorded_at": _now()}
+    version = connection.execute(last).scalar_one()
+    connection.execute(sa.insert(_specs).values(study_id=study_id, version=version, **values))
 
 
 def _finite(value: Any) -> Any:

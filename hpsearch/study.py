@@ -1,26 +1,37 @@
 """A study in flight: every event of a trial becomes rows. The only writer of the store.
 
-Backends call the five events (`next_trial`, `on_progress`, `on_result`, `on_stopped`, `on_lost`) and take no decision
-of their own; whatever order and process the trials ran in, the same events leave the same rows.
+Backends call the five events (`next_trial`, `on_progress`, `on_result`, `on_stopped`, `on_lost`; one that can lose its
+cluster has a sixth, `on_cluster_lost`) and take no decision of their own; whatever order and process the trials ran in,
+the same events leave the same rows. Decisions are taken in memory and written through the outbox, so that no event
+waits for the database. A trial that does not end goes back into the queue under its own number, and its next attempt
+goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpsearch.errors import HpsearchError
+from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError
+from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, earlier_attempts, run_folder
+from hpsearch.outbox import Outbox
 from hpsearch.search import Search, Suggestion
+from hpsearch.settings import ModelSettings, RunSettings
 from hpsearch.spec import StudySpec
 from hpsearch.store import Row, Store
 from hpsearch.trial import (
+    LAST_WORDS,
     LIVE,
-    RANKED,
+    PREEMPTED,
+    STOP_FILE,
     Decision,
     Event,
     Listener,
@@ -31,6 +42,14 @@ from hpsearch.trial import (
     TrialState,
 )
 
+GRACE_S = 20.0
+"""What running trials get to write a checkpoint when the study is asked to stop; Kubernetes gives a pod 30 s."""
+SAME_FAILURES = 3
+"""A study ends when so many trials have ended and all of them failed the same way."""
+DISK_PATIENCE_S = 600.0
+"""How long a study waits for room on a full disk."""
+_PROBE_EVERY_S = 5.0
+
 
 class StopRequestedError(HpsearchError):
     """Raised inside a backend's loop when the study should end now; `run` was told why by `request_stop`."""
@@ -40,10 +59,25 @@ class StopRequestedError(HpsearchError):
 class _Live:
     """A running trial, as the driver knows it."""
 
-    row_id: int
     config: TrialConfig
     started: float
+    row_id: int = -1
+    """Known once the outbox has written the trial's start."""
     verdict: str = ""
+    last: Point | None = None
+    best: float = math.inf
+
+
+@dataclass
+class _Waiting:
+    """A trial in the queue: it ran before, or was about to."""
+
+    number: int
+    attempt: int = 0
+    seed: int | None = None
+    repeat_of: int | None = None
+    settings: dict[str, Any] | None = None
+    """Of its first attempt: an extended study may compute others."""
     last: Point | None = None
     best: float = math.inf
 
@@ -69,33 +103,43 @@ class StudyRun:
         study: Row,
         store: Store,
         search: Search,
+        outbox: Outbox,
         data: Path,
         threads: int,
         listen: Listener,
         repeats: Sequence[Repeat] | None = None,
+        on_cluster_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = spec
         self.stop_reason: str | None = None
+        self.stop_code: int | None = None
+        """Exit code of a launch that ended by itself before its budget was used."""
         self._study = study
         self._store = store
         self._search = search
+        self._outbox = outbox
         self._data = data
-        # Studies of one name in two stores may share a run folder; the time of birth keeps them apart.
-        self._folder = Path(spec.folder).resolve() / f"{spec.name}-{study['created_at']:%Y%m%d-%H%M%S}"
+        self._folder = run_folder(spec.folder, study)
         self._threads = threads
         self._listen = listen
         self._live: dict[int, _Live] = {}
         self._deadline = time.monotonic() + 60 * spec.budget.minutes if spec.budget.minutes else math.inf
+        self._grace_until = math.inf
+        self._full_disk: tuple[float, int] | None = None
+        """Since when the study waits for how many bytes of room."""
+        self._next_probe = 0.0
+        self._outcomes: list[str] = []
+        """How the trials of this launch failed, while all of them do."""
+        self._on_cluster_lost = on_cluster_lost
         self._repeats = None if repeats is None else list(repeats)
         rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
-        retried = {row["retry_of"] for row in rows}
-        self._attempts = {row["number"]: row["attempt"] for row in rows}
-        self._retries = [
-            row["number"] for row in rows if row["state"] == TrialState.INTERRUPTED and row["number"] not in retried
-        ]
+        self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints)
+        self._queue: deque[_Waiting] = deque()
+        self._losses: dict[int, int] = {}
         self.states: dict[str, int] = {}
         for row in rows:
             self._count(TrialState(row["state"]))
+        self.resumed = self._take_up(rows)
 
     @property
     def live(self) -> dict[int, Point | None]:
@@ -113,66 +157,73 @@ class StudyRun:
         """Trials that this launch should have finished in the end, those of earlier launches included."""
         if self._repeats is None:
             return self.spec.budget.trials
-        return self.num_finished + len(self._live) + len(self._repeats)
+        return self.num_finished + len(self._live) + len(self._queue) + len(self._repeats)
 
-    def request_stop(self, reason: str) -> None:
-        """Ask the backend to end the launch; safe to call from a signal handler or another thread."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
+    @property
+    def is_waiting(self) -> bool:
+        """True when `next_trial` gives none for now, but may give one later."""
+        return self._full_disk is not None
+
+    def request_stop(self, reason: str, code: int | None = None) -> None:
+        """Ask the running trials to write a checkpoint and leave, and the backend to end the launch then.
+
+        Safe to call from a signal handler or another thread.
+        """
+        if self.stop_reason is not None:
+            return
+        self.stop_code = code
+        self._grace_until = time.monotonic() + GRACE_S
+        self.stop_reason = reason
+        for live in list(self._live.values()):
+            _ask_to_leave(live.config)
 
     def check_stop(self) -> None:
-        """Raise StopRequestedError when a stop was asked for or the wall time of the budget is used up."""
+        """Raise StopRequestedError when the launch is to end and no trial is left, or its grace has run out.
+
+        Raises the error of the outbox, too.
+        """
+        if self._outbox.error is not None:
+            raise self._outbox.error
         if self.stop_reason is None and time.monotonic() > self._deadline:
-            self.stop_reason = f"the budget of {self.spec.budget.minutes:g} minutes is used up"
-        if self.stop_reason is not None:
+            self.request_stop(f"the budget of {self.spec.budget.minutes:g} minutes is used up")
+        if self._full_disk is not None and not self._live:
+            self._look_for_room()
+        if self.stop_reason is not None and (not self._live or time.monotonic() > self._grace_until):
             raise StopRequestedError(self.stop_reason)
 
     # The five events
 
     def next_trial(self) -> TrialConfig | None:
-        """The next trial to run, interrupted ones first; None when the budget or the space is used up."""
+        """The next trial to run, interrupted ones first; None when there is none for now (see `is_waiting`)."""
+        if self.stop_reason is not None or not self._has_room():
+            return None
+        if self._queue:
+            waiting = self._queue.popleft()
+            self.states[TrialState.INTERRUPTED.value] -= 1
+            return self._start(self._search.ask_again(waiting.number), waiting)
         if self._repeats is not None:
-            return self._next_repeat(self._repeats)
-        if self.num_finished + len(self._live) >= self.spec.budget.trials:
+            if not self._repeats:
+                return None
+            repeat = self._repeats.pop(0)
+            suggestion = self._search.repeat(repeat.of, seed=repeat.seed)
+            return self._start(suggestion, _Waiting(suggestion.number, seed=repeat.seed, repeat_of=repeat.of))
+        if self.num_finished + len(self._live) >= self.spec.budget.trials or self._search.is_exhausted:
             return None
-        retry_of = self._retries.pop(0) if self._retries else None
-        if retry_of is None and self._search.is_exhausted:
-            return None
-        suggestion = self._search.ask() if retry_of is None else self._search.ask_again(retry_of)
-        attempt = 1 if retry_of is None else self._attempts[retry_of] + 1
-        return self._start(self._config(suggestion), attempt=attempt, retry_of=retry_of)
-
-    def _next_repeat(self, waiting: list[Repeat]) -> TrialConfig | None:
-        if not waiting:
-            return None
-        repeat = waiting.pop(0)
-        config = self._config(self._search.repeat(repeat.of))
-        return self._start(config.model_copy(update={"seed": repeat.seed, "repeat_of": repeat.of}))
-
-    def _start(self, config: TrialConfig, *, attempt: int = 1, retry_of: int | None = None) -> TrialConfig:
-        row_id = self._store.start_trial(self._study["id"], config, attempt=attempt, retry_of=retry_of)
-        self._live[config.number] = _Live(row_id=row_id, config=config, started=time.monotonic())
-        facts = {"params": config.params, "epochs": config.training.num_epochs, "repeat_of": config.repeat_of}
-        self._listen(Event(kind="trial_started", trial=config.number, facts=facts))
-        return config
+        suggestion = self._search.ask()
+        return self._start(suggestion, _Waiting(suggestion.number))
 
     def on_progress(self, number: int, progress: Progress) -> Decision:
         """Record a point; STOP when the other trials show this one to be unpromising."""
         live = self._live[number]
         point, judgement = progress.point, progress.judgement
-        self._store.add_point(live.row_id, point)
+        self._outbox.put(lambda: self._store.add_point(live.row_id, point))
         if math.isfinite(point.valid_loss):
             live.best = min(live.best, point.valid_loss)
         stops = progress.stops
         if judgement.verdict != live.verdict or stops:
             live.verdict = judgement.verdict
-            self._store.add_decision(
-                live.row_id,
-                evaluation=point.evaluation,
-                verdict=judgement.verdict,
-                action=Decision.STOP if stops else Decision.CONTINUE,
-                evidence=judgement.evidence.as_dict(),
-            )
+            action = Decision.STOP if stops else Decision.CONTINUE
+            self._decide(live, point, judgement.verdict, action, judgement.evidence.as_dict())
         unpromising = False
         # A run is compared with others at the ends of its epochs; one that ends inside its first is noted there, too.
         if point.ends_epoch or (stops and (live.last is None or live.last.epoch < 1)):
@@ -184,23 +235,25 @@ class StudyRun:
         self._listen(Event(kind="point", trial=number, facts=facts))
         if stops or not unpromising or point.epoch >= live.config.training.num_epochs:
             return Decision.CONTINUE
-        self._store.add_decision(
-            live.row_id,
-            evaluation=point.evaluation,
-            verdict="unpromising",
-            action=Decision.STOP,
-            evidence={
-                "rule": self.spec.prune.unpromising.rule,
-                "epoch": point.epoch,
-                "best_valid_loss": live.best,
-                "valid_loss": point.valid_loss,
-            },
-        )
+        evidence = {
+            "rule": self.spec.prune.unpromising.rule,
+            "epoch": point.epoch,
+            "best_valid_loss": live.best,
+            "valid_loss": point.valid_loss,
+        }
+        self._decide(live, point, "unpromising", Decision.STOP, evidence)
         return Decision.STOP
 
     def on_result(self, number: int, result: TrialResult) -> None:
-        """A trial that ended by itself."""
-        self._end(number, result)
+        """A trial that ended by itself, or that left with a checkpoint because it was asked to or found no room."""
+        if result.state is not TrialState.INTERRUPTED:
+            self._end(number, result)
+            return
+        if result.needed_bytes is not None and self._full_disk is None:
+            self._full_disk = (time.monotonic(), result.needed_bytes)
+            self._note(f"{result.reason}: no new trial starts until there is; make room, and the study goes on")
+        asked = result.needed_bytes is None and self.stop_reason is not None
+        self._requeue(number, self.stop_reason or "" if asked else result.reason)
 
     def on_stopped(self, number: int) -> None:
         """A trial that ended because `on_progress` answered STOP."""
@@ -213,54 +266,99 @@ class StudyRun:
         )
 
     def on_lost(self, number: int, error: str) -> None:
-        """A trial whose worker died."""
+        """A trial whose worker died: it is tried again from its checkpoint, as often as `limits.retries` says."""
         live = self._live[number]
-        reason = error.strip().splitlines()[-1] if error.strip() else "its worker died without a word"
-        self._end(number, TrialResult(state=TrialState.FAILED, reason=reason, error=error, **self._last_known(live)))
+        last_words = _last_words(live.config)
+        error = "\n\n".join(part for part in (last_words, error.strip()) if part)
+        reason = _first_cause(error) or "its worker died without a word"
+        losses = self._losses[number] = self._losses.get(number, 0) + 1
+        if error.startswith(PREEMPTED):
+            self._requeue(number, PREEMPTED)
+        elif self.stop_reason is None and losses <= self.spec.limits.retries:
+            self._note(f"trial {number}: {reason}; trying again from its checkpoint")
+            self._requeue(number, reason, lost=True)
+        elif self.stop_reason is not None:
+            self._requeue(number, self.stop_reason)
+        else:
+            result = TrialResult(state=TrialState.FAILED, reason=reason, error=error, **self._last_known(live))
+            self._end(number, result)
+
+    def on_cluster_lost(self, reason: str) -> None:
+        """The cluster under the trials is gone, and perhaps this process with it, soon: bring everything to safety."""
+        self.request_stop(reason)
+        self.interrupt_live()
+        self._outbox.flush()
+        self._on_cluster_lost()
 
     def interrupt_live(self) -> int:
-        """End what still runs as `interrupted`, to be taken up by the next launch; returns how many."""
+        """Put what still runs back into the queue, for the next launch; returns how many."""
         numbers = list(self._live)
         for number in numbers:
-            live = self._live[number]
-            reason = self.stop_reason or "the backend ended"
-            self._end(
-                number,
-                TrialResult(state=TrialState.INTERRUPTED, reason=reason, **self._last_known(live)),
-            )
+            self._requeue(number, self.stop_reason or "the backend ended")
         return len(numbers)
-
-    def adopt_orphans(self) -> int:
-        """Give trials that an earlier driver left running an end, so that they can be retried; returns how many."""
-        orphans = [row for row in self._store.trials(self._study["id"]) if TrialState(row["state"]) in LIVE]
-        for row in orphans:
-            result = TrialResult(state=TrialState.INTERRUPTED, reason="its driver died")
-            points = self._store.points(row["id"])
-            self._store.finish_trial(row["id"], result, last_epoch=points[-1]["epoch"] if points else None)
-            if (row["repeat_of"] is not None) == (self._repeats is not None):
-                self.states[row["state"]] -= 1
-                self._count(TrialState.INTERRUPTED)
-                self._retries.append(row["number"])
-        ended = {row["number"]: row for row in self._store.trials(self._study["id"])}
-        for number in self._search.unfinished():
-            known = ended.get(number)
-            state = TrialState(known["state"]) if known else TrialState.INTERRUPTED
-            value = self._objective(known["best_valid_loss"], known["best_valid_score"]) if known else None
-            self._search.tell(number, state, value=value, notes={"outcome": state.value})
-        return len(orphans)
 
     # Below the events
 
-    def _config(self, suggestion: Suggestion) -> TrialConfig:
-        model, training = self.spec.settings_for(suggestion.params)
-        folder = self._folder / f"trial-{suggestion.number:05d}"
+    def _take_up(self, rows: Sequence[Row]) -> int:
+        """Queue what an earlier launch did not end, and tell Optuna what it did not hear; returns how many wait."""
+        by_number = {row["number"]: row for row in self._store.trials(self._study["id"])}
+        for number in self._search.unfinished:
+            row = by_number.get(number)
+            state = TrialState(row["state"]) if row else TrialState.INTERRUPTED
+            if state in LIVE:
+                state = TrialState.INTERRUPTED
+            value = self._objective(row["best_valid_loss"], row["best_valid_score"]) if row else None
+            self._search.tell(number, state, value=value, notes={"outcome": state.value})
+            repeat = self._search.repeated(number)
+            if row is None and (repeat is not None) == (self._repeats is not None):
+                # The driver died between Optuna's row and ours.
+                of, seed = repeat or (None, None)
+                self._queue.append(_Waiting(number, repeat_of=of, seed=seed))
+                self._count(TrialState.INTERRUPTED)
+        for row in rows:
+            state = TrialState(row["state"])
+            if row["number"] not in self._search.unfinished or (state not in LIVE and state is not _INTERRUPTED):
+                continue
+            if state in LIVE:
+                self._outbox.put(partial(self._store.requeue_trial, row["id"], "its driver died"))
+                self.states[state.value] -= 1
+                self._count(_INTERRUPTED)
+            self._losses[row["number"]] = row["losses"]
+            points = self._store.points(row["id"])
+            losses = [point["valid_loss"] for point in points if point["valid_loss"] is not None]
+            self._queue.append(
+                _Waiting(
+                    row["number"],
+                    attempt=row["attempt"],
+                    seed=row["seed"],
+                    repeat_of=row["repeat_of"],
+                    settings=row["settings"],
+                    last=_point(points[-1]) if points else None,
+                    best=min(losses, default=math.inf),
+                )
+            )
+        if self._repeats is not None:
+            taken = {(waiting.repeat_of, waiting.seed) for waiting in self._queue}
+            self._repeats = [repeat for repeat in self._repeats if (repeat.of, repeat.seed) not in taken]
+        self._queue = deque(sorted(self._queue, key=lambda waiting: waiting.number))
+        return len(self._queue)
+
+    def _config(self, suggestion: Suggestion, waiting: _Waiting) -> TrialConfig:
+        if waiting.settings is None:
+            model, training = self.spec.settings_for(suggestion.params)
+        else:
+            model = ModelSettings(**waiting.settings["model"])
+            training = RunSettings(**waiting.settings["training"])
+        attempt = waiting.attempt + 1
+        folder = attempt_folder(self._folder, suggestion.number, attempt)
         shutil.rmtree(folder, ignore_errors=True)
         return TrialConfig(
             study=self.spec.name,
             number=suggestion.number,
             task=self.spec.task,
-            seed=self.spec.seed,
+            seed=self.spec.seed if waiting.seed is None else waiting.seed,
             params=suggestion.params,
+            repeat_of=waiting.repeat_of,
             objective=self.spec.objective,
             model=model,
             training=training,
@@ -269,20 +367,118 @@ class StudyRun:
             rule=self.spec.prune.overfit,
             data=str(self._data),
             folder=str(folder),
+            attempt=attempt,
+            earlier=tuple(str(place) for place in earlier_attempts(self._folder, suggestion.number, attempt)),
+            recorded=waiting.last.evaluation if waiting.last else 0,
+            max_minutes=self.spec.limits.max_minutes,
+            stall_minutes=self.spec.limits.stall_minutes,
             threads=self._threads,
         )
 
+    def _start(self, suggestion: Suggestion, waiting: _Waiting) -> TrialConfig:
+        config = self._config(suggestion, waiting)
+        live = _Live(config=config, started=time.monotonic(), last=waiting.last, best=waiting.best)
+        self._live[config.number] = live
+
+        def write() -> None:
+            live.row_id = self._store.start_trial(self._study["id"], config)
+
+        self._outbox.put(write)
+        facts = {
+            "params": config.params,
+            "epochs": config.training.num_epochs,
+            "repeat_of": config.repeat_of,
+            "attempt": config.attempt,
+        }
+        self._listen(Event(kind="trial_started", trial=config.number, facts=facts))
+        if self.stop_reason is not None:
+            _ask_to_leave(config)  # a signal came while the trial was being made
+        return config
+
     def _end(self, number: int, result: TrialResult) -> None:
         live = self._live.pop(number)
-        if result.state not in RANKED:
-            shutil.rmtree(live.config.folder, ignore_errors=True)
+        if live.last is not None and result.seconds < live.last.seconds:
+            result = replace(result, seconds=live.last.seconds)
         last_epoch = live.last.epoch if live.last else None
-        self._store.finish_trial(live.row_id, result, last_epoch=last_epoch)
+        self._outbox.put(lambda: self._store.finish_trial(live.row_id, result, last_epoch=last_epoch))
         value = self._objective(result.best_valid_loss, result.best_valid_score)
-        self._search.tell(number, result.state, value=value, notes=_notes(result, live.config.repeat_of))
+        repeat_of = live.config.repeat_of
+        self._search.tell(number, result.state, value=value, notes=_notes(result, repeat_of))
+        # Once the end is on record, and not before: until then the files are all there is of it.
+        self._outbox.put(
+            lambda: self._keeper.trial_ended(live.row_id, number, result, self._folder, is_repeat=repeat_of is not None)
+        )
         self._count(result.state)
         facts = {"result": result, "last_epoch": last_epoch, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="trial_ended", trial=number, facts=facts))
+        self._look_for_a_pattern(result)
+
+    def _requeue(self, number: int, reason: str, *, lost: bool = False) -> None:
+        live = self._live.pop(number)
+        self._outbox.put(lambda: self._store.requeue_trial(live.row_id, reason, lost=lost))
+        self._search.tell(number, TrialState.INTERRUPTED, value=None, notes={"outcome": "interrupted", "why": reason})
+        config = live.config
+        self._queue.appendleft(
+            _Waiting(
+                number,
+                attempt=config.attempt,
+                seed=config.seed,
+                repeat_of=config.repeat_of,
+                settings={"model": config.model.model_dump(), "training": config.training.model_dump()},
+                last=live.last,
+                best=live.best,
+            )
+        )
+        self._count(TrialState.INTERRUPTED)
+        result = TrialResult(state=TrialState.INTERRUPTED, reason=reason, **self._last_known(live))
+        last_epoch = live.last.epoch if live.last else None
+        facts = {"result": result, "last_epoch": last_epoch, "epochs": config.training.num_epochs}
+        self._listen(Event(kind="trial_ended", trial=number, facts=facts))
+
+    def _decide(self, live: _Live, point: Point, verdict: str, action: Decision, evidence: dict[str, Any]) -> None:
+        self._outbox.put(
+            lambda: self._store.add_decision(
+                live.row_id, evaluation=point.evaluation, verdict=verdict, action=action, evidence=evidence
+            )
+        )
+
+    def _look_for_a_pattern(self, result: TrialResult) -> None:
+        """End a study whose first trials all break in the same way: the next ones would, too."""
+        if result.state not in (TrialState.FAILED, TrialState.INFEASIBLE):
+            self._outcomes = [""] * SAME_FAILURES
+            return
+        if len(self._outcomes) < SAME_FAILURES:
+            self._outcomes.append(re.sub(r"\d+(\.\d+)?", "N", result.reason))
+            if len(self._outcomes) == SAME_FAILURES and len(set(self._outcomes)) == 1:
+                self.request_stop(
+                    f"the first {SAME_FAILURES} trials all ended the same way: {result.state}: {result.reason}",
+                    EXIT_TOO_MANY_FAILED,
+                )
+
+    def _has_room(self) -> bool:
+        if self._full_disk is None:
+            return True
+        self._look_for_room()
+        return self._full_disk is None
+
+    def _look_for_room(self) -> None:
+        """Go on, or give up, when the disk was full."""
+        assert self._full_disk is not None
+        since, needed = self._full_disk
+        now = time.monotonic()
+        if now < self._next_probe:
+            return
+        self._next_probe = now + _PROBE_EVERY_S
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Twice: the state that is written, and the one that it replaces.
+        if shutil.disk_usage(self._folder).free > 2 * needed:
+            self._full_disk = None
+            self._note("there is room on the disk again; the study goes on")
+        elif now - since > DISK_PATIENCE_S:
+            self.request_stop(f"the disk of {self._folder} was full for {DISK_PATIENCE_S / 60:.0f} minutes", EXIT_IO)
+
+    def _note(self, text: str) -> None:
+        self._listen(Event(kind="note", facts={"text": text}))
 
     def _objective(self, best_loss: float | None, best_score: float | None) -> float | None:
         return best_loss if self.spec.objective == "loss" else best_score
@@ -293,6 +489,37 @@ class StudyRun:
 
     def _count(self, state: TrialState) -> None:
         self.states[state.value] = self.states.get(state.value, 0) + 1
+
+
+_INTERRUPTED = TrialState.INTERRUPTED
+
+
+def _point(row: Row) -> Point:
+    """A point as the store keeps it; a loss that is no number is none there."""
+    values = {key: row[key] for key in Point.__dataclass_fields__}
+    for key in ("train_loss", "valid_loss"):
+        values[key] = math.nan if values[key] is None else values[key]
+    return Point(**values)
+
+
+def _ask_to_leave(config: TrialConfig) -> None:
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP_FILE).touch()
+
+
+def _last_words(config: TrialConfig) -> str:
+    file = Path(config.folder) / LAST_WORDS
+    return file.read_text(errors="replace").strip() if file.is_file() else ""
+
+
+def _first_cause(error: str) -> str:
+    """The line of a report that says what happened: the watchdog's, or the last one of a traceback."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    said = next((line for line in lines if line.startswith(("Timeout (", "Fatal Python error"))), None)
+    if said is not None and said.startswith("Timeout ("):
+        return f"its worker made no step for {said.removeprefix('Timeout (').rstrip(')!')}"
+    return said or (lines[-1] if lines else "")
 
 
 def _best(live: _Live) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def trial_report(trial: Row, width: int) -> Group:
         ("fixed", _fixed(settings, trial["params"])),
         (
             "attempt",
-            f"{trial['attempt']}" + (f", retry of trial {trial['retry_of']}" if trial["retry_of"] is not None else ""),
+            f"{trial['attempt']}" + (f", its worker died {trial['losses']} times" if trial["losses"] else ""),
         ),
         ("ran on", f"{trial['host'] or '?'} ({trial['device'] or '?'}), {trial['device_seconds'] or 0:.1f} s"),
     ]
@@ -388,7 +388,7 @@ def describe(event: Event) -> str:
     if event.kind == "study":
         data = facts["data"]
         again = f", {facts['finished']} done before" if facts["finished"] else ""
-        again += f", {facts['orphans']} left running by a driver that died" if facts["orphans"] else ""
+        again += f", {facts['resumed']} to be taken up again" if facts["resumed"] else ""
         return (
             f"study {facts['name']}: {facts['budget']} trials{again} on {facts['where']}; "
             f"{data['tokens']['train']:,} training tokens; store {facts['store']}"
@@ -396,6 +396,7 @@ def describe(event: Event) -> str:
     if event.kind == "trial_started":
         params = ", ".join(f"{name}={number(value)}" for name, value in facts["params"].items())
         again = f", trial {facts['repeat_of']} with a new seed" if facts["repeat_of"] is not None else ""
+        again += f", attempt {facts['attempt']}" if facts["attempt"] > 1 else ""
         return f"trial {event.trial} started{again}: {plain(params)}"
     if event.kind == "point":
         point = facts["point"]
@@ -440,6 +441,9 @@ class _LiveView:
             assert event.trial is not None
             self._running.pop(event.trial, None)
             result = facts["result"]
+            if result.state is TrialState.INTERRUPTED:
+                self._console.print(Text(describe(event)), highlight=False)
+                return
             self._states[result.state] = self._states.get(result.state, 0) + 1
             self._ended += 1
             if result.best_valid_loss is not None and result.scores:

@@ -2,31 +2,63 @@
 
 Knows nothing of Optuna, Ray or SQL. Losses are summed and divided by the number of predicted tokens of the whole
 batch, so that accumulation over micro-batches changes nothing; when memory runs out the micro-batch is halved and the
-sampled batch size stays. No value is read from the device between two evaluations.
+sampled batch size stays. No value is read from the device between two evaluations. A run resumes from its last
+checkpoint with weights, optimizer, schedule, random states and data order as they were: on a CPU its curve is equal to
+the bit.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from hpsearch import checkpoints
+from hpsearch.errors import DiskFullError
 from hpsearch.settings import Objective, RunSettings
 from hpsearch.tasks import architecture
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
 from hpsearch.trial import Point
 
-CHECKPOINT = "model.safetensors"
+CHECKPOINT_SHARE = 0.05
+"""Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
+
+
+class Order(Enum):
+    """What the outside asks of a run between two steps."""
+
+    GO_ON = "go on"
+    PREEMPT = "preempt"
+    """Write a checkpoint and leave."""
+    TIME_UP = "time up"
+    """End here, with what has been learnt."""
+
+
+class PreemptedError(Exception):
+    """The run was asked to leave; it can be resumed from where it was."""
+
+
+@dataclass
+class _Position:
+    """Where a run is: all that is needed to go on, beside tensors."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    evaluation: int = 0
+    tokens: int = 0
+    loss_count: int = 0
+    seconds: float = 0.0
 
 
 class OutOfMemoryError(Exception):
@@ -64,15 +96,33 @@ class Trainer:
         device: torch.device,
         folder: Path,
         objective: Objective = "loss",
+        earlier: Sequence[Path] = (),
+        pulse: Callable[[], Order] = lambda: Order.GO_ON,
     ) -> None:
+        """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state.
+
+        `pulse` is called after every step and every evaluation batch; its answer counts between two steps.
+        """
         self.task = task
         self.settings = settings
         self.device = device
         self.folder = folder
         self.objective = objective
         self.best: Point | None = None
+        self.curve: list[Point] = []
+        self.resumed_evaluations = 0
+        """Points of the curve that come from the state that the run was resumed from."""
         self.micro_batch_size = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+        self._pulse = pulse
+        self._earlier = list(earlier)
+        self._best_weights: dict[str, Tensor] = {}
+        self._best_file: str | None = None
+        self._best_of: dict[str, str | None] = {}
+        self._position = _Position()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._began = self._saved = time.perf_counter()
+        self._save_seconds = 0.0
         self._is_partial = any(not parameter.requires_grad for parameter in task.model.parameters())
         self._order = np.random.default_rng(seed)
         self._model: nn.Module = task.model.to(device)
@@ -102,50 +152,74 @@ class Trainer:
     def total_evaluations(self) -> int:
         return len(self.evaluation_steps) * self.settings.num_epochs
 
-    def points(self) -> Iterator[Point]:
-        """Train to the end, yielding a Point per evaluation; the best so far is on disk before it is yielded.
+    @property
+    def seconds(self) -> float:
+        """Device-seconds of the run so far, those before it was resumed included."""
+        return self._position.seconds + time.perf_counter() - self._began
 
-        Close the iterator to stop early. Raises OutOfMemoryError.
+    def points(self) -> Iterator[Point]:
+        """Train to the end, yielding a Point per evaluation; those of a resumed run's past come first.
+
+        Close the iterator to stop early. Raises OutOfMemoryError, PreemptedError, DiskFullError.
         """
         optimizer = self._optimizer()
-        started = time.perf_counter()
+        position = self._resume(optimizer)
+        yield from list(self.curve)
         evaluation_steps = set(self.evaluation_steps)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        loss_count = step = evaluation = tokens = 0
-        for epoch in range(self.settings.num_epochs):
+        while position.epoch < self.settings.num_epochs:
             self._model.train()
+            order = self._order.bit_generator.state
             batches = self.task.epoch_batches(self._order, self.settings.batch_size)
-            for step_in_epoch, indices in enumerate(batches, start=1):
-                learning_rate = self._learning_rate(step)
+            while position.step_in_epoch < len(batches):
+                asked = self._pulse()
+                if asked is Order.PREEMPT:
+                    self._checkpoint(optimizer, order)
+                    raise PreemptedError
+                if asked is Order.TIME_UP:
+                    if self.best is None and position.loss_count:
+                        yield self._evaluate_now()
+                    return
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                batch_loss, count = self._step(optimizer, indices)
-                loss_sum += batch_loss
-                loss_count += count
-                tokens += count
-                step += 1
-                if step_in_epoch not in evaluation_steps:
+                    group["lr"] = self._learning_rate(position.step)
+                batch_loss, count = self._step(optimizer, batches[position.step_in_epoch])
+                self._loss_sum += batch_loss
+                position.loss_count += count
+                position.tokens += count
+                position.step += 1
+                position.step_in_epoch += 1
+                if position.step_in_epoch not in evaluation_steps:
                     continue
-                evaluation += 1
-                valid_loss = self._mean_loss("validation")
-                takes_score = self.objective != "loss" and step_in_epoch == self.steps_per_epoch
-                point = Point(
-                    evaluation=evaluation,
-                    epoch=epoch + step_in_epoch / self.steps_per_epoch,
-                    step=step,
-                    train_loss=loss_sum.item() / loss_count,
-                    valid_loss=valid_loss,
-                    learning_rate=learning_rate,
-                    tokens=tokens,
-                    valid_score=self._validation_score() if takes_score else None,
-                    seconds=time.perf_counter() - started,
-                )
-                if self._is_better(point):
-                    self._keep(point)
+                point = self._evaluate_now()
+                if self._checkpoint_is_due():
+                    self._checkpoint(optimizer, order)
                 yield point
-                loss_sum.zero_()
-                loss_count = 0
                 self._model.train()
+            position.epoch += 1
+            position.step_in_epoch = 0
+
+    def _evaluate_now(self) -> Point:
+        """A point of the curve at this step."""
+        position = self._position
+        position.evaluation += 1
+        valid_loss = self._mean_loss("validation")
+        takes_score = self.objective != "loss" and position.step_in_epoch == self.steps_per_epoch
+        point = Point(
+            evaluation=position.evaluation,
+            epoch=position.epoch + position.step_in_epoch / self.steps_per_epoch,
+            step=position.step,
+            train_loss=self._loss_sum.item() / position.loss_count,
+            valid_loss=valid_loss,
+            learning_rate=self._learning_rate(max(0, position.step - 1)),
+            tokens=position.tokens,
+            valid_score=self._validation_score() if takes_score else None,
+            seconds=self.seconds,
+        )
+        self.curve.append(point)
+        self._loss_sum.zero_()
+        position.loss_count = 0
+        if self._is_better(point):
+            self._keep(point)
+        return point
 
     def settle(self, last: Point) -> None:
         """Make the last point the best one if a run was stopped before its first validation score."""
@@ -155,21 +229,24 @@ class Trainer:
     def score(self) -> Scored:
         """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
         assert self.best is not None
-        if self._is_partial:
-            self._model.load_state_dict(load_file(self.folder / CHECKPOINT, device=str(self.device)), strict=False)
-        else:
-            load_model(self._model, self.folder / CHECKPOINT, device=str(self.device))
+        self._restore(self._best_weights)
         return self.task.score(self._evaluate)
 
     def export(self) -> None:
-        """Leave the best model as a folder that transformers loads. After `score`."""
+        """Leave the best model as a folder that transformers loads. After `score`. Raises DiskFullError."""
         if self._is_partial:
             architecture.merge_adapters(self.task.model)
-        # What was kept may be the trained part alone; nothing of it may stand beside the whole.
-        (self.folder / CHECKPOINT).unlink()
-        # transformers knows which of two tied weights other heads will look for.
-        self.task.model.save_pretrained(self.folder)
-        self.task.save(str(self.folder))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # transformers knows which of two tied weights other heads will look for.
+            self.task.model.save_pretrained(self.folder)
+            self.task.save(str(self.folder))
+        except Exception as error:
+            # safetensors has errors of its own, in words.
+            if "No space left on device" not in str(error):
+                raise
+            needed = sum(value.numel() * value.element_size() for value in self.task.model.parameters())
+            raise DiskFullError(self.folder, needed) from error
 
     def _validation_score(self) -> float:
         assert isinstance(self.task, ScoredTask)
@@ -245,6 +322,7 @@ class Trainer:
                 half = math.ceil(len(indices) / 2)
                 waiting += [indices[half:], indices[:half]]
                 continue
+            self._pulse()
             yield indices, answer
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -279,22 +357,112 @@ class Trainer:
         return settings.learning_rate * (floor + (1.0 - floor) * decay)
 
     def _keep(self, point: Point) -> None:
-        """Make these weights the best so far. Of a model that is frozen in part, only what is trained is written."""
+        """Make these weights the best so far, in memory; `_checkpoint` brings them to the disk."""
         self.best = point
-        if self._is_partial:
-            trained: dict[str, Tensor] = {
-                name: value for name, value in self._model.named_parameters() if value.requires_grad
-            }
-            self._write(lambda file: save_file(trained, file))
-        else:
-            self._write(lambda file: save_model(self._model, file, metadata={"format": "pt"}))
+        self._best_weights = {name: value.detach().to("cpu", copy=True) for name, value in self._weights().items()}
+        self._best_file = None
 
-    def _write(self, save: Callable[[str], None]) -> None:
-        """The old file stands until the new one is whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f".{CHECKPOINT}"
-        save(str(scratch))
-        os.replace(scratch, self.folder / CHECKPOINT)
+    def _weights(self) -> dict[str, Tensor]:
+        """What training changes, each shared tensor once; of a model that is frozen in part, only the rest."""
+        trained = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+        return {**trained, **dict(self._model.named_buffers())}
+
+    @torch.no_grad()
+    def _restore(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in self._weights().items():
+            value.copy_(weights[name])
+
+    # Checkpoints
+
+    def _checkpoint_is_due(self) -> bool:
+        return CHECKPOINT_SHARE * (time.perf_counter() - self._saved) >= self._save_seconds
+
+    def _checkpoint(self, optimizer: torch.optim.Optimizer, order: Mapping[str, Any]) -> None:
+        """Write the state of the run, and the best weights that it names; keep it and the state before it."""
+        began = time.perf_counter()
+        step = self._position.step
+        if self.best is not None and self._best_file is None:
+            self._best_file = checkpoints.write(self.folder, "best", self.best.step, self._best_weights, {})
+        numpy_state = np.random.get_state(legacy=False)
+        words = numpy_state["state"]
+        tensors = {f"model.{name}": value for name, value in self._weights().items()}
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        tensors["random.torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        facts = {
+            "position": {**asdict(self._position), "seconds": self.seconds},
+            "loss_sum": self._loss_sum.item(),
+            "micro_batch_size": self.micro_batch_size,
+            "best_point": asdict(self.best) if self.best else None,
+            "best_file": self._best_file,
+            "curve": [asdict(point) for point in self.curve],
+            "order": order,
+            "random_python": random.getstate(),
+            "random_numpy": {**numpy_state, "state": {**words, "key": words["key"].tolist()}},
+        }
+        last = checkpoints.names(self.folder, "resume")[-1:]
+        name = checkpoints.write(self.folder, "resume", step, tensors, facts)
+        self._forget_others([*last, name])
+        if last:
+            # Two states of this attempt stand: those of earlier ones have done their service.
+            for folder in self._earlier:
+                shutil.rmtree(folder, ignore_errors=True)
+            self._earlier = []
+        self._saved = time.perf_counter()
+        self._save_seconds = self._saved - began
+
+    def _forget_others(self, states: Sequence[str]) -> None:
+        """Remove all checkpoint files but these states and the best weights that they name."""
+        self._best_of = {name: self._best_of.get(name, self._best_file) for name in states}
+        bests = [best for best in self._best_of.values() if best is not None]
+        checkpoints.forget(self.folder, keep=[*states, *bests])
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> _Position:
+        """Take up the newest whole state of this run, if there is one; returns where the run is then."""
+        self._began = self._saved = time.perf_counter()
+        for folder, (tensors, facts) in checkpoints.newest(self._earlier):
+            best = checkpoints.read(folder / facts["best_file"]) if facts["best_file"] else None
+            if facts["best_file"] and best is None:
+                continue  # the state before this one may still have its best weights
+            self._take_up(optimizer, tensors, facts, best[0] if best else {})
+            break
+        return self._position
+
+    def _take_up(
+        self,
+        optimizer: torch.optim.Optimizer,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        best: dict[str, Tensor],
+    ) -> None:
+        self._restore(_below(tensors, "model."))
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, value in _below(tensors, "optimizer.").items():
+            number, _, part = name.partition(".")
+            parts.setdefault(int(number), {})[part] = value
+        optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+        self._position = _Position(**facts["position"])
+        self._loss_sum.fill_(facts["loss_sum"])
+        self.micro_batch_size = facts["micro_batch_size"]
+        self.curve = [Point(**point) for point in facts["curve"]]
+        self.resumed_evaluations = len(self.curve)
+        self.best = Point(**facts["best_point"]) if facts["best_point"] else None
+        self._best_weights = best
+        self._order.bit_generator.state = facts["order"]
+        torch.set_rng_state(tensors["random.torch"])
+        if "random.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        version, internal, gauss = facts["random_python"]
+        random.setstate((version, tuple(internal), gauss))
+        numpy_state = facts["random_numpy"]
+        key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+        np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

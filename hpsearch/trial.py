@@ -35,6 +35,14 @@ PRUNED = frozenset({TrialState.OVERFIT, TrialState.PLATEAU, TrialState.UNPROMISI
 """What a person reads as "pruned", each with its reason."""
 
 
+STOP_FILE = "stop"
+"""File in the folder of an attempt that asks its worker to write a checkpoint and leave."""
+
+PREEMPTED = "preempted by SIGTERM"
+LAST_WORDS = "last-words.txt"
+"""File in the folder of an attempt where a worker that hangs or crashes says where it was."""
+
+
 class Decision(StrEnum):
     """What search answers to a point."""
 
@@ -129,12 +137,14 @@ class TrialResult:
     device: str | None = None
     host: str | None = None
     seconds: float = 0.0
-    """Device-seconds, test scoring included."""
+    """Device-seconds, test scoring and earlier attempts included, as far as they count in the curve."""
     checkpoint: str | None = None
     error: str | None = None
     """Traceback of a trial that failed."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions and thread count that the numbers depend on."""
+    needed_bytes: int | None = None
+    """Of a trial that was interrupted because the disk is full: how much did not fit."""
 
     def to_json(self) -> str:
         examples = None if self.examples is None else base64.b64encode(self.examples).decode()
@@ -173,7 +183,14 @@ class TrialConfig(Strict):
     data: str
     """Folder of the tokenized data."""
     folder: str
-    """Folder of this trial's files."""
+    """Folder of this attempt's files; no other attempt writes there."""
+    attempt: int = 1
+    earlier: tuple[str, ...] = ()
+    """Folders of earlier attempts, to resume from."""
+    recorded: int = 0
+    """Evaluations of earlier attempts that the driver knows."""
+    max_minutes: float | None = None
+    stall_minutes: float | None = None
     threads: int
     device: str = "auto"
     """auto: the GPU given to this process if there is one."""
@@ -181,7 +198,10 @@ class TrialConfig(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What a person watching wants to know: `study`, `trial_started`, `point`, `trial_ended` or `note`."""
+    """What a person watching wants to know.
+
+    `study`, `trial_started`, `point`, `trial_ended` (also of a trial that goes back to the queue) or `note`.
+    """
 
     kind: str
     trial: int | None = None

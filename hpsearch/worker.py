@@ -1,72 +1,108 @@
 """One trial, in whichever process the backend chose: task, trainer and the verdict on the run's own curve.
 
 The overfitting verdict is taken here, with no round trip to the driver: the run stops, its best checkpoint is scored
-on the test split, and its device is free at once.
+on the test split, and its device is free at once. What the trial has come to is in its folder before it is told, so
+that nothing is lost with a driver that does not hear it.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import platform
-import shutil
+import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 import transformers
 
 import hpsearch
-from hpsearch import statistics
+from hpsearch import checkpoints, statistics
+from hpsearch.errors import DiskFullError
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
 from hpsearch.tasks import build_task
-from hpsearch.trainer import OutOfMemoryError, Trainer, pick_device, seed_everything
-from hpsearch.trial import RANKED, Point, Progress, TrialConfig, TrialResult, TrialState, judgement_dict
+from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, pick_device, seed_everything
+from hpsearch.trial import (
+    LAST_WORDS,
+    PREEMPTED,
+    STOP_FILE,
+    Point,
+    Progress,
+    TrialConfig,
+    TrialResult,
+    TrialState,
+    judgement_dict,
+)
 
 _STATE_OF = {
     Verdict.OVERFITTING: TrialState.OVERFIT,
     Verdict.PLATEAU: TrialState.PLATEAU,
     Verdict.DIVERGING: TrialState.DIVERGED,
 }
+_LOOK_EVERY_S = 0.25
+"""Seconds between two looks for a request to stop."""
 
 
-def run_trial(config: TrialConfig) -> Generator[Progress, None, TrialResult]:
+def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Progress, None, TrialResult]:
     """Run one trial; yields Progress per evaluation and returns how it ended. Close it to stop the trial early.
 
-    Whatever the trial raises ends that trial alone: it comes back as a `failed` result with its traceback.
+    Whatever the trial raises ends that trial alone: it comes back as a `failed` result with its traceback. Asked to
+    stop, by SIGTERM or by STOP_FILE in its folder, it writes a checkpoint and ends as `interrupted`. With
+    `own_process`, a trial that is silent for its `stall_minutes` ends the process and leaves LAST_WORDS.
     """
-    started = time.perf_counter()
     folder = Path(config.folder)
-    try:
-        result = yield from _run(config, folder)
-    except GeneratorExit:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except OutOfMemoryError as error:
-        result = TrialResult(state=TrialState.INFEASIBLE, reason=f"out of memory at micro-batch 1: {error}")
-    except Exception as error:
-        result = TrialResult(
-            state=TrialState.FAILED, reason=f"{type(error).__name__}: {error}", error=traceback.format_exc()
+    for place in map(Path, config.earlier):
+        if (found := _read_result(place)) is not None:
+            result, curve = found
+            yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
+            return result
+    with _Watch(config, folder, own_process) as watch:
+        curve = []
+        try:
+            result = yield from _run(config, folder, watch, curve)
+        except PreemptedError:
+            result = TrialResult(state=TrialState.INTERRUPTED, reason=watch.leave())
+        except DiskFullError as error:
+            result = TrialResult(state=TrialState.INTERRUPTED, reason=str(error), needed_bytes=error.needed)
+        except OutOfMemoryError as error:
+            result = TrialResult(state=TrialState.INFEASIBLE, reason=f"out of memory at micro-batch 1: {error}")
+        except Exception as error:
+            result = TrialResult(
+                state=TrialState.FAILED, reason=f"{type(error).__name__}: {error}", error=traceback.format_exc()
+            )
+        result = replace(
+            result,
+            host=socket.gethostname(),
+            seconds=watch.seconds,
+            provenance={
+                "hpsearch": hpsearch.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "threads": torch.get_num_threads(),
+            },
         )
-    if result.state not in RANKED:
-        shutil.rmtree(folder, ignore_errors=True)
-    return replace(
-        result,
-        host=socket.gethostname(),
-        seconds=time.perf_counter() - started,
-        provenance={
-            "hpsearch": hpsearch.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-        },
-    )
+        if result.state is TrialState.INTERRUPTED:
+            return result
+        try:
+            _write_result(folder, result, curve)
+            checkpoints.forget(folder)
+        except DiskFullError as error:
+            return replace(result, state=TrialState.INTERRUPTED, reason=str(error), needed_bytes=error.needed)
+        return result
 
 
-def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialResult]:
+def _run(
+    config: TrialConfig, folder: Path, watch: _Watch, progress: list[Progress]
+) -> Generator[Progress, None, TrialResult]:
     torch.set_num_threads(config.threads)
     seed_everything(config.seed)
     device = pick_device(config.device)
@@ -77,24 +113,30 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
         device=device,
         folder=folder,
         objective=config.objective,
+        earlier=[Path(place) for place in config.earlier],
+        pulse=watch.pulse,
     )
+    watch.trainer = trainer
     # Without the overfitting rule a run is still ended when its loss is no number any more.
     rule = config.rule or OverfitRule()
     curve: list[Point] = []
     per_epoch = len(trainer.evaluation_steps)
     judgement = judge(curve, trainer.total_evaluations, rule)
+    stops = False
     for point in trainer.points():
         curve.append(point)
         judgement = judge(curve, trainer.total_evaluations, rule, evaluations_per_epoch=per_epoch)
         stops = judgement.stops and (config.rule is not None or _is_broken(judgement))
-        yield Progress(point=point, judgement=judgement, stops=stops)
+        progress.append(Progress(point=point, judgement=judgement, stops=stops))
+        if point.evaluation > config.recorded or point.evaluation > trainer.resumed_evaluations:
+            yield progress[-1]
         if stops:
             break
-    else:
-        stops = False
+    if not curve:
+        return TrialResult(state=TrialState.INFEASIBLE, reason=f"no evaluation within {config.max_minutes:g} minutes")
     common = TrialResult(
         state=TrialState.COMPLETED,
-        reason=f"ran its {config.training.num_epochs} epochs",
+        reason=_end(config, curve),
         judgement=judgement_dict(judgement),
         num_parameters=trainer.num_parameters,
         micro_batch_size=trainer.micro_batch_size,
@@ -119,6 +161,93 @@ def _run(config: TrialConfig, folder: Path) -> Generator[Progress, None, TrialRe
         details=scored.details,
         checkpoint=str(folder),
     )
+
+
+class _Watch:
+    """Tells a run when to stop, and ends the process of one that hangs."""
+
+    def __init__(self, config: TrialConfig, folder: Path, own_process: bool) -> None:
+        self.trainer: Trainer | None = None
+        self._config = config
+        self._stop_file = folder / STOP_FILE
+        self._last_words_file = folder / LAST_WORDS
+        self._own_process = own_process
+        self._began = self._looked = time.monotonic()
+        self._asked = Order.GO_ON
+        self._had_sigterm = False
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole trial, as far as it is known."""
+        return self.trainer.seconds if self.trainer else time.monotonic() - self._began
+
+    def __enter__(self) -> _Watch:
+        self._last_words_file.parent.mkdir(parents=True, exist_ok=True)
+        self._last_words = self._last_words_file.open("w")
+        if self._own_process:
+            # A crash in native code says where it was.
+            faulthandler.enable(self._last_words)
+        if threading.current_thread() is threading.main_thread() and self._own_process:
+            self._before: Any = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._arm()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._own_process:
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.disable()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, self._before)
+        self._last_words.close()
+
+    def leave(self) -> str:
+        """Say why the run left before its end."""
+        if not self._had_sigterm:
+            return "asked to stop"
+        self._last_words.write(PREEMPTED)
+        return PREEMPTED
+
+    def pulse(self) -> Order:
+        """Called while the run is alive; answers what is asked of it."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY_S:
+            return self._asked
+        self._looked = now
+        self._arm()
+        if self._asked is Order.GO_ON and self._stop_file.exists():
+            self._asked = Order.PREEMPT
+        limit = self._config.max_minutes
+        if self._asked is Order.GO_ON and limit is not None and self.seconds > 60 * limit:
+            self._asked = Order.TIME_UP
+        return self._asked
+
+    def _arm(self) -> None:
+        if self._own_process and self._config.stall_minutes is not None:
+            faulthandler.dump_traceback_later(60 * self._config.stall_minutes, exit=True, file=self._last_words)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._asked = Order.PREEMPT
+        self._had_sigterm = True
+
+
+def _write_result(folder: Path, result: TrialResult, curve: list[Progress]) -> None:
+    content = {"result": result.to_json(), "curve": [progress.to_json() for progress in curve]}
+    checkpoints.write_whole(folder / checkpoints.RESULT, json.dumps(content).encode())
+
+
+def _read_result(folder: Path) -> tuple[TrialResult, list[Progress]] | None:
+    file = folder / checkpoints.RESULT
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text())
+    return TrialResult.from_json(content["result"]), [Progress.from_json(text) for text in content["curve"]]
+
+
+def _end(config: TrialConfig, curve: list[Point]) -> str:
+    epochs = config.training.num_epochs
+    if curve[-1].epoch >= epochs or config.max_minutes is None:
+        return f"ran its {epochs} epochs"
+    return f"stopped after max_minutes ({config.max_minutes:g}) at epoch {curve[-1].epoch:.2f} of {epochs}"
 
 
 def _is_broken(judgement: Judgement) -> bool:

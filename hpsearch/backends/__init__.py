@@ -33,7 +33,10 @@ class Backend(Protocol):
     placement: Placement
 
     def run(self, run: StudyRun) -> None:
-        """Run trials until `run.next_trial()` gives none. Raises StopRequestedError, ClusterError."""
+        """Run trials until `run.next_trial()` gives none and the run is not waiting.
+
+        Raises StopRequestedError, ClusterError.
+        """
 
 
 def open_backend(spec: StudySpec, note: Callable[[str], None]) -> AbstractContextManager[Backend]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,7 +35,14 @@ class Inline:
     def run(self, run: StudyRun) -> None:
         from hpsearch.worker import run_trial
 
-        while (config := run.next_trial()) is not None:
+        while True:
+            config = run.next_trial()
+            if config is None:
+                run.check_stop()
+                if not run.is_waiting:
+                    return
+                time.sleep(1)
+                continue
             trial = run_trial(config.model_copy(update={"device": self._device}))
             try:
                 while True:

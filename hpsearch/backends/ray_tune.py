@@ -43,7 +43,7 @@ from hpsearch.backends import Placement
 from hpsearch.errors import ClusterError
 from hpsearch.spec import StudySpec
 from hpsearch.study import StopRequestedError, StudyRun
-from hpsearch.trial import Decision, Progress, TrialConfig, TrialResult
+from hpsearch.trial import PREEMPTED, Decision, Progress, TrialConfig, TrialResult
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -183,9 +183,12 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
             return None
         with bridge.events() as run:
             config = run.next_trial()
-        if config is None:
-            # An interruption or a failure may still free a place in the budget while others run.
-            return Searcher.FINISHED if not bridge.numbers else None
+            if config is None:
+                if not bridge.numbers:
+                    # Tune may ask again and again without a step between, so a stop must be seen here, too.
+                    run.check_stop()
+                # An interruption or a failure may still free a place in the budget while others run.
+                return None if bridge.numbers or run.is_waiting else Searcher.FINISHED
         bridge.numbers[trial_id] = config.number
         device = "auto" if bridge.place.gpus_per_trial else "cpu"
         return {"trial": config.model_copy(update={"device": device}).model_dump_json()}
@@ -236,16 +239,30 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class _StopWatch(tune.Callback):  # type: ignore[misc]
-    """Breaks Tune's loop when the study is to stop, and when an event failed: Tune itself would wait for ever."""
+    """Breaks Tune's loop when the study is to stop, when an event failed, and when Ray has lost a process of its own.
+
+    Tune itself would wait for ever, and Ray would end this process after a minute.
+    """
 
     def __init__(self, bridge: _Bridge) -> None:
         self._bridge = bridge
+        self._next_look = 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self._bridge.error is not None:
             raise self._bridge.error
-        if self._bridge.run is not None:
-            self._bridge.run.check_stop()
+        run = self._bridge.run
+        if run is None:
+            return
+        run.check_stop()
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + 0.5
+            if dead := _dead_processes():
+                reason = f"Ray's {' and '.join(dead)} died"
+                self._bridge.numbers.clear()
+                _end_processes()
+                run.on_cluster_lost(reason)
+                raise ClusterError(f"{reason}, and the trials on it with it. They go on at the next launch")
 
 
 class _Trainable(tune.Trainable):  # type: ignore[misc]
@@ -263,6 +280,8 @@ class _Trainable(tune.Trainable):  # type: ignore[misc]
         try:
             progress = next(self._trial)
         except StopIteration as end:
+            if end.value.reason == PREEMPTED:
+                ray.actor.exit_actor()
             return {"done": True, "result": end.value.to_json()}
         return {"progress": progress.to_json()}
 
@@ -281,7 +300,18 @@ class _Trainable(tune.Trainable):  # type: ignore[misc]
         os.environ["OMP_NUM_THREADS"] = str(trial.threads)
         from hpsearch.worker import run_trial
 
-        self._trial = run_trial(trial)
+        self._trial = run_trial(trial, own_process=True)
+
+
+def _dead_processes() -> list[str]:
+    """Processes of our own Ray that have ended by themselves, without which it cannot go on."""
+    node = ray._private.worker._global_node
+    return [name for name, _ in node.dead_processes() if name in ("raylet", "gcs_server")] if node else []
+
+
+def _end_processes() -> None:
+    """End what is left of our own Ray, without asking a head that may be gone."""
+    ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _trial_name(trial: Trial) -> str:

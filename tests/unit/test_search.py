@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_conditional_settings_are_sampled_only_where_they_hold(tmp_path: Path) -
         (TrialState.DIVERGED, OptunaState.PRUNED, None),
         (TrialState.INFEASIBLE, OptunaState.PRUNED, None),
         (TrialState.FAILED, OptunaState.FAIL, None),
-        (TrialState.INTERRUPTED, OptunaState.FAIL, None),
+        (TrialState.INTERRUPTED, OptunaState.WAITING, None),
     ],
 )
 def test_the_record_says_what_the_table_says(
@@ -187,24 +188,54 @@ def test_a_study_goes_on_from_its_store_with_all_it_learned(tmp_path: Path) -> N
     assert loaded.best_value == min(map(loss_of, [*before, *after]))
 
 
-def test_a_retry_keeps_settings_and_lineage(tmp_path: Path) -> None:
+def test_an_interrupted_trial_keeps_its_number_settings_and_curve(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     search = Search(spec(tmp_path), url)
     first = search.ask()
+    search.report(first.number, epoch=1, value=4.0)
     search.tell(first.number, TrialState.INTERRUPTED, value=None, notes={})
-    second = search.ask_again(first.number)
-    search.tell(second.number, TrialState.INTERRUPTED, value=None, notes={})
-    third = Search(spec(tmp_path), url).ask_again(second.number)
-    assert third.params == first.params
-    trial = optuna.load_study(study_name="s", storage=url).trials[third.number]
-    assert trial.system_attrs["retry_history"] == [0, 1]
-    assert trial.system_attrs["failed_trial"] == 0
+    again = Search(spec(tmp_path), url)
+    assert again.unfinished == [first.number]
+    assert again.ask().number == 1, "the queue is ours: what waits is not asked for"
+    assert again.ask_again(first.number) == first
+    again.tell(first.number, TrialState.COMPLETED, value=2.0, notes={})
+    trial = optuna.load_study(study_name="s", storage=url).trials[0]
+    assert (trial.state, trial.value, trial.intermediate_values) == (OptunaState.COMPLETE, 2.0, {1: 4.0})
 
 
 def test_what_a_crash_left_running_is_found(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     lost = Search(spec(tmp_path), url).ask()
-    assert Search(spec(tmp_path), url).unfinished() == [lost.number]
+    assert Search(spec(tmp_path), url).unfinished == [lost.number]
+
+
+def test_every_write_may_be_done_twice(tmp_path: Path) -> None:
+    """A connection that breaks at a commit does not say whether it was done."""
+    url = f"sqlite:///{tmp_path}/s.db"
+
+    def twice(write: Callable[[], None]) -> None:
+        write()
+        write()
+
+    search = Search(spec(tmp_path), url, write=twice)
+    tried = optimise(search, 4)
+    loaded = optuna.load_study(study_name="s", storage=url)
+    assert [trial.params for trial in loaded.trials] == tried
+    assert {trial.state for trial in loaded.trials} == {OptunaState.COMPLETE}
+
+
+def test_a_wider_space_keeps_what_was_learned(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    narrow = ["search.learning_rate={min: 1e-3, max: 1e-2, scale: log}", "search.num_layers=[2, 3]"]
+    before = optimise(Search(spec(tmp_path, *narrow), url), 12)
+    wide = spec(tmp_path, "search.num_layers=[1, 2, 3, 4]")
+    search = Search(wide, url)
+    after = optimise(search, 12)
+    assert {params["num_layers"] for params in after} - {2, 3}
+    assert not any(params in before for params in after)
+    loaded = optuna.load_study(study_name="s", storage=url)
+    assert [trial.params for trial in loaded.trials] == [*before, *after]
+    assert len({str(trial.distributions) for trial in loaded.trials}) == 1, "the sampler sees one space"
 
 
 def test_no_pickle_reaches_the_store(tmp_path: Path) -> None:

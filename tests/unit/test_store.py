@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy as sa
 
-from hpsearch import migrations
-from hpsearch import store as store_module
-from hpsearch.errors import StoreError, StudyBusyError, UnknownStudyError
+from hpsearch import leases, migrations
+from hpsearch.errors import LeaseLostError, StoreError, StudyBusyError, UnknownStudyError
 from hpsearch.ranking import flat_rows, frame, leaderboard
+from hpsearch.search import Search, recorded_trials
 from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec import load_study
 from hpsearch.store import NewStudy, Store, metadata
 from hpsearch.trial import Point, Score, TrialConfig, TrialResult, TrialState
 
@@ -55,7 +61,7 @@ def scored(perplexity: float, valid_loss: float) -> TrialResult:
 def start(store: Store, number: int, **params: object) -> int:
     row = store.find_study("s")
     study_id = row["id"] if row else store.add_study(STUDY)
-    return store.start_trial(study_id, config(number, **params), attempt=1, retry_of=None)
+    return store.start_trial(study_id, config(number, **params))
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -86,18 +92,33 @@ def test_a_finished_trial_stays_finished(store: Store) -> None:
     assert store.trial(store.study("s"), 0)["state"] == "overfit"
 
 
-def test_a_point_is_written_once(store: Store) -> None:
+def test_every_write_of_a_trial_may_be_done_twice(store: Store) -> None:
+    """A connection that breaks at a commit does not say whether it was done."""
     trial = start(store, 0)
-    store.add_point(trial, POINT)
-    with pytest.raises(StoreError):
+    assert start(store, 0) == trial
+    for _ in range(2):
         store.add_point(trial, POINT)
-    assert len(store.points(trial)) == 1
-
-
-def test_a_trial_number_is_given_once(store: Store) -> None:
-    start(store, 0)
-    with pytest.raises(StoreError):
+        store.add_decision(trial, evaluation=1, verdict="healthy", action="continue", evidence={})
+    for _ in range(2):
+        store.finish_trial(trial, scored(7.0, 2.0), last_epoch=1.0)
+    assert len(store.points(trial)) == len(store.decisions(trial)) == 1
+    assert len(store.scores(trial)) == 2
+    with pytest.raises(StoreError, match="trial 0 has ended already, so it cannot run again"):
         start(store, 0)
+
+
+def test_a_trial_that_goes_on_keeps_its_row_and_its_newest_points(store: Store) -> None:
+    trial = start(store, 0, learning_rate=0.1)
+    store.add_point(trial, POINT)
+    store.requeue_trial(trial, "its worker died", lost=True)
+    row = store.trial(store.study("s"), 0)
+    assert (row["state"], row["reason"], row["losses"], row["ended_at"]) == ("interrupted", "its worker died", 1, None)
+    again = config(0, learning_rate=0.1).model_copy(update={"attempt": 2})
+    assert store.start_trial(store.study("s")["id"], again) == trial
+    store.add_point(trial, replace(POINT, valid_loss=1.9))
+    row = store.trial(store.study("s"), 0)
+    assert (row["state"], row["attempt"], row["reason"]) == ("running", 2, "")
+    assert [point["valid_loss"] for point in store.points(trial)] == [1.9]
 
 
 def test_the_leaderboard_ranks_by_test_and_tells_validations_choice(store: Store) -> None:
@@ -159,31 +180,125 @@ def test_what_is_not_there_is_named_with_what_is(store: Store) -> None:
 def test_studies_are_listed_with_states_best_and_holder(store: Store) -> None:
     store.finish_trial(start(store, 0), scored(7.0, 2.0), last_epoch=1.0)
     start(store, 1)
-    store.acquire_lease("s", store.study("s")["id"], "here")
+    store.take_lease(store.study("s")["id"], holder="here", process={})
     (row,) = store.studies()
     assert row["states"] == {"overfit": 1, "running": 1}
     assert row["best"]["trial"] == 0
     assert row["lease"]["holder"] == "here"
 
 
+def take(store: Store, holder: str, **more: Any) -> int | None:
+    return store.take_lease(store.study("s")["id"], holder=holder, process={}, **more)
+
+
 def test_one_driver_holds_a_study(store: Store) -> None:
     start(store, 0)
     study = store.study("s")["id"]
-    token = store.acquire_lease("s", study, "first")
-    with pytest.raises(StudyBusyError, match="study 's' is held by first since"):
-        store.acquire_lease("s", study, "second")
+    token = take(store, "first")
+    assert token is not None
+    assert take(store, "second") is None
     assert store.renew_lease(study, token)
+    assert take(store, "second", dead=(token, 0)) is None, "it has beaten since"
     assert store.release_lease(study, token)
-    assert store.acquire_lease("s", study, "second") == token + 1
+    assert take(store, "second") == token + 1
     assert not store.renew_lease(study, token), "the first has lost it"
 
 
-def test_a_dead_drivers_lease_is_taken_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_lost_its_lease_writes_nothing_more(store: Store) -> None:
+    trial = start(store, 0)
+    study = store.study("s")["id"]
+    old = Store(store.url, create=True)
+    token = take(store, "old")
+    assert token is not None
+    old.fence(study, token)
+    old.add_point(trial, POINT)
+    lease = store.lease(study)
+    assert lease is not None
+    assert lease["beat"] > 0, "a write is a beat"
+    assert take(store, "new", dead=(token, lease["beat"])) == token + 1
+    for write in (
+        lambda: old.add_point(trial, replace(POINT, evaluation=2)),
+        lambda: old.finish_trial(trial, OVERFIT, last_epoch=1.0),
+        lambda: old.requeue_trial(trial, "x"),
+        lambda: old.start_trial(study, config(1)),
+    ):
+        with pytest.raises(LeaseLostError):
+            write()
+    assert len(store.points(trial)) == 1
+    assert [row["state"] for row in store.trials(study)] == ["running"]
+    old.close()
+
+
+def test_optunas_tables_are_fenced_as_ours_are(store: Store, tmp_path: Path) -> None:
     start(store, 0)
     study = store.study("s")["id"]
-    token = store.acquire_lease("s", study, "dead")
-    monkeypatch.setattr(store_module, "LEASE_TIMEOUT_S", 0)
-    assert store.acquire_lease("s", study, "alive") == token + 1
+    token = take(store, "old")
+    assert token is not None
+    file = tmp_path / "s.yaml"
+    file.write_text("name: s\ntask: causal_lm\ndata: {corpus: python_docs}\nsearch: {num_layers: [1, 2]}\n")
+    search = Search(load_study(file), store.url, lease=(study, token))
+    search.ask()
+    store.release_lease(study, token)
+    take(store, "new")
+    with pytest.raises(LeaseLostError):
+        search.ask()
+    assert len(recorded_trials(store.url, "s")) == 1
+
+
+def test_a_lease_is_judged_by_its_beats_and_by_no_clock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(store, 0)
+    study = store.study("s")
+    take(store, "elsewhere, process 1")
+    with store._engine.begin() as connection:
+        # Its clock is a year ahead of ours, or behind: what it wrote last says nothing.
+        connection.execute(
+            sa.text("UPDATE hpsearch_leases SET heartbeat_at = '2099-01-01', acquired_at = '1999-01-01'")
+        )
+    monkeypatch.setattr(leases, "TIMEOUT_S", 0.2)
+    notes: list[str] = []
+    lease = store.lease(study["id"])
+    assert lease is not None
+    assert leases.is_dead(store, lease, watch_s=0.2)
+    with leases.hold(store, study, notes.append) as held:
+        assert held.token == 2
+    assert "took the study over from elsewhere, process 1" in notes[-1] or "dead" in notes[-1]
+
+
+def test_a_holder_of_this_machine_that_is_gone_is_dead_at_once(store: Store) -> None:
+    start(store, 0)
+    study = store.study("s")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = {**leases._this_process(), "pid": child.pid, "started": leases._started(child.pid)}
+    store.take_lease(study["id"], holder="a child", process=process)
+    lease = store.lease(study["id"])
+    assert lease is not None
+    assert leases._is_gone(lease["process"]) is False
+    child.kill()
+    child.wait()
+    began = time.monotonic()
+    assert leases.is_dead(store, lease)
+    assert time.monotonic() - began < 5, "without watching it for half a minute"
+
+
+def test_a_study_that_beats_is_busy(store: Store) -> None:
+    start(store, 0)
+    study = store.study("s")
+    other = Store(store.url, create=True)
+    with leases.hold(other, study, print), pytest.raises(StudyBusyError, match=r"held by .* since \d{4}"):
+        leases.hold(store, study, print).__enter__()
+    other.close()
+
+
+def test_an_archived_study_frees_its_name_and_keeps_everything(store: Store) -> None:
+    store.finish_trial(start(store, 0), scored(7.0, 2.0), last_epoch=1.0)
+    url, engine = store.url, store._engine
+    optuna.create_study(study_name="s", storage=url)
+    name = store.archive_study(store.study("s"))
+    assert store.find_study("s") is None
+    assert name.startswith("s.20")
+    assert [row["trial"] for row in store.leaderboard(name)] == [0]
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT study_name FROM studies")).scalars().all() == [name]
 
 
 def test_the_tables_are_what_the_migrations_make(store: Store) -> None:
@@ -214,6 +329,7 @@ def test_every_step_migrates_from_the_one_before(store_url: str, monkeypatch: py
             row = opened.study("old")
             assert (row["objective"], row["placement"]) == ("loss", None)
             assert opened.leaderboard("old") == []
+            assert [version["version"] for version in opened.spec_versions(row["id"])] == [1]
         opened.close()
     monkeypatch.setattr(migrations, "STEPS", steps[:1])
     with pytest.raises(StoreError, match=f"schema version {len(steps)}, written by a newer hpsearch"):

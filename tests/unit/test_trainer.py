@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+import os
+import pickle
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hpsearch import statistics
+from hpsearch import checkpoints, statistics
 from hpsearch.data import load_split, prepare
 from hpsearch.errors import UsageError
 from hpsearch.pruning import OverfitRule
@@ -22,8 +27,8 @@ from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, Tr
 from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
 from hpsearch.tasks.architecture import build_config
 from hpsearch.tasks.causal_lm import CausalLM
-from hpsearch.trainer import OutOfMemoryError, Trainer, seed_everything
-from hpsearch.trial import Point, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
+from hpsearch.trial import STOP_FILE, Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.worker import run_trial
 
 MODEL = ModelSettings(architecture="gpt2", hidden_size=32, num_heads=2, num_layers=1, context_length=32, init_std=0.08)
@@ -62,7 +67,11 @@ def config(data: Path, tmp_path: Path) -> TrialConfig:
 
 
 def finish(config: TrialConfig) -> tuple[list[Progress], TrialResult]:
-    trial, heard = run_trial(config), []
+    return drain(run_trial(config))
+
+
+def drain(trial: Generator[Progress, None, TrialResult]) -> tuple[list[Progress], TrialResult]:
+    heard = []
     while True:
         try:
             heard.append(next(trial))
@@ -236,7 +245,7 @@ def test_a_loss_that_is_no_number_ends_the_run_unranked(config: TrialConfig, rul
     assert result.state is TrialState.DIVERGED
     assert not result.scores
     assert len(heard) < 4
-    assert not Path(config.folder).exists()
+    assert not checkpoints.names(Path(config.folder), "resume")
 
 
 def test_a_trial_that_raises_fails_alone_with_its_traceback(config: TrialConfig) -> None:
@@ -257,12 +266,122 @@ def test_what_does_not_fit_is_infeasible(config: TrialConfig, monkeypatch: pytes
     assert "micro-batch 1" in result.reason
 
 
-def test_a_trial_closed_early_leaves_no_files(config: TrialConfig) -> None:
+LONG = RunSettings(learning_rate=1e-2, batch_size=16, num_epochs=3, evaluations_per_epoch=4)
+DROPPING = MODEL.model_copy(update={"dropout": 0.2})
+
+
+def after(steps: int) -> Callable[[], Order]:
+    """A pulse that preempts after so many of its beats between steps."""
+    beats = iter(range(1_000_000))
+    return lambda: Order.PREEMPT if next(beats) >= steps else Order.GO_ON
+
+
+def without_times(points: Sequence[Point]) -> list[Point]:
+    return [replace(point, seconds=0.0) for point in points]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 23, 60])
+def test_a_preempted_run_goes_on_to_the_bit(data: Path, tmp_path: Path, cut: int) -> None:
+    def trainer(name: str, **more: Any) -> Trainer:
+        seed_everything(0)
+        return Trainer(CausalLM(data, DROPPING), LONG, seed=0, device=CPU, folder=tmp_path / name, **more)
+
+    whole = trainer("whole")
+    expected = list(whole.points())
+    first = trainer("first", pulse=after(cut))
+    with pytest.raises(PreemptedError):
+        list(first.points())
+    # A new process has drawn other random numbers by then.
+    second = trainer("second", earlier=[tmp_path / "first"])
+    torch.rand(99)
+    points = list(second.points())
+    assert without_times(points) == without_times(expected), "equal to the bit"
+    assert second.resumed_evaluations == len(first.curve)
+    assert points[-1].seconds >= sum(point.seconds for point in first.curve[-1:])
+    for (name, one), other in zip(second._weights().items(), whole._weights().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert second.best is not None
+    assert second.score().scores == whole.score().scores
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"\0" + content[1:]])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr("hpsearch.trainer.CHECKPOINT_SHARE", math.inf)
+    folder = tmp_path / "first"
+    first = Trainer(CausalLM(data, MODEL), LONG, seed=0, device=CPU, folder=folder)
+    points = first.points()
+    expected = [next(points) for _ in range(4)]
+    before, last = checkpoints.names(folder, "resume")
+    assert len(checkpoints.names(folder, "best")) <= 2
+    (folder / last).write_bytes(damage((folder / last).read_bytes()))
+    again = Trainer(CausalLM(data, MODEL), LONG, seed=0, device=CPU, folder=tmp_path / "b", earlier=[folder]).points()
+    assert without_times([next(again) for _ in range(4)]) == without_times(expected)
+    (folder / before).write_bytes(damage((folder / before).read_bytes()))
+    fresh = Trainer(CausalLM(data, MODEL), LONG, seed=0, device=CPU, folder=tmp_path / "c", earlier=[folder])
+    next(fresh.points())
+    assert fresh.resumed_evaluations == 0, "with both gone it begins again"
+
+
+def test_a_checkpoint_is_data_and_runs_nothing(data: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    content = pickle.dumps(Evil())
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / f"resume-000000009-{digest}.safetensors").write_bytes(content)
+    trainer = Trainer(
+        CausalLM(data, MODEL), RUN, seed=0, device=CPU, folder=tmp_path / "b", earlier=[tmp_path / "first"]
+    )
+    next(trainer.points())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_interrupts_the_run_and_leaves_no_half_file(
+    config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    _, result = finish(config)
+    assert result.state is TrialState.INTERRUPTED
+    assert "no room for" in result.reason
+    assert (result.needed_bytes or 0) > 1000
+    assert not [file for file in Path(config.folder).iterdir() if "safetensors" in file.name]
+
+
+def test_a_trial_over_its_time_is_scored_at_its_best(config: TrialConfig) -> None:
+    _, result = finish(config.model_copy(update={"training": OVERFITTING, "max_minutes": 0.01}))
+    assert result.state is TrialState.COMPLETED
+    assert "stopped after max_minutes (0.01) at epoch" in result.reason
+    assert result.scores
+    assert result.best_epoch is not None
+
+
+def test_a_trial_that_was_scored_is_not_run_again(config: TrialConfig) -> None:
+    heard, result = finish(config)
+    again = config.model_copy(update={"folder": f"{config.folder}-attempt-2", "earlier": (config.folder,)})
+    assert finish(again) == (heard, result)
+    assert finish(again.model_copy(update={"recorded": 3}))[0] == heard[3:]
+
+
+def test_a_stop_file_makes_a_trial_leave_with_a_checkpoint(config: TrialConfig) -> None:
+    config = config.model_copy(update={"training": OVERFITTING, "rule": None})
     trial = run_trial(config)
-    next(trial)
-    assert (Path(config.folder) / "model.safetensors").is_file()
-    trial.close()
-    assert not Path(config.folder).exists()
+    heard = [next(trial)]
+    (Path(config.folder) / STOP_FILE).touch()
+    rest, result = drain(trial)
+    heard += rest
+    assert result.state is TrialState.INTERRUPTED
+    assert len(heard) < 60
+    again = config.model_copy(
+        update={"folder": f"{config.folder}-attempt-2", "earlier": (config.folder,), "recorded": len(heard)}
+    )
+    assert next(run_trial(again)).point.evaluation == len(heard) + 1
 
 
 def test_results_and_progress_survive_the_wire(config: TrialConfig) -> None:

@@ -1,0 +1,132 @@
+"""Checkpoint files that are whole or not there: written aside, flushed, renamed, named by step and content hash.
+
+Knows files and tensors by name, nothing of models. Tensors go through safetensors, everything else as JSON in its
+header: nothing here is pickled, so a checkpoint cannot run code. A file that was cut short or changed fails its hash.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hpsearch.errors import DiskFullError, RunFolderError
+
+KEPT = 2
+"""Resumable states kept of a run: the last, and the one before it in case the last is damaged."""
+RESULT = "result.json"
+"""How the trial of a folder ended, for a driver that did not live to hear it."""
+_FILE = re.compile(r"(resume|best)-(\d{9})-([0-9a-f]{32})\.safetensors")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and JSON."""
+
+
+def write(folder: Path, kind: str, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """Write one checkpoint file and return its name. Raises DiskFullError, RunFolderError.
+
+    It is on the disk, not in a cache, when this returns.
+    """
+    content = save(
+        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
+        metadata={"facts": json.dumps(facts)},
+    )
+    name = f"{kind}-{step:09d}-{_digest(content)}.safetensors"
+    write_whole(folder / name, content)
+    return name
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that it has its old content or all of the new, whenever the power fails.
+
+    Raises DiskFullError, RunFolderError.
+    """
+    scratch = file.with_name(f".{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, file)
+        _flush_folder(file.parent)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        if error.errno in _FULL:
+            raise DiskFullError(file.parent, len(content)) from error
+        raise RunFolderError(f"cannot write {file}: {error.strerror}") from error
+
+
+def newest(folders: Sequence[Path]) -> Iterator[tuple[Path, State]]:
+    """The resumable states in these folders, newest first, that pass their hash, each with the folder it lies in."""
+    found = [
+        (int(match[2]), -place, folder, file)
+        for place, folder in enumerate(folders)
+        if folder.is_dir()
+        for file in os.listdir(folder)
+        if (match := _FILE.fullmatch(file)) and match[1] == "resume"
+    ]
+    for _, _, folder, file in sorted(found, reverse=True):
+        state = read(folder / file)
+        if state is not None:
+            yield folder, state
+
+
+def read(file: Path) -> State | None:
+    """The content of a checkpoint file; None when it is missing, cut short, changed or none of ours."""
+    match = _FILE.fullmatch(file.name)
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    if match is None or _digest(content) != match[3]:
+        return None
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, json.loads(header["__metadata__"]["facts"])
+    except (SafetensorError, KeyError, ValueError):
+        return None
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a checkpoint file passes its hash."""
+    match = _FILE.fullmatch(file.name)
+    return match is not None and _digest(file.read_bytes()) == match[3]
+
+
+def names(folder: Path, kind: str) -> list[str]:
+    """Names of the checkpoint files of one kind, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(name for name in os.listdir(folder) if (match := _FILE.fullmatch(name)) and match[1] == kind)
+
+
+def forget(folder: Path, *, keep: Sequence[str] = ()) -> None:
+    """Remove the checkpoint files of a folder but those to keep."""
+    for kind in ("resume", "best"):
+        for name in names(folder, kind):
+            if name not in keep:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

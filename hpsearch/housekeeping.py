@@ -1,0 +1,131 @@
+"""Where a study's files lie, and which of its checkpoints stay.
+
+What stays: the best checkpoint of the top ranked trials, and whatever a trial that has not ended can resume from.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpsearch.store import Row, Store
+from hpsearch.trial import LIVE, RANKED, TrialResult, TrialState
+
+_FOLDER = re.compile(r"trial-(\d{5,})(?:-attempt-(\d+))?")
+
+
+def run_folder(folder: str, study: Row) -> Path:
+    """The folder of a study. Studies of one name in two stores may share `folder`; the time of birth parts them."""
+    # The name in the spec stays when a study is archived under another one.
+    return Path(folder).resolve() / f"{study['spec']['name']}-{study['created_at']:%Y%m%d-%H%M%S}"
+
+
+def attempt_folder(run: Path, number: int, attempt: int) -> Path:
+    """The folder of one attempt at a trial. Each has its own: a worker that was given up may still write."""
+    return run / (f"trial-{number:05d}" if attempt == 1 else f"trial-{number:05d}-attempt-{attempt}")
+
+
+def earlier_attempts(run: Path, number: int, attempt: int) -> list[Path]:
+    """Folders of the attempts before this one that there are, newest first."""
+    found = [(there, folder) for there, folder in trial_folders(run, number) if there < attempt]
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def trial_folders(run: Path, number: int | None = None) -> Iterator[tuple[int, Path]]:
+    """Attempt and folder of every attempt at a trial, or at any."""
+    pattern = "trial-*" if number is None else f"trial-{number:05d}*"
+    for folder in run.glob(pattern) if run.is_dir() else ():
+        match = _FOLDER.fullmatch(folder.name)
+        if match and (number is None or int(match[1]) == number):
+            yield int(match[2] or 1), folder
+
+
+def trial_of(folder: Path) -> int | None:
+    """The trial that a folder belongs to."""
+    match = _FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+class CheckpointKeeper:
+    """Collects the checkpoints of a running study that nobody needs any more."""
+
+    def __init__(self, store: Store, study: Row, keep: int) -> None:
+        self._store = store
+        self._metric = study["metric"]
+        self._sign = -1.0 if study["higher_is_better"] else 1.0
+        self._keep = keep
+        scores = store.study_scores(study["id"])
+        self._kept = sorted(
+            (self._sign * scores[row["number"]][self._metric]["value"], row["number"], row["id"], row["checkpoint"])
+            for row in store.trials(study["id"])
+            if row["checkpoint"] is not None and row["repeat_of"] is None and row["number"] in scores
+        )
+
+    def trial_ended(self, row_id: int, number: int, result: TrialResult, run: Path, *, is_repeat: bool) -> None:
+        """Remove what the end of a trial has made needless. Its end is on record by now.
+
+        The finals measure settings that have a checkpoint already: theirs are not kept.
+        """
+        for _, folder in trial_folders(run, number):
+            if str(folder) != result.checkpoint:
+                shutil.rmtree(folder, ignore_errors=True)
+        score = next((score.value for score in result.scores if score.metric == self._metric), None)
+        if result.checkpoint is None or score is None:
+            return
+        if is_repeat:
+            self._collect(row_id, result.checkpoint)
+            return
+        self._kept = sorted([*self._kept, (self._sign * score, number, row_id, result.checkpoint)])
+        for _, _, old_id, checkpoint in self._kept[self._keep :]:
+            self._collect(old_id, checkpoint)
+        del self._kept[self._keep :]
+
+    def _collect(self, row_id: int, checkpoint: str) -> None:
+        self._store.forget_checkpoint(row_id)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """A folder that nobody needs, and why."""
+
+    folder: Path
+    why: str
+    size: int
+    """Bytes."""
+    row_id: int | None = None
+    """Row whose checkpoint it is."""
+
+
+def find_garbage(store: Store, study: Row, *, keep: int) -> list[Garbage]:
+    """What can be removed of a study's files: checkpoints below the top, and folders that no row refers to."""
+    rows = {row["number"]: row for row in store.trials(study["id"])}
+    top = {row["trial"] for row in store.leaderboard(study["name"], top=keep)}
+    found = []
+    for _, folder in sorted(trial_folders(run_folder(study["placement"]["folder"], study)), key=lambda f: f[1]):
+        number = trial_of(folder)
+        assert number is not None
+        row = rows.get(number)
+        state = TrialState(row["state"]) if row else None
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if row is None or state is None:
+            found.append(Garbage(folder=folder, why="no trial of the store has this number", size=size))
+        elif state in LIVE or state is TrialState.INTERRUPTED:
+            continue
+        elif str(folder) != row["checkpoint"]:
+            why = f"trial {number} has ended ({state}), and this is not its checkpoint"
+            found.append(Garbage(folder=folder, why=why, size=size))
+        elif number not in top and row["repeat_of"] is None and state in RANKED:
+            why = f"trial {number} is not among the best {keep}"
+            found.append(Garbage(folder=folder, why=why, size=size, row_id=row["id"]))
+    return found
+
+
+def remove(store: Store, garbage: list[Garbage]) -> None:
+    for piece in garbage:
+        if piece.row_id is not None:
+            store.forget_checkpoint(piece.row_id)
+        shutil.rmtree(piece.folder, ignore_errors=True)
