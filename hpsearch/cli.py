@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 
 import click
 
-from hpsearch.errors import EXIT_BUG, EXIT_CLUSTER, EXIT_FOUND, EXIT_IO, EXIT_SIGINT, HpsearchError, hide_password
+from hpsearch.errors import (
+    EXIT_BUG,
+    EXIT_CLUSTER,
+    EXIT_FOUND,
+    EXIT_IO,
+    EXIT_SIGINT,
+    HpsearchError,
+    hide_password,
+    plain,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,6 +42,7 @@ class _Group(click.Group):
     """Turns every error into one message and the exit code that it is documented to have."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _take_passwords_off_the_command_line()
         kwargs["standalone_mode"] = False
         debug = "--debug" in sys.argv or bool(os.environ.get("HPSEARCH_DEBUG"))
         try:
@@ -51,7 +61,7 @@ class _Group(click.Group):
         except HpsearchError as error:
             if debug:
                 traceback.print_exc()
-            print(f"Error: {hide_password(str(error))}", file=sys.stderr)
+            print(f"Error: {_shown(str(error))}", file=sys.stderr)
             sys.exit(error.exit_code)
         except OSError as error:
             if debug:
@@ -62,12 +72,49 @@ class _Group(click.Group):
             if debug:
                 traceback.print_exc()
             print(
-                f"Error: {type(error).__name__}: {hide_password(str(error))}\n"
+                f"Error: {type(error).__name__}: {_shown(str(error))}\n"
                 "This is a bug of hpsearch; run the command again with --debug to see where.",
                 file=sys.stderr,
             )
             sys.exit(EXIT_BUG)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _shown(message: str) -> str:
+    """A message as it may be printed, whatever names it quotes."""
+    return "\n".join(plain(line) for line in hide_password(message).split("\n"))
+
+
+_GIVEN_STORE = "HPSEARCH_GIVEN_STORE"
+"""The store's URL without its password, when it was given on the command line and taken off it."""
+
+
+def _take_passwords_off_the_command_line() -> None:
+    """Become a process whose command line holds no password, because `ps` shows it to everybody.
+
+    The URL of --store goes on in HPSEARCH_STORE, which only the user's own processes can read.
+    """
+    rest: list[str] = []
+    store = None
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == "--store" and not equals:
+            value = next(arguments, "")
+        elif name == "--set" and not equals:
+            value = next(arguments, "")
+            argument, (key, _, value) = f"--set={value}", value.partition("=")
+            name = "--store" if key.strip() == "store" else name
+        elif name == "--set" and value.startswith("store="):
+            name, value = "--store", value.removeprefix("store=")
+        if name == "--store" and hide_password(value) != value:
+            store = value
+        else:
+            rest += [f"--store={value}"] if name == "--store" else [argument]
+    if store is None:
+        return
+    os.environ |= {"HPSEARCH_STORE": store, _GIVEN_STORE: hide_password(store)}
+    os.execv(sys.executable, [sys.executable, "-m", "hpsearch", *rest])
 
 
 def _store_option(command: Command) -> Command:
@@ -377,7 +424,7 @@ def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: 
         print(terminal.to_json({"schema_version": 1, "study": study, "dry_run": dry_run, "removed": pieces}))
         return
     for piece in garbage:
-        print(f"{terminal.plain(piece.folder)}  {piece.size / 1e6:,.1f} MB  {piece.why}")
+        print(f"{plain(piece.folder)}  {piece.size / 1e6:,.1f} MB  {piece.why}")
     verb = "would be removed" if dry_run else "removed"
     print(f"{len(garbage)} folders, {sum(piece.size for piece in garbage) / 1e6:,.1f} MB {verb}")
 
@@ -400,8 +447,8 @@ def doctor(study: str | None, repair: bool, store: str | None, as_json: bool) ->
     else:
         for finding in findings:
             whose = finding.study + ("" if finding.trial is None else f", trial {finding.trial}")
-            print(terminal.plain(f"{whose}: {finding.problem}"))
-            print(terminal.plain(f"    {'mended' if finding.repaired else 'remedy'}: {finding.remedy}"))
+            print(plain(f"{whose}: {finding.problem}"))
+            print(plain(f"    {'mended' if finding.repaired else 'remedy'}: {finding.remedy}"))
         mendable = sum(finding.can_repair and not finding.repaired for finding in findings)
         if not findings:
             print("nothing is wrong")
@@ -457,4 +504,5 @@ def _console(*, stderr: bool = False) -> Any:
 def _command_again() -> str:
     import shlex
 
-    return hide_password(shlex.join(["hpsearch", *sys.argv[1:]]))
+    given = [f"--store={os.environ[_GIVEN_STORE]}"] if _GIVEN_STORE in os.environ else []
+    return hide_password(shlex.join(["hpsearch", *sys.argv[1:], *given]))

@@ -108,3 +108,8 @@ _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+@")
 def hide_password(text: str) -> str:
     """The text with the password of every URL in it replaced by `***`."""
     return _PASSWORD.sub(r"\1***@", text)
+
+
+def plain(value: object) -> str:
+    """The value as one line of printable text: a terminal is told nothing by it."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))

@@ -59,7 +59,7 @@ def examine(store: Store, *, only: str | None = None, repair: bool = False) -> l
 
     Raises UnknownStudyError, StudyBusyError when a driver takes a study while it is being repaired.
     """
-    names = [only] if only else [row["name"] for row in store.studies()]
+    names = [only] if only is not None else [row["name"] for row in store.studies()]
     found: list[Finding] = []
     for name in names:
         row = store.study(name)

@@ -5,8 +5,10 @@ Everything printed from a study is text, never markup, and control characters in
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hpsearch.errors import plain
 from hpsearch.ranking import Leaderboard, param_names
 from hpsearch.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED
 from hpsearch.store import Row
@@ -32,11 +35,6 @@ _COLOURS = {
     TrialState.DIVERGED: "magenta",
     TrialState.UNPROMISING: "blue",
 }
-
-
-def plain(value: Any) -> str:
-    """The value as one line of printable text."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
 
 
 def score_text(metric: str, value: float) -> str:
@@ -172,8 +170,13 @@ def leaderboard_markdown(board: Leaderboard) -> str:
             row["tie"], row["trial"], score_text(board.metric, row["score"]), _interval(row), _valid(board, row),
             f"{row['best_epoch']:.3g}", row["state"], *(number(row["params"].get(name)) for name in names),
         ]  # fmt: skip
-        lines.append("| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(_markdown(cell) for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _markdown(value: Any) -> str:
+    """Text for a cell of a Markdown table: no mark-up, neither Markdown's nor HTML's, which Markdown lets through."""
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(plain(value), quote=False))
 
 
 def studies_table(rows: Sequence[Row]) -> Table:
