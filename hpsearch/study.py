@@ -315,12 +315,14 @@ class StudyRun:
                 of, seed = repeat or (None, None)
                 self._queue.append(_Waiting(number, repeat_of=of, seed=seed))
                 self._count(TrialState.INTERRUPTED)
+        for row in by_number.values():
+            if TrialState(row["state"]) in LIVE:
+                self._outbox.put(partial(self._store.requeue_trial, row["id"], "its driver died"))
         for row in rows:
             state = TrialState(row["state"])
             if row["number"] not in self._search.unfinished or (state not in LIVE and state is not _INTERRUPTED):
                 continue
             if state in LIVE:
-                self._outbox.put(partial(self._store.requeue_trial, row["id"], "its driver died"))
                 self.states[state.value] -= 1
                 self._count(_INTERRUPTED)
             self._losses[row["number"]] = row["losses"]

@@ -275,3 +275,46 @@ def test_every_command_has_help_and_the_exit_codes_are_documented(hpsearch: Run)
         assert f"\n    {code}" in whole
     assert json.loads(hpsearch("schema").stdout)["title"] == "StudySpec"
     assert "_HPSEARCH_COMPLETE" in hpsearch("completion", "bash").stdout
+
+
+def test_restart_puts_the_old_study_aside(tiny: Path, hpsearch: Run) -> None:
+    assert hpsearch("launch", "tiny.yaml", "--trials", "1", "-q").returncode == 0
+    changed = ["launch", "tiny.yaml", "--trials", "2", "--set", "seed=7"]
+    refused = hpsearch(*changed)
+    assert refused.returncode == 2
+    assert "seed: 0 -> 7" in refused.stderr
+    assert "--restart" in refused.stderr
+    unasked = hpsearch(*changed, "--restart")
+    assert unasked.returncode == 2
+    assert "give --yes where nobody can answer" in unasked.stderr
+    done = hpsearch(*changed, "--restart", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "the old study is kept as 'tiny.20" in done.stderr
+    listed = json.loads(hpsearch("studies", "--json", "--store", f"sqlite:///{tiny.parent}/studies.db").stdout)
+    names = [study["name"] for study in listed["studies"]]
+    assert sorted(names)[0] == "tiny"
+    assert len(names) == 2
+    old = next(name for name in names if name != "tiny")
+    board = hpsearch("rank", old, "--json", "--store", f"sqlite:///{tiny.parent}/studies.db")
+    checkpoint = json.loads(board.stdout)["trials"][0]["checkpoint"]
+    assert (Path(checkpoint) / "model.safetensors").is_file()
+    assert hpsearch("doctor", "--store", f"sqlite:///{tiny.parent}/studies.db").stdout == "nothing is wrong\n"
+
+
+def test_gc_and_doctor_say_what_they_would_do(tiny: Path, tmp_path: Path, hpsearch: Run) -> None:
+    store = ("--store", f"sqlite:///{tmp_path}/studies.db")
+    assert hpsearch("launch", "tiny.yaml", "--trials", "3", "-q").returncode == 0
+    dry = hpsearch("gc", "tiny", "--keep", "1", "--dry-run", *store)
+    assert "is not among the best 1" in dry.stdout
+    assert dry.stdout.splitlines()[-1].endswith("MB would be removed")
+    removed = json.loads(hpsearch("gc", "tiny", "--keep", "1", "--json", *store).stdout)["removed"]
+    assert len(removed) == 2
+    assert not any(Path(piece["folder"]).exists() for piece in removed)
+    with sqlite3.connect(tmp_path / "studies.db") as plain:
+        plain.execute("UPDATE hpsearch_leases SET beat = 3")
+    sick = hpsearch("doctor", "tiny", *store)
+    assert sick.returncode == 1
+    assert "its lease is held by" in sick.stdout
+    assert "1 of 1 can be mended with --repair" in sick.stdout
+    assert hpsearch("doctor", "--repair", *store).returncode == 0
+    assert hpsearch("doctor", *store).stdout == "nothing is wrong\n"

@@ -316,3 +316,52 @@ def test_check_touches_nothing_and_tells_what_a_launch_will_do(tiny: Path) -> No
     assert found["data"] == hpsearch.studies(store=study.store)[0]["data"]
     assert check(load_study(tiny))["resumes"] == study.board().states
     json.dumps(found)
+
+
+def test_a_study_is_extended_by_a_wider_space_and_keeps_its_history(tiny: Path) -> None:
+    narrow = ["search.batch_size=[16, 32]", "search.learning_rate={min: 1e-3, max: 1e-2, scale: log}"]
+    before = hpsearch.launch(tiny, trials=2, overrides=narrow).trials()
+    wide = ["search.batch_size=[8, 16, 32]"]
+    with pytest.raises(UsageError, match=r"search\.learning_rate\.max: 0\.01 -> 0\.1\n(?s:.*)give --extend"):
+        hpsearch.launch(tiny, overrides=wide)
+    study = hpsearch.launch(tiny, overrides=wide, extend=True)
+    assert study.trials()[:2] == before
+    assert len(study.leaderboard()) == 4
+    store = Store(study.store)
+    versions = store.spec_versions(store.study("tiny")["id"])
+    assert [(row["version"], row["budget_trials"]) for row in versions] == [(1, 2), (2, 4)]
+    assert versions[0]["spec"]["search"]["batch_size"] == [16, 32]
+    store.close()
+    assert hpsearch.doctor(store=study.store) == []
+    for change, problem in (
+        (["search.batch_size=[8, 16]"], "search.batch_size lacks 32"),
+        (["search.batch_size=[8, 16, 32]", "model.hidden_size=64"], "model.hidden_size is not part of the space"),
+        (["search.batch_size=8"], "search.batch_size is not searched any more"),
+    ):
+        with pytest.raises(UsageError, match=r"larger budget or a wider space only:\n(?s:.*)" + problem):
+            hpsearch.launch(tiny, overrides=change, extend=True)
+
+
+def test_a_trial_has_a_time_limit(tiny: Path) -> None:
+    study = hpsearch.launch(tiny, trials=1, overrides=["search.num_epochs=60", "limits.max_minutes=0.03"])
+    (row,) = study.trials()
+    assert row["state"] == "completed"
+    assert "stopped after max_minutes (0.03)" in row["reason"]
+    assert row["last_epoch"] < 60
+    assert len(study.leaderboard()) == 1
+
+
+def test_finals_that_were_stopped_go_on_with_the_same_repeats(tiny: Path) -> None:
+    study = hpsearch.launch(tiny, trials=2)
+    with sqlite3.connect(tiny.parent / "studies.db") as plain:
+        hpsearch.finals("tiny", top=1, seeds=2, store=study.store)
+        plain.execute("UPDATE hpsearch_trials SET state = 'running', ended_at = NULL WHERE number = 3")
+        plain.execute("DELETE FROM hpsearch_scores WHERE trial_id = 4")
+        plain.execute("DELETE FROM hpsearch_examples WHERE trial_id = 4")
+        plain.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL WHERE number = 3")
+        plain.execute("DELETE FROM trial_values WHERE trial_id = 4")
+    assert hpsearch.launch(tiny, trials=2).trials()[3]["state"] == "interrupted", "a search does not run the finals"
+    rows = hpsearch.finals("tiny", top=1, seeds=2, store=study.store).trials()
+    assert [row["number"] for row in rows] == [0, 1, 2, 3]
+    assert (rows[3]["state"], rows[3]["attempt"], rows[3]["seed"]) == ("completed", 2, 2)
+    assert hpsearch.doctor(store=study.store) == []

@@ -1,0 +1,82 @@
+"""Writes behind the study's back: in order, once each, and through a store that is away for a while."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from hpsearch import outbox as module
+from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError
+from hpsearch.outbox import Outbox
+
+
+def test_writes_are_done_in_order() -> None:
+    done: list[int] = []
+    box = Outbox(print)
+    for number in range(500):
+        box.put(lambda number=number: done.append(number))  # type: ignore[misc]
+    box.flush()
+    assert done == list(range(500))
+    box.close()
+
+
+def test_nobody_waits_for_a_write() -> None:
+    gate, box = threading.Event(), Outbox(print)
+    box.put(lambda: gate.wait(10) and None)
+    box.put(lambda: None)
+    assert not gate.is_set()
+    gate.set()
+    box.close()
+
+
+def test_a_store_that_is_away_gets_every_write_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SILENCE_S", 0.0)
+    notes: list[str] = []
+    done: list[int] = []
+    tries = 0
+
+    def flaky() -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise StoreAwayError("the store cannot be used: database is locked")
+        done.append(0)
+
+    box = Outbox(notes.append)
+    box.put(flaky)
+    box.put(lambda: done.append(1))
+    box.close()
+    assert done == [0, 1]
+    assert notes[0].startswith("the store cannot be used: database is locked. Trials go on")
+    assert notes[1].startswith("the store is back after")
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize("error", [LeaseLostError("taken over"), StoreError("has ended already"), KeyError("a bug")])
+def test_what_does_not_pass_ends_the_writing(error: Exception) -> None:
+    done: list[int] = []
+    box = Outbox(print)
+
+    def fail() -> None:
+        raise error
+
+    box.put(fail)
+    box.put(lambda: done.append(1))
+    with pytest.raises(type(error)):
+        box.flush()
+    assert box.error is error
+    box.close()
+    assert not done, "nothing is written after a write that was not"
+
+
+def test_a_store_that_stays_away_ends_the_writing() -> None:
+    box = Outbox(print, patience_s=0.3)
+
+    def away() -> None:
+        raise StoreAwayError("gone")
+
+    box.put(away)
+    with pytest.raises(StoreAwayError):
+        box.flush()
+    box.close()
