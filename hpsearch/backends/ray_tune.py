@@ -40,9 +40,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hpsearch.backends import Placement
-from hpsearch.errors import ClusterError
+from hpsearch.errors import ClusterError, HpsearchError
 from hpsearch.spec import StudySpec
-from hpsearch.study import StopRequestedError, StudyRun
+from hpsearch.study import StudyRun
 from hpsearch.trial import PREEMPTED, Decision, Progress, TrialConfig, TrialResult
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class RayTune:
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(self._scratch / "results"),
-                callbacks=[_StopWatch(bridge)],
+                callbacks=[_StopWatch(bridge, self._scratch)],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
@@ -118,11 +118,11 @@ class RayTune:
         try:
             tuner.fit()
         except Exception as error:
-            stop = _cause(error, StopRequestedError)
-            if stop is not None:
-                raise stop from None
             if bridge.error is not None:
                 raise bridge.error from None
+            ours = _cause(error)
+            if ours is not None:
+                raise ours from None
             raise ClusterError(f"Ray Tune ended: {error}") from error
 
 
@@ -244,8 +244,9 @@ class _StopWatch(tune.Callback):  # type: ignore[misc]
     Tune itself would wait for ever, and Ray would end this process after a minute.
     """
 
-    def __init__(self, bridge: _Bridge) -> None:
+    def __init__(self, bridge: _Bridge, scratch: Path) -> None:
         self._bridge = bridge
+        self._scratch = scratch
         self._next_look = 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -261,6 +262,7 @@ class _StopWatch(tune.Callback):  # type: ignore[misc]
                 reason = f"Ray's {' and '.join(dead)} died"
                 self._bridge.numbers.clear()
                 _end_processes()
+                shutil.rmtree(self._scratch, ignore_errors=True)  # this process may not live to do it later
                 run.on_cluster_lost(reason)
                 raise ClusterError(f"{reason}, and the trials on it with it. They go on at the next launch")
 
@@ -318,9 +320,8 @@ def _trial_name(trial: Trial) -> str:
     return str(trial.trial_id)
 
 
-def _cause(error: BaseException | None, kind: type[StopRequestedError]) -> StopRequestedError | None:
-    while error is not None:
-        if isinstance(error, kind):
-            return error
+def _cause(error: BaseException | None) -> HpsearchError | None:
+    """The error of ours that Tune has wrapped, if it is one."""
+    while error is not None and not isinstance(error, HpsearchError):
         error = error.__cause__ or error.__context__
-    return None
+    return error
