@@ -198,28 +198,38 @@ def test_a_study_goes_on_after_its_finals(searched: hpsearch.Study, tiny: Path) 
     import hpsearch as package
 
     finals("tiny", top=1, seeds=1, store=searched.store)
-    longer = package.launch(tiny, trials=6, overrides=["prune.unpromising=none", "prune.overfit=false"])
+    longer = package.launch(tiny, trials=6, extend=True, overrides=["prune.unpromising=none", "prune.overfit=false"])
     rows = longer.trials()
     assert [row["number"] for row in rows] == list(range(7))
     assert [row["repeat_of"] is not None for row in rows] == [False] * 4 + [True] + [False] * 2
 
 
-def test_finals_that_were_stopped_go_on_where_they_were(searched: hpsearch.Study, tiny: Path) -> None:
-    import hpsearch as package
+def stop_at_the_first_point(event: Any) -> None:
     from hpsearch.study import StopRequestedError
 
-    def stop(event: Any) -> None:
-        if event.kind == "point":
-            raise StopRequestedError("enough")
+    if event.kind == "point":
+        raise StopRequestedError("enough")
 
-    finals("tiny", top=1, seeds=1, store=searched.store, listen=stop)
+
+def test_finals_that_were_stopped_go_on_where_they_were(searched: hpsearch.Study, tiny: Path) -> None:
+    finals("tiny", top=1, seeds=1, store=searched.store, listen=stop_at_the_first_point)
     assert [row["state"] for row in searched.trials()][4:] == ["interrupted"]
     done = finals("tiny", top=1, seeds=1, store=searched.store)
     rows = done.trials()[4:]
-    assert [(row["state"], row["seed"]) for row in rows] == [("interrupted", 1), ("completed", 1)]
+    assert [(row["number"], row["state"], row["seed"], row["attempt"]) for row in rows] == [(4, "completed", 1, 2)]
     assert done.board().finals[0]["seeds"] == 1
-    longer = package.launch(tiny, trials=5, overrides=["prune.unpromising=none", "prune.overfit=false"])
-    assert [row["repeat_of"] for row in longer.trials()][6:] == [None], "a search leaves stopped finals alone"
+
+
+def test_a_search_leaves_stopped_finals_alone(searched: hpsearch.Study, tiny: Path) -> None:
+    import hpsearch as package
+
+    finals("tiny", top=1, seeds=1, store=searched.store, listen=stop_at_the_first_point)
+    unpruned = ["prune.unpromising=none", "prune.overfit=false"]
+    longer = package.launch(tiny, trials=5, extend=True, overrides=unpruned)
+    assert [(row["repeat_of"] is not None, row["state"]) for row in longer.trials()][4:] == [
+        (True, "interrupted"),
+        (False, "completed"),
+    ]
 
 
 def test_finals_of_nothing_are_refused(tiny: Path, hpsearch: Run, tmp_path: Path) -> None:
