@@ -267,7 +267,7 @@ def launch_spec(
             repeats=repeats,
             on_cluster_lost=cluster_lost,
         )
-        lease.on_loss = lambda: run.request_stop("another driver took the study over", EXIT_BUSY)
+        lease.on_loss = lambda: run.request_stop("another driver took the study over", EXIT_BUSY, grace_s=0)
         listen(_opening(spec, store, card, backend.placement.where, run))
         if any(truncated.values()):
             note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")

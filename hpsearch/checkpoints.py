@@ -19,14 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hpsearch.errors import DiskFullError, RunFolderError
+from hpsearch.errors import DiskFullError, LeaseLostError, RunFolderError
 
 KEPT = 2
 """Resumable states kept of a run: the last, and the one before it in case the last is damaged."""
 RESULT = "result.json"
 """How the trial of a folder ended, for a driver that did not live to hear it."""
 _FILE = re.compile(r"(resume|best)-(\d{9})-([0-9a-f]{32})\.safetensors")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""Error numbers that say that there is no room."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and JSON."""
@@ -49,20 +50,22 @@ def write(folder: Path, kind: str, step: int, tensors: Mapping[str, Tensor], fac
 def write_whole(file: Path, content: bytes) -> None:
     """Write a file so that it has its old content or all of the new, whenever the power fails.
 
-    Raises DiskFullError, RunFolderError.
+    Its folder must be there: one that is gone belonged to an attempt that another has overtaken, and nobody would
+    remove what is written there now. Raises DiskFullError, LeaseLostError, RunFolderError.
     """
     scratch = file.with_name(f".{file.name}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(scratch, file)
         _flush_folder(file.parent)
+    except FileNotFoundError:
+        raise LeaseLostError(f"{file.parent} was removed: another launch has taken its trial over") from None
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFullError(file.parent, len(content)) from error
         raise RunFolderError(f"cannot write {file}: {error.strerror}") from error
 

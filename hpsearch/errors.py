@@ -102,12 +102,12 @@ class SpecError(UsageError):
         self.lines = lines
 
 
-_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+@")
+_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+@|([?&](?:password|passfile)=)[^&\s'\"]+")
 
 
 def hide_password(text: str) -> str:
-    """The text with the password of every URL in it replaced by `***`."""
-    return _PASSWORD.sub(r"\1***@", text)
+    """The text with the password of every URL in it replaced by `***`, in its user part or in its query."""
+    return _PASSWORD.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", text)
 
 
 def plain(value: object) -> str:

@@ -209,7 +209,7 @@ class Store:
     @property
     def shown_url(self) -> str:
         """The URL with its password hidden: the only form that may be printed or logged."""
-        return self._engine.url.render_as_string(hide_password=True)
+        return hide_password(self._engine.url.render_as_string(hide_password=True))
 
     def close(self) -> None:
         self._engine.dispose()

@@ -31,6 +31,8 @@ from hpsearch.trial import (
     LAST_WORDS,
     LIVE,
     PREEMPTED,
+    PULSE_EVERY_S,
+    PULSE_FILE,
     STOP_FILE,
     Decision,
     Event,
@@ -49,6 +51,8 @@ SAME_FAILURES = 3
 DISK_PATIENCE_S = 600.0
 """How long a study waits for room on a full disk."""
 _PROBE_EVERY_S = 5.0
+_STALL_MARGIN_S = 3 * PULSE_EVERY_S
+"""What a worker that makes no step gets to end itself, with last words, before it is ended from outside."""
 
 
 class StopRequestedError(HpsearchError):
@@ -66,6 +70,10 @@ class _Live:
     verdict: str = ""
     last: Point | None = None
     best: float = math.inf
+    pulse: float = 0.0
+    """When its worker last said that it is alive, by the clock of wherever its files lie: only changes count."""
+    heard: float = math.inf
+    """When we saw that, by our own monotonic clock."""
 
 
 @dataclass
@@ -128,6 +136,8 @@ class StudyRun:
         self._full_disk: tuple[float, int] | None = None
         """Since when the study waits for how many bytes of room."""
         self._next_probe = 0.0
+        self._looked = -math.inf
+        """When workers were last looked at."""
         self._outcomes: list[str] = []
         """How the trials of this launch failed, while all of them do."""
         self._on_cluster_lost = on_cluster_lost
@@ -164,17 +174,18 @@ class StudyRun:
         """True when `next_trial` gives none for now, but may give one later."""
         return self._full_disk is not None
 
-    def request_stop(self, reason: str, code: int | None = None) -> None:
+    def request_stop(self, reason: str, code: int | None = None, *, grace_s: float = GRACE_S) -> None:
         """Ask the running trials to write a checkpoint and leave, and the backend to end the launch then.
 
-        Safe to call from a signal handler or another thread.
+        Without grace they are not asked: their files are not ours any more. Safe to call from a signal handler or
+        another thread.
         """
         if self.stop_reason is not None:
             return
         self.stop_code = code
-        self._grace_until = time.monotonic() + GRACE_S
+        self._grace_until = time.monotonic() + grace_s
         self.stop_reason = reason
-        for live in list(self._live.values()):
+        for live in list(self._live.values()) if grace_s else ():
             _ask_to_leave(live.config)
 
     def check_stop(self) -> None:
@@ -190,6 +201,26 @@ class StudyRun:
             self._look_for_room()
         if self.stop_reason is not None and (not self._live or time.monotonic() > self._grace_until):
             raise StopRequestedError(self.stop_reason)
+
+    def find_silent(self) -> list[TrialConfig]:
+        """Trials whose workers do not even run, so that they cannot end themselves after `limits.stall_minutes`."""
+        if self.spec.limits.stall_minutes is None:
+            return []
+        now = time.monotonic()
+        if now - self._looked < PULSE_EVERY_S:
+            return []
+        # A driver that was away itself has not watched anybody.
+        was_away = now - self._looked > _STALL_MARGIN_S
+        self._looked = now
+        silent = []
+        for live in self._live.values():
+            pulse = _pulse(live.config)
+            if pulse is not None and (pulse != live.pulse or was_away):
+                live.pulse, live.heard = pulse, now
+            elif now - live.heard > 60 * self.spec.limits.stall_minutes + _STALL_MARGIN_S:
+                live.heard = now
+                silent.append(live.config)
+        return silent
 
     # The five events
 
@@ -508,6 +539,14 @@ def _ask_to_leave(config: TrialConfig) -> None:
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STOP_FILE).touch()
+
+
+def _pulse(config: TrialConfig) -> float | None:
+    """When the worker of a trial last said that it is alive; None before it has begun."""
+    try:
+        return (Path(config.folder) / PULSE_FILE).stat().st_mtime
+    except OSError:
+        return None
 
 
 def _last_words(config: TrialConfig) -> str:

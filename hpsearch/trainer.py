@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hpsearch import checkpoints
-from hpsearch.errors import DiskFullError
+from hpsearch.errors import DiskFullError, LeaseLostError
 from hpsearch.settings import Objective, RunSettings
 from hpsearch.tasks import architecture
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
@@ -107,6 +107,7 @@ class Trainer:
         self.settings = settings
         self.device = device
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.objective = objective
         self.best: Point | None = None
         self.curve: list[Point] = []
@@ -233,10 +234,14 @@ class Trainer:
         return self.task.score(self._evaluate)
 
     def export(self) -> None:
-        """Leave the best model as a folder that transformers loads. After `score`. Raises DiskFullError."""
+        """Leave the best model as a folder that transformers loads. After `score`.
+
+        Raises DiskFullError, and LeaseLostError when the folder has been removed.
+        """
         if self._is_partial:
             architecture.merge_adapters(self.task.model)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            raise LeaseLostError(f"{self.folder} was removed: another launch has taken its trial over")
         try:
             # transformers knows which of two tied weights other heads will look for.
             self.task.model.save_pretrained(self.folder)

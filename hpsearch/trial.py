@@ -41,6 +41,9 @@ STOP_FILE = "stop"
 PREEMPTED = "preempted by SIGTERM"
 LAST_WORDS = "last-words.txt"
 """File in the folder of an attempt where a worker that hangs or crashes says where it was."""
+PULSE_FILE = "pulse.json"
+"""File in the folder of an attempt that says which process runs it, and is touched while that one makes steps."""
+PULSE_EVERY_S = 5.0
 
 
 class Decision(StrEnum):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
+import os
 import platform
 import signal
 import socket
@@ -16,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -26,13 +29,15 @@ import transformers
 
 import hpsearch
 from hpsearch import checkpoints, statistics
-from hpsearch.errors import DiskFullError
+from hpsearch.errors import DiskFullError, LeaseLostError
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
 from hpsearch.tasks import build_task
 from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, pick_device, seed_everything
 from hpsearch.trial import (
     LAST_WORDS,
     PREEMPTED,
+    PULSE_EVERY_S,
+    PULSE_FILE,
     STOP_FILE,
     Point,
     Progress,
@@ -47,6 +52,8 @@ _STATE_OF = {
     Verdict.PLATEAU: TrialState.PLATEAU,
     Verdict.DIVERGING: TrialState.DIVERGED,
 }
+_ROOM_TO_BEGIN = 1_000_000
+"""Bytes that a trial waits for that could not even make its folder."""
 _LOOK_EVERY_S = 0.25
 """Seconds between two looks for a request to stop."""
 
@@ -54,7 +61,8 @@ _LOOK_EVERY_S = 0.25
 def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Progress, None, TrialResult]:
     """Run one trial; yields Progress per evaluation and returns how it ended. Close it to stop the trial early.
 
-    Whatever the trial raises ends that trial alone: it comes back as a `failed` result with its traceback. Asked to
+    Whatever the trial raises ends that trial alone: it comes back as a `failed` result with its traceback. Raises
+    LeaseLostError when another launch has removed its folder. Asked to
     stop, by SIGTERM or by STOP_FILE in its folder, it writes a checkpoint and ends as `interrupted`. With
     `own_process`, a trial that is silent for its `stall_minutes` ends the process and leaves LAST_WORDS.
     """
@@ -64,10 +72,18 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
             result, curve = found
             yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
             return result
-    with _Watch(config, folder, own_process) as watch:
+    try:
+        watch = _Watch(config, folder, own_process)
+    except OSError as error:
+        if error.errno not in checkpoints.FULL:
+            raise
+        return TrialResult(state=TrialState.INTERRUPTED, reason=f"no room in {folder}", needed_bytes=_ROOM_TO_BEGIN)
+    with watch:
         curve = []
         try:
             result = yield from _run(config, folder, watch, curve)
+        except LeaseLostError:
+            raise  # nobody waits for this attempt any more
         except PreemptedError:
             result = TrialResult(state=TrialState.INTERRUPTED, reason=watch.leave())
         except DiskFullError as error:
@@ -171,7 +187,11 @@ class _Watch:
         self._config = config
         self._stop_file = folder / STOP_FILE
         self._last_words_file = folder / LAST_WORDS
+        self._pulse_file = folder / PULSE_FILE
+        self._touched = -math.inf
         self._own_process = own_process
+        folder.mkdir(parents=True, exist_ok=True)
+        self._last_words = self._last_words_file.open("w")
         self._began = self._looked = time.monotonic()
         self._asked = Order.GO_ON
         self._had_sigterm = False
@@ -182,18 +202,21 @@ class _Watch:
         return self.trainer.seconds if self.trainer else time.monotonic() - self._began
 
     def __enter__(self) -> _Watch:
-        self._last_words_file.parent.mkdir(parents=True, exist_ok=True)
-        self._last_words = self._last_words_file.open("w")
         if self._own_process:
             # A crash in native code says where it was.
             faulthandler.enable(self._last_words)
         if threading.current_thread() is threading.main_thread() and self._own_process:
             self._before: Any = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._arm()
+        if self._own_process:
+            who = {"host": socket.gethostname(), "pid": os.getpid()}
+            with suppress(OSError):  # a full disk is noticed where it matters
+                self._pulse_file.write_text(json.dumps(who))
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._own_process:
+            self._pulse_file.unlink(missing_ok=True)
             faulthandler.cancel_dump_traceback_later()
             faulthandler.disable()
             if threading.current_thread() is threading.main_thread():
@@ -214,6 +237,10 @@ class _Watch:
             return self._asked
         self._looked = now
         self._arm()
+        if self._own_process and now - self._touched > PULSE_EVERY_S:
+            self._touched = now
+            with suppress(OSError):
+                os.utime(self._pulse_file)
         if self._asked is Order.GO_ON and self._stop_file.exists():
             self._asked = Order.PREEMPT
         limit = self._config.max_minutes

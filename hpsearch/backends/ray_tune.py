@@ -6,10 +6,12 @@ Tune's own record-keeping (loggers, snapshots, pickled searcher state) is off or
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,12 +40,13 @@ import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpsearch.backends import Placement
 from hpsearch.errors import ClusterError, HpsearchError
 from hpsearch.spec import StudySpec
 from hpsearch.study import StudyRun
-from hpsearch.trial import PREEMPTED, Decision, Progress, TrialConfig, TrialResult
+from hpsearch.trial import LAST_WORDS, PREEMPTED, PULSE_FILE, Decision, Progress, TrialConfig, TrialResult
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -265,6 +268,8 @@ class _StopWatch(tune.Callback):  # type: ignore[misc]
                 shutil.rmtree(self._scratch, ignore_errors=True)  # this process may not live to do it later
                 run.on_cluster_lost(reason)
                 raise ClusterError(f"{reason}, and the trials on it with it. They go on at the next launch")
+            for config in run.find_silent():
+                _end_silent(config)
 
 
 class _Trainable(tune.Trainable):  # type: ignore[misc]
@@ -303,6 +308,24 @@ class _Trainable(tune.Trainable):  # type: ignore[misc]
         from hpsearch.worker import run_trial
 
         self._trial = run_trial(trial, own_process=True)
+
+
+def _end_silent(config: TrialConfig) -> None:
+    """End a worker whose process does not run, wherever it is; Tune hears of its death then."""
+    folder = Path(config.folder)
+    (folder / LAST_WORDS).write_text(
+        f"Timeout ({config.stall_minutes:g} minutes)!\nIts process did not run at all: it was ended from outside.\n"
+    )
+    worker = json.loads((folder / PULSE_FILE).read_text())
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeManagerHostname"] == worker["host"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_kill).remote(worker["pid"])
+            return
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
 
 
 def _dead_processes() -> list[str]:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class Study:
     faults: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     pace: float = 0.4
+    clock: dict[str, str] = field(default_factory=dict)
+    """Environment of `wrong_clock`."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,7 @@ class Study:
             "HPSEARCH_STORE": self.store,
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            **self.clock,
         }
         command = [sys.executable, "-m", "hpsearch", "launch", str(self.file), "--json", "--backend", self.backend]
         command += ["--trials", str(self.trials), *(f"--set={override}" for override in self.overrides), *more]
@@ -250,6 +254,24 @@ class Stopwatch:
             launch,
         )
         return time.monotonic() - self.began
+
+
+def wrong_clock(file: Path) -> dict[str, str]:
+    """Environment of processes whose wall clock is off by what the file says, from the moment at which it says so.
+
+    Wolfgang Hommel's libfaketime stands between them and the system's clock; the monotonic one stays true, as it does
+    when a clock is set.
+    """
+    # Its Python wrapper is not wanted, nor what that imports.
+    (library,) = [file for file in distribution("libfaketime").files or () if file.name == "libfaketime.so.1"]
+    file.write_text("+0")
+    return {
+        "LD_PRELOAD": str(library.locate()),
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
 
 
 def lock_sqlite(file: Path) -> sqlite3.Connection:

@@ -9,13 +9,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 import pytest
 
 import hpsearch
-from tests.faults.harness import STEPS, Row, Stopwatch, Study, lock_sqlite
+from tests.faults.harness import STEPS, Row, Stopwatch, Study, lock_sqlite, wrong_clock
 from tests.faults.postgres import Postgres
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -54,6 +55,21 @@ def test_a_worker_is_preempted(suffer: Suffer, survive: Survive) -> None:
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
     assert (trial["attempt"], trial["losses"]) == (2, 0), "a preemption is nobody's fault"
     assert row.repeated == 0
+
+
+@long
+def test_a_worker_is_frozen(suffer: Suffer, survive: Survive) -> None:
+    study = suffer(overrides=["limits.stall_minutes=0.25"])
+    launch = study.launch()
+    victim = study.wait_for_epochs(4, launch)
+    watch = Stopwatch(study)
+    os.kill(victim["pid"], signal.SIGSTOP)
+    row = Row("SIGSTOP of a worker for ever", seconds=watch.next_worker(launch, victim["trial"]))
+    survive(study.judge(row, launch.wait(240)))
+    trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
+    assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 2, 1)
+    assert not psutil.pid_exists(victim["pid"])
+    assert row.repeated <= 1
 
 
 def test_a_driver_is_killed(suffer: Suffer, survive: Survive) -> None:
@@ -288,7 +304,7 @@ def test_a_worker_hangs(suffer: Suffer, survive: Survive, only_first: bool) -> N
     study = suffer(
         trials=3,
         faults={"break": "hang", "trial": 1, "step": 30, "only_first": only_first},
-        overrides=["limits.stall_minutes=0.08", "limits.retries=1"],
+        overrides=["limits.stall_minutes=0.2", "limits.retries=1"],
     )
     row = Row("a worker hangs once" if only_first else "a worker hangs each time")
     survive(study.judge(row, study.finish()))
@@ -305,16 +321,18 @@ def test_a_worker_hangs(suffer: Suffer, survive: Survive, only_first: bool) -> N
 @pytest.mark.parametrize("seconds", [3600, -3600])
 def test_the_clock_jumps(suffer: Suffer, survive: Survive, tmp_path: Path, seconds: int) -> None:
     clock = tmp_path / "clock"
-    study = suffer(faults={"clock": str(clock)}, pace=1.0)
+    study = suffer(backend="inline", clock=wrong_clock(clock), pace=1.0)
     first = study.launch()
     study.wait_for_epochs(3, first)
-    clock.write_text(str(seconds))
+    clock.write_text(f"{seconds:+d}")
     row = Row(f"clock moved by {seconds / 3600:+.0f} h", seconds=Stopwatch(study).next_epoch(first))
     second = study.launch()
     assert second.wait(120) == 4, "the first is alive, whatever the clock says"
     study.launches.reverse()
     survive(study.judge(row, first.wait(240)))
     assert row.repeated == 0
+    ends = [trial["ended_at"] for trial in hpsearch.open_study("suffering", store=study.store).trials()]
+    assert any(abs((end - datetime.now(UTC)).total_seconds()) > 3000 for end in ends), "the clock was wrong"
 
 
 def test_a_study_of_broken_trials_is_ended(suffer: Suffer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,12 @@ def test_a_changed_study_is_refused_with_the_difference(tiny: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["inline", "ray"])
 def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: str) -> None:
-    study = hpsearch.launch(tiny, backend=backend, overrides=["budget.minutes=0.02", "search.num_epochs=9"], trials=3)
+    def slow(event: Event) -> None:
+        if event.kind == "point":
+            time.sleep(0.3)  # nine points outlast the 1.2 s that the study has
+
+    overrides = ["budget.minutes=0.02", "search.num_epochs=9"]
+    study = hpsearch.launch(tiny, backend=backend, overrides=overrides, trials=3, listen=slow)
     assert study.stop_reason is not None
     assert "0.02 minutes" in study.stop_reason
     stopped = study.trials()

@@ -355,6 +355,7 @@ def test_reading_makes_nothing(tmp_path: Path) -> None:
         ("mysql://u:secret@h/d", "SQLite or PostgreSQL, not mysql|needs a driver"),
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
         ("postgresql://u:secret@127.0.0.1:9/d", "cannot be used"),
+        ("postgresql://127.0.0.1:9/d?user=u&password=secret", r"password=\*\*\* cannot be used"),
     ],
 )
 def test_a_store_that_cannot_be_used_is_named_without_its_password(url: str, message: str) -> None:

@@ -2,7 +2,7 @@
 
 FAULTS (JSON in the environment): `log` file of epochs; `pace` seconds per evaluation; `only_first` attempt breaks;
 `trial` that breaks, at `step`, by `break`: nan, hang, oom (micro-batches above `fits`); `full` while that file exists
-the disk is full for checkpoints; `clock` file that holds the seconds by which the wall clock is wrong.
+the disk is full for checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 FAULTS: dict[str, Any] = json.loads(os.environ.get("HPSEARCH_TEST_FAULTS", "{}"))
@@ -80,27 +79,9 @@ def patch_checkpoints(module: Any) -> None:
         os.fsync = fsync  # type: ignore[assignment]
 
 
-def patch_store(module: Any) -> None:
-    from datetime import timedelta
-
-    now = module._now
-
-    def skewed() -> Any:
-        file = Path(FAULTS["clock"])
-        return now() + timedelta(seconds=float(file.read_text()) if file.exists() else 0.0)
-
-    if "clock" in FAULTS:
-        module._now = skewed
-        real = time.time
-        time.time = lambda: (
-            real() + (float(Path(FAULTS["clock"]).read_text() or 0) if os.path.exists(FAULTS["clock"]) else 0.0)
-        )
-
-
 PATCHES = {
     "hpsearch.trainer": patch_trainer,
     "hpsearch.checkpoints": patch_checkpoints,
-    "hpsearch.store": patch_store,
 }
 
 
