@@ -25,6 +25,9 @@ def migrate(connection: Connection) -> None:
     """Apply the missing steps, inside the caller's transaction."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+    else:
+        # Python's driver begins no transaction before a CREATE, and two first launches would both make the tables.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
     current = version(connection)
     # Views hold no data: they are made anew, as the newest code has them, over whatever the steps changed.
     for name in VIEWS:

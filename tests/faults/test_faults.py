@@ -303,7 +303,7 @@ def test_memory_runs_out(suffer: Suffer, survive: Survive, fits: int) -> None:
 def test_a_worker_hangs(suffer: Suffer, survive: Survive, only_first: bool) -> None:
     study = suffer(
         trials=3,
-        faults={"break": "hang", "trial": 1, "step": 30, "only_first": only_first},
+        faults={"break": "hang", "trial": 1, "step": 15, "only_first": only_first},
         overrides=["limits.stall_minutes=0.2", "limits.retries=1"],
     )
     row = Row("a worker hangs once" if only_first else "a worker hangs each time")

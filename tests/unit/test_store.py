@@ -6,8 +6,10 @@ import math
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -368,3 +370,18 @@ def test_a_file_that_is_no_database_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("not a database at all" * 100)
     with pytest.raises(StoreError, match="file is not a database"):
         Store.preflight(f"sqlite:///{tmp_path}/text.db")
+
+
+def test_many_first_launches_make_the_tables_once(store_url: str) -> None:
+    together = threading.Barrier(8)
+
+    def launch() -> None:
+        together.wait()
+        Store(store_url, create=True).close()
+
+    with ThreadPoolExecutor(8) as pool:
+        for first in [pool.submit(launch) for _ in range(8)]:
+            first.result()
+    with Store(store_url)._engine.connect() as connection:
+        steps = connection.execute(sa.text("SELECT version FROM hpsearch_schema ORDER BY version")).scalars().all()
+    assert steps == list(range(1, len(migrations.STEPS) + 1))
