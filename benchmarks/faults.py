@@ -99,7 +99,7 @@ def worker_killed(study: Study, number: signal.Signals) -> Row:
     os.kill(victim["pid"], number)
     row = Row(f"{number.name} of a worker")
     with suppress(AssertionError):  # it may never go on
-        row.seconds = watch.next_worker(launch)
+        row.seconds = watch.next_worker(launch, victim["trial"])
     return finish(study, launch, row)
 
 
