@@ -25,7 +25,15 @@ from hpsearch.errors import (
 from hpsearch.housekeeping import Garbage, find_garbage, remove
 from hpsearch.ranking import Leaderboard, compare, count_states, finalists, frame, leaderboard
 from hpsearch.space import narrowed
-from hpsearch.spec import DEFAULT_STORE, LimitSpec, StudySpec, load_study, recorded_space, recorded_study
+from hpsearch.spec import (
+    DEFAULT_STORE,
+    LimitSpec,
+    StudySpec,
+    environment_store,
+    load_study,
+    recorded_space,
+    recorded_study,
+)
 from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
 from hpsearch.trial import LIVE, RANKED, Event, Listener, TrialState
@@ -92,8 +100,8 @@ class Study:
 
 
 def store_url(store: str | None = None) -> str:
-    """The store to read: the argument, then HPSEARCH_STORE, then sqlite:///hpsearch.db."""
-    return store or os.environ.get("HPSEARCH_STORE") or DEFAULT_STORE
+    """The store to read: the argument, then HPSEARCH_STORE or HPSEARCH_STORE_FILE, then sqlite:///hpsearch.db."""
+    return store or environment_store() or DEFAULT_STORE
 
 
 def open_study(name: str, *, store: str | None = None) -> Study:
@@ -118,6 +126,8 @@ def launch(
     trials: int | None = None,
     store: str | None = None,
     backend: str | None = None,
+    address: str | None = None,
+    folder: str | None = None,
     extend: bool = False,
     listen: Listener | None = None,
     on_cluster_lost: Callable[[], None] | None = None,
@@ -129,8 +139,9 @@ def launch(
     to safety, then `on_cluster_lost` is called, then ClusterError is raised; but when the head of Ray died, Ray ends
     the process within a minute. Raises the errors of `hpsearch.errors`.
     """
-    spec = load_study(study, overrides=overrides, name=name, trials=trials, store=store, backend=backend)
-    recorded = _recorded(overrides, name=name, trials=trials, backend=backend, store=store)
+    options = {"name": name, "trials": trials, "store": store, "backend": backend, "address": address, "folder": folder}
+    spec = load_study(study, overrides=overrides, **options)  # type: ignore[arg-type]
+    recorded = _recorded(overrides, **options)
     return launch_spec(spec, recorded, listen or _silent, extend=extend, on_cluster_lost=on_cluster_lost)
 
 

@@ -130,6 +130,8 @@ def _json_option(command: Command) -> Command:
 def _study_options(command: Command) -> Command:
     for option in (
         click.option("--backend", type=click.Choice(["ray", "inline"]), help="What runs the trials."),
+        click.option("--address", metavar="HOST:PORT", help="The Ray to join, or auto; local starts one [RAY_ADDRESS]."),
+        click.option("--folder", metavar="PATH", help="Folder of checkpoints and data [HPSEARCH_FOLDER]."),
         click.option("--store", metavar="URL", help="The study store, over HPSEARCH_STORE and the file's."),
         click.option("--name", help="Another name for the study."),
         click.option("--trials", type=click.IntRange(min=1), help="Another number of trials."),

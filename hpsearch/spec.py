@@ -40,7 +40,7 @@ TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the overfitting rule are made for."""
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
-_PLACEMENT = {"folder", "resources", "backend", "limits"}
+_PLACEMENT = {"folder", "resources", "backend", "address", "limits"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
@@ -196,6 +196,15 @@ class ResourceSpec(Strict):
     gpus_per_trial: float | Literal["auto"] = Field(
         "auto", description="Whole or a fraction; auto: 1 if there are any."
     )
+    memory_gb_per_trial: float | None = Field(
+        None, gt=0, description="Memory that a node must have free for a trial, in 10^9 bytes."
+    )
+    accelerator_type: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]+$", description="Kind of GPU that a trial needs, as Ray calls it (A100, H100)."
+    )
+    custom_per_trial: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="What a trial takes of resources that the nodes were started with."
+    )
     parallel: int | Literal["auto"] = Field("auto", description="Trials at once; auto: as many as fit.")
 
     @field_validator("gpus_per_trial", mode="before")
@@ -270,6 +279,11 @@ class StudySpec(Strict):
     resources: ResourceSpec = Field(default_factory=ResourceSpec)
     limits: LimitSpec = Field(default_factory=LimitSpec)
     backend: Literal["ray", "inline"] = Field("ray", description="inline runs the trials one by one in this process.")
+    address: str = Field(
+        "local",
+        description="The Ray that runs the trials: local starts one on this machine; auto or HOST:PORT joins one that "
+        "this machine belongs to.",
+    )
     store: str = Field(DEFAULT_STORE, description="SQLAlchemy URL; may hold ${NAME} and ${NAME:-default}.")
     folder: str = Field("hpsearch-runs", description="Folder of checkpoints and tokenized data.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the sampler, the split of weights and the order of data.")
@@ -282,6 +296,20 @@ class StudySpec(Strict):
         if not _NAME.fullmatch(name):
             raise ValueError(f"expected letters, digits, '.', '_' and '-' (64 at most, no leading sign), got {name!r}")
         return name
+
+    @field_validator("address")
+    @classmethod
+    def _ray_address(cls, address: str) -> str:
+        if address.startswith("ray://"):
+            raise ValueError(
+                "Ray Tune does not run over Ray Client, whose driver is no part of the cluster; submit the study with "
+                "`hpsearch submit STUDY --address http://HEAD:8265`, or launch it on a node with auto"
+            )
+        if address.startswith(("http://", "https://")):
+            raise ValueError("an http address takes jobs: use `hpsearch submit STUDY --address " + address + "`")
+        if address not in ("local", "auto") and not re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}", address):
+            raise ValueError(f"expected local, auto or HOST:PORT, got {address!r}")
+        return address
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -319,12 +347,25 @@ class StudySpec(Strict):
         )
 
     def record(self) -> dict[str, Any]:
-        """What identifies the study, as JSON: everything but where it runs and where it is kept."""
-        return self.model_dump(mode="json", exclude={"store", "budget", *_PLACEMENT})
+        """What identifies the study, as JSON: everything but where it runs and where it is kept.
+
+        Of local files there are names only. What is in the data is told by its fingerprint.
+        """
+        record = self.model_dump(mode="json", exclude={"store", "budget", *_PLACEMENT})
+        if self.data.files is not None:
+            record["data"]["files"] = _names(record["data"]["files"])
+        if Path(record["model"]["pretrained"] or "").is_absolute():
+            record["model"]["pretrained"] = Path(record["model"]["pretrained"]).name
+        return record
 
     def placement(self) -> dict[str, Any]:
-        """Where the study runs, as JSON."""
-        return {**self.model_dump(mode="json", include=_PLACEMENT), "folder": str(Path(self.folder).resolve())}
+        """Where the study runs and where its files are, as JSON."""
+        return {
+            **self.model_dump(mode="json", include=_PLACEMENT),
+            "folder": str(Path(self.folder).resolve()),
+            "files": self.data.model_dump(mode="json")["files"],
+            "pretrained": self.model.pretrained,
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -334,7 +375,11 @@ class StudySpec(Strict):
 
 def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str, *, trials: int) -> StudySpec:
     """The study that `record()` and `placement()` of a launched one describe."""
-    spec = StudySpec.model_validate({**record, **placement, "store": store, "budget": {"trials": trials}})
+    where = dict(placement)
+    data = {**record["data"], "files": where.pop("files", record["data"]["files"])}
+    model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
+    whole = {**record, **where, "data": data, "model": model, "store": store, "budget": {"trials": trials}}
+    spec = StudySpec.model_validate(whole)
     spec._space = recorded_space(record)
     return spec
 
@@ -352,10 +397,13 @@ def load_study(
     trials: int | None = None,
     store: str | None = None,
     backend: str | None = None,
+    address: str | None = None,
+    folder: str | None = None,
 ) -> StudySpec:
     """Read and validate a study file, with `KEY=VALUE` overrides on top.
 
-    The store is `store`, then the environment's HPSEARCH_STORE, then the file's, then sqlite:///hpsearch.db.
+    The store is `store`, then the environment's HPSEARCH_STORE (or what is in the file HPSEARCH_STORE_FILE), then the
+    study file's, then sqlite:///hpsearch.db. Likewise `address`, RAY_ADDRESS and local; `folder` and HPSEARCH_FOLDER.
     Raises SpecError with every mistake at once.
     """
     document = read_study_file(Path(path))
@@ -371,10 +419,30 @@ def load_study(
     ):
         if given is not None:
             document.override(dotted, given, f"{option} {given}")
-    chosen_store = store or os.environ.get("HPSEARCH_STORE")
-    if chosen_store:
-        document.override("store", chosen_store, "--store" if store else "HPSEARCH_STORE")
+    for key, option, given, variable, there in (
+        ("store", "--store", store, "HPSEARCH_STORE", environment_store()),
+        ("address", "--address", address, "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")),
+        ("folder", "--folder", folder, "HPSEARCH_FOLDER", os.environ.get("HPSEARCH_FOLDER")),
+    ):
+        if chosen := given or there:
+            document.override(key, chosen, option if given else variable)
     return validate_study(document, base=Path(path).parent)
+
+
+def environment_store() -> str | None:
+    """The store that the environment names: HPSEARCH_STORE, or the content of the file HPSEARCH_STORE_FILE (a secret).
+
+    Raises SpecError when there is no such file.
+    """
+    if store := os.environ.get("HPSEARCH_STORE"):
+        return store
+    file = os.environ.get("HPSEARCH_STORE_FILE")
+    if not file:
+        return None
+    try:
+        return Path(file).read_text().strip() or None
+    except OSError as error:
+        raise SpecError([f"HPSEARCH_STORE_FILE: cannot read {file}: {error.strerror}"]) from None
 
 
 def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
@@ -579,6 +647,13 @@ def _with_pretrained_folder(spec: StudySpec, base: Path, problems: list[Problem]
         message = f"no folder {folder}, and no id of a model on the hub"
         problems.append(Problem(path=("model", "pretrained"), message=message))
     return spec
+
+
+def _names(paths: Any) -> Any:
+    """Local files by their names alone: where they lie is no part of what a study is."""
+    if isinstance(paths, dict):
+        return {key: _names(value) for key, value in paths.items()}
+    return [_names(path) for path in paths] if isinstance(paths, list) else Path(paths).name
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -380,7 +380,8 @@ class StudyRun:
         if waiting.settings is None:
             model, training = self.spec.settings_for(suggestion.params)
         else:
-            model = ModelSettings(**waiting.settings["model"])
+            # Where a pretrained model lies is no part of the settings.
+            model = ModelSettings(**{**waiting.settings["model"], "pretrained": self.spec.model.pretrained})
             training = RunSettings(**waiting.settings["training"])
         attempt = waiting.attempt + 1
         folder = attempt_folder(self._folder, suggestion.number, attempt)

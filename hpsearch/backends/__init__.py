@@ -6,10 +6,12 @@ everything back when it is left. It takes no decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Protocol
 
 from hpsearch.spec import StudySpec
@@ -25,6 +27,8 @@ class Placement:
     parallel: int
     cpus_per_trial: int
     gpus_per_trial: float
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """What a trial takes of one node, by Ray's names."""
     where: str
     """In words, for a person."""
 
@@ -37,6 +41,17 @@ class Backend(Protocol):
 
         Raises StopRequestedError, ClusterError.
         """
+
+
+def auth_environment() -> dict[str, str]:
+    """What makes Ray use the token of a cluster where there is one: by itself it does so only where it starts one.
+
+    To be put into the environment before Ray is imported. https://docs.ray.io/en/latest/ray-security/token-auth.html
+    """
+    has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if has_token or (Path.home() / ".ray" / "auth_token").is_file():
+        return {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    return {}
 
 
 def open_backend(spec: StudySpec, note: Callable[[str], None]) -> AbstractContextManager[Backend]:

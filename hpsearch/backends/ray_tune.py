@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hpsearch.backends import Placement, auth_environment
 
 # Read by Ray and Tune when they are imported or started.
 os.environ.update(
@@ -33,6 +38,7 @@ os.environ.update(
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "TUNE_WARN_THRESHOLD_S": "10",
+        **auth_environment(),
     }
 )
 
@@ -42,8 +48,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hpsearch.backends import Placement
-from hpsearch.errors import ClusterError, HpsearchError
+from hpsearch.errors import ClusterError, HpsearchError, RunFolderError
 from hpsearch.spec import StudySpec
 from hpsearch.study import StudyRun
 from hpsearch.trial import LAST_WORDS, PREEMPTED, PULSE_FILE, Decision, Progress, TrialConfig, TrialResult
@@ -51,20 +56,34 @@ from hpsearch.trial import LAST_WORDS, PREEMPTED, PULSE_FILE, Decision, Progress
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
+CONNECT_S = 5.0
+NODE_ANSWERS_S = 60.0
+"""What a node gets to start a process that says which versions it has."""
+COUNT_NODES_EVERY_S = 2.0
+NODE_LOST = "its node was lost"
 START_ATTEMPTS = 3
 """Ray gives a node 30 s to come up, which a loaded machine can miss."""
 
 
 @contextmanager
 def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTune]:
-    """Start a Ray of our own on this machine, and end it afterwards."""
+    """Start a Ray of our own on this machine and end it afterwards, or join the one that the study names."""
     scratch = Path(tempfile.mkdtemp(prefix="hps-"))  # short: Ray's sockets live below it, in paths of 107 bytes
-    # Ray would otherwise leave a token file in the home folder. It reads the variable once in a process: one token
-    # serves all launches.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
-        _start(scratch, note)
-        yield RayTune(spec, scratch)
+        if spec.address == "local":
+            # Ray would otherwise leave a token file in the home folder. It reads the variable once in a process: one
+            # token serves all launches.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            _start(scratch, note)
+            yield RayTune(spec, scratch)
+            return
+        _join(spec.address)
+        backend = RayTune(spec, scratch)
+        # Tune looks for this folder on every node.
+        with _shared_folder(Path(spec.folder).resolve()) as shared:
+            _check_nodes(shared)
+            backend.results = shared
+            yield backend
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -89,19 +108,89 @@ def _start(scratch: Path, note: Callable[[str], None]) -> None:
             time.sleep(attempt)
 
 
+def _join(address: str) -> None:
+    """Become a driver of a Ray that runs already. Raises ClusterError."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            raise ClusterError(f"there is no Ray at {address}: {error.strerror or error}") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        said = " ".join(str(error).split())
+        remedy = "launch on a machine of the cluster, or `hpsearch submit STUDY --address http://HEAD:8265`"
+        if "ersion mismatch" in said:
+            remedy = "use the versions of the cluster here, or ours there"
+        elif "uthenticat" in said or "token" in said:
+            remedy = "give the cluster's token in RAY_AUTH_TOKEN"
+        raise ClusterError(f"cannot join the Ray at {address}: {said[:500]}\n{remedy}") from error
+
+
+@contextmanager
+def _shared_folder(folder: Path) -> Iterator[Path]:
+    """A folder for this launch in the study's own, which all nodes should reach. Raises RunFolderError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = Path(tempfile.mkdtemp(prefix=".tune-", dir=folder))
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
+    try:
+        yield shared
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
+
+
+def _check_nodes(shared: Path) -> None:
+    """Raise ClusterError when a node has another hpsearch or torch than this driver, or does not reach its files."""
+    marker = shared / "marker"
+    marker.touch()
+    ours = _inspect(str(marker))
+    problems = []
+    looks = {}
+    for node in _nodes():
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_inspect)
+        looks[node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]] = look.remote(str(marker))
+    for name, look in looks.items():
+        try:
+            found = ray.get(look, timeout=NODE_ANSWERS_S)
+        except Exception as error:
+            problems.append(f"{name}: {str(error).strip().splitlines()[-1]}")
+            continue
+        for what in ours.keys() - {"reached"}:
+            if found[what] != ours[what]:
+                problems.append(f"{name}: {what} {found[what]}, and {ours[what]} here")
+        if not found["reached"]:
+            problems.append(f"{name}: does not reach {shared.parent}; give a shared --folder, or HPSEARCH_FOLDER")
+    if problems:
+        raise ClusterError("nodes of the cluster cannot run this study:\n" + "\n".join(f"  {one}" for one in problems))
+
+
+def _inspect(marker: str) -> dict[str, Any]:
+    versions = {name: metadata.version(name) for name in ("hpsearch", "torch", "transformers")}
+    return {**versions, "reached": Path(marker).is_file()}
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 class RayTune:
     def __init__(self, spec: StudySpec, scratch: Path) -> None:
-        self.placement = _place(spec, ray.cluster_resources())
+        self.placement = _place(spec, [node["Resources"] for node in _nodes()])
+        self.results = scratch / "results"
         self._scratch = scratch
+        self._most = math.inf if spec.resources.parallel == "auto" else spec.resources.parallel
 
     def run(self, run: StudyRun) -> None:
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
         place = self.placement
-        bridge = _Bridge(run, place)
-        resources = {"cpu": float(place.cpus_per_trial), "gpu": float(place.gpus_per_trial)}
+        bridge = _Bridge(run, place, self._most)
         tuner = tune.Tuner(
-            tune.with_resources(_Trainable, resources),
+            tune.with_resources(_Trainable, tune.PlacementGroupFactory([place.resources])),
             tune_config=tune.TuneConfig(
                 search_alg=_BridgeSearcher(bridge),
                 scheduler=_BridgeScheduler(bridge),
@@ -112,7 +201,7 @@ class RayTune:
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(self._scratch / "results"),
+                storage_path=str(self.results),
                 callbacks=[_StopWatch(bridge, self._scratch)],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
@@ -129,33 +218,56 @@ class RayTune:
             raise ClusterError(f"Ray Tune ended: {error}") from error
 
 
-def _place(spec: StudySpec, cluster: dict[str, float]) -> Placement:
-    cpus, gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0)
+def _place(spec: StudySpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
+    """What a trial takes and how many fit on nodes with these resources. Raises ClusterError when none does."""
     wanted = spec.resources
+    gpus = sum(node.get("GPU", 0) for node in nodes)
     gpus_per_trial = (1.0 if gpus else 0.0) if wanted.gpus_per_trial == "auto" else float(wanted.gpus_per_trial)
-    if gpus_per_trial > gpus:
-        raise ClusterError(f"resources.gpus_per_trial is {gpus_per_trial:g}, but Ray sees {gpus:g} GPUs here")
-    if wanted.cpus_per_trial > cpus:
-        raise ClusterError(f"resources.cpus_per_trial is {wanted.cpus_per_trial}, but Ray sees {cpus} CPUs here")
-    fit = cpus // wanted.cpus_per_trial
-    if gpus_per_trial:
-        fit = min(fit, int(gpus / gpus_per_trial))
+    needs = {"cpus_per_trial": ("CPU", float(wanted.cpus_per_trial)), "gpus_per_trial": ("GPU", gpus_per_trial)}
+    if wanted.memory_gb_per_trial:
+        needs["memory_gb_per_trial"] = ("memory", 1e9 * wanted.memory_gb_per_trial)
+    if wanted.accelerator_type:
+        # Ray gives a node one of it, and asks for a crumb: what counts is that it is there.
+        needs["accelerator_type"] = (f"accelerator_type:{wanted.accelerator_type}", 0.001)
+    needs |= {f"custom_per_trial.{name}": (name, amount) for name, amount in wanted.custom_per_trial.items()}
+    resources = {name: amount for name, amount in needs.values() if amount}
+    for setting, (name, amount) in needs.items():
+        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
+        if amount > most:
+            given = wanted.accelerator_type if setting == "accelerator_type" else f"{amount:g}"
+            raise ClusterError(f"resources.{setting} is {given}, but no node of Ray has more than {most:g} {name}")
+    fit = _fit(resources, nodes)
+    if not fit:
+        raise ClusterError(f"no node of Ray has all at once that a trial asks for: {resources}")
     parallel = fit if wanted.parallel == "auto" else min(wanted.parallel, fit)
     each = f"{wanted.cpus_per_trial} CPU" + (f" and {gpus_per_trial:g} GPU" if gpus_per_trial else "")
+    where = "on this machine" if len(nodes) == 1 else f"on {len(nodes)} nodes"
+    cpus = sum(node.get("CPU", 0) for node in nodes)
     return Placement(
-        parallel=max(1, parallel),
+        parallel=parallel,
         cpus_per_trial=wanted.cpus_per_trial,
         gpus_per_trial=gpus_per_trial,
-        where=f"Ray on this machine ({cpus} CPUs, {gpus:g} GPUs), {parallel} at a time, {each} each",
+        resources=resources,
+        where=f"Ray {where} ({cpus:g} CPUs, {gpus:g} GPUs), {parallel} at a time, {each} each",
+    )
+
+
+def _fit(resources: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many trials with these resources fit on the nodes, none of them on two."""
+    return sum(
+        min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in resources.items()) for node in nodes
     )
 
 
 class _Bridge:
     """Tune's names for trials, and ours, around the one StudyRun. Pickles as nothing."""
 
-    def __init__(self, run: StudyRun, place: Placement) -> None:
+    def __init__(self, run: StudyRun, place: Placement, most: float = math.inf) -> None:
         self.run: StudyRun | None = run
         self.place = place
+        self._most = most
+        self._capacity = place.parallel
+        self._counted = time.monotonic()
         self.numbers: dict[str, int] = {}
         """Tune's trial id to our number, for trials that have not ended."""
         self.stopped: set[str] = set()
@@ -163,6 +275,14 @@ class _Bridge:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"run": None, "place": self.place, "numbers": {}, "stopped": set(), "error": None}
+
+    def capacity(self) -> int:
+        """How many trials may run now: nodes come and go."""
+        if time.monotonic() - self._counted > COUNT_NODES_EVERY_S:
+            self._counted = time.monotonic()
+            fit = _fit(self.place.resources, (node["Resources"] for node in _nodes()))
+            self._capacity = int(min(self._most, fit))
+        return self._capacity
 
     @contextmanager
     def events(self) -> Iterator[StudyRun]:
@@ -182,7 +302,7 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> Any:
         bridge = self._bridge
-        if len(bridge.numbers) >= bridge.place.parallel:
+        if len(bridge.numbers) >= bridge.capacity():
             return None
         with bridge.events() as run:
             config = run.next_trial()
@@ -237,6 +357,8 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
             return
         file = trial.error_file
         text = Path(file).read_text(errors="replace") if file and Path(file).is_file() else ""
+        if "its node has died" in text:
+            text = f"{PREEMPTED}: {NODE_LOST}"
         with self._bridge.events() as run:
             run.on_lost(number, text)
 

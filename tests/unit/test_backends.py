@@ -18,7 +18,7 @@ STUDY = "name: s\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 def place(tmp_path: Path, resources: str, **cluster: float) -> Placement:
     file = tmp_path / "s.yaml"
     file.write_text(f"{STUDY}resources: {resources}\n")
-    return _place(load_study(file), cluster)
+    return _place(load_study(file), [cluster])
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def test_trials_are_placed(
 
 
 def test_what_the_machine_lacks_is_said_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="gpus_per_trial is 1, but Ray sees 0 GPUs"):
+    with pytest.raises(ClusterError, match="gpus_per_trial is 1, but no node of Ray has more than 0 GPU"):
         place(tmp_path, "{gpus_per_trial: 1}", CPU=2)
-    with pytest.raises(ClusterError, match="cpus_per_trial is 9, but Ray sees 2 CPUs"):
+    with pytest.raises(ClusterError, match="cpus_per_trial is 9, but no node of Ray has more than 2 CPU"):
         place(tmp_path, "{cpus_per_trial: 9}", CPU=2)
 
 
