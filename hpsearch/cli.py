@@ -130,7 +130,9 @@ def _json_option(command: Command) -> Command:
 def _study_options(command: Command) -> Command:
     for option in (
         click.option("--backend", type=click.Choice(["ray", "inline"]), help="What runs the trials."),
-        click.option("--address", metavar="HOST:PORT", help="The Ray to join, or auto; local starts one [RAY_ADDRESS]."),
+        click.option(
+            "--address", metavar="HOST:PORT", help="The Ray to join, or auto; local starts one [RAY_ADDRESS]."
+        ),
         click.option("--folder", metavar="PATH", help="Folder of checkpoints and data [HPSEARCH_FOLDER]."),
         click.option("--store", metavar="URL", help="The study store, over HPSEARCH_STORE and the file's."),
         click.option("--name", help="Another name for the study."),
@@ -251,6 +253,118 @@ def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
         print(f"\n{study.stop_reason}. To go on:\n  {_command_again()}", file=sys.stderr)
     elif study.exit_code and not quiet:
         print("\nMost trials failed, or none can be ranked: see `hpsearch show STUDY TRIAL`.", file=sys.stderr)
+
+
+def _cluster_option(command: Command) -> Command:
+    return click.option(
+        "--address", metavar="URL", help="The cluster [RAY_API_SERVER_ADDRESS, http://127.0.0.1:8265]."
+    )(command)
+
+
+@main.command()
+@_cluster_option
+@click.option("--job-id", help="Name of the job [study and time].")
+@click.option("--detach", is_flag=True, help="Do not wait for the end.")
+@click.option("--extend", is_flag=True, help="Accept a larger budget or a wider space than the study has.")
+@click.option("--folder", metavar="PATH", help="Folder of checkpoints and data, on every node of the cluster.")
+@click.option("--store", metavar="URL", help="The study store, as the cluster reaches it.")
+@click.option("--name", help="Another name for the study.")
+@click.option("--trials", type=click.IntRange(min=1), help="Another number of trials.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.argument("study_file", metavar="STUDY")
+def submit(study_file: str, address: str | None, detach: bool, **options: Any) -> int:
+    """Launch a study on a Ray cluster, as a job; prints its log until it ends, and ends in its exit code.
+
+    The study file and the local data that it names go with it. A token for the cluster is read from RAY_AUTH_TOKEN.
+    """
+    from hpsearch import api
+
+    job_id = api.submit(study_file, address=address, **options)
+    given = f" --address {address}" if address else ""
+    print(f"job {job_id}: hpsearch logs {job_id} --follow{given}; hpsearch stop {job_id}{given}", file=sys.stderr)
+    return 0 if detach else _follow(job_id, address)
+
+
+def _follow(job_id: str, address: str | None) -> int:
+    from hpsearch.backends import ray_jobs
+
+    cluster = ray_jobs.Cluster(address)
+    for piece in cluster.follow(job_id):
+        print(ray_jobs.plain_log(piece), end="", flush=True)
+    job = cluster.wait(job_id)
+    if job.status != "SUCCEEDED":
+        print(f"job {job_id} is {job.status}: {_shown(job.message.partition(',')[0])}", file=sys.stderr)
+    return ray_jobs.exit_code(job)
+
+
+@main.command()
+@_cluster_option
+@_json_option
+def jobs(address: str | None, as_json: bool) -> None:
+    """List the jobs of a Ray cluster."""
+    from hpsearch import terminal
+    from hpsearch.backends.ray_jobs import Cluster
+
+    found = Cluster(address).jobs()
+    if as_json:
+        print(terminal.to_json({"schema_version": 1, "jobs": [job.__dict__ for job in found]}))
+    else:
+        _console().print(terminal.jobs_table(found) if found else "no jobs yet")
+
+
+@main.command()
+@click.argument("job_id", metavar="JOB")
+@_cluster_option
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends, and end in its exit code.")
+def logs(job_id: str, address: str | None, follow: bool) -> int:
+    """Print the log of a job."""
+    from hpsearch.backends import ray_jobs
+
+    if follow:
+        return _follow(job_id, address)
+    print(ray_jobs.plain_log(ray_jobs.Cluster(address).log(job_id)), end="")
+    return 0
+
+
+@main.command()
+@click.argument("job_id", metavar="JOB")
+@_cluster_option
+def stop(job_id: str, address: str | None) -> None:
+    """Stop a job. Its trials write a checkpoint first, and the next launch of the study goes on with them."""
+    from hpsearch.backends.ray_jobs import Cluster
+
+    job = Cluster(address).stop(job_id)
+    ended = job.status not in ("PENDING", "RUNNING")
+    print(f"job {job_id} has ended already: {job.status}" if ended else f"job {job_id} was asked to stop")
+
+
+@main.command()
+@click.argument("name", metavar="STUDY|JOB")
+@_cluster_option
+@_store_option
+@_json_option
+def status(name: str, address: str | None, store: str | None, as_json: bool) -> None:
+    """Say how far a study is, by its name or by the job that launches it; read from the store."""
+    from hpsearch import api, terminal
+    from hpsearch.errors import StoreError, UnknownStudyError
+
+    try:
+        found = api.status(name, store=store)
+    except (UnknownStudyError, StoreError):
+        if address is None and "RAY_API_SERVER_ADDRESS" not in os.environ:
+            raise
+        from hpsearch.backends.ray_jobs import Cluster
+
+        job = Cluster(address).job(name)
+        if not job.study:
+            raise click.UsageError(f"job {name} was not submitted by hpsearch: give the study's name") from None
+        found = {**api.status(job.study, store=store), "job": job.__dict__}
+    if as_json:
+        print(terminal.to_json(found))
+        return
+    if "job" in found:
+        print(f"job     {plain(name)}: {found['job']['status']}")
+    print(terminal.status_report(found))
 
 
 @main.command()

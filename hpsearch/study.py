@@ -302,10 +302,11 @@ class StudyRun:
         last_words = _last_words(live.config)
         error = "\n\n".join(part for part in (last_words, error.strip()) if part)
         reason = _first_cause(error) or "its worker died without a word"
-        losses = self._losses[number] = self._losses.get(number, 0) + 1
         if error.startswith(PREEMPTED):
-            self._requeue(number, PREEMPTED)
-        elif self.stop_reason is None and losses <= self.spec.limits.retries:
+            self._requeue(number, error.splitlines()[0])
+            return
+        losses = self._losses[number] = self._losses.get(number, 0) + 1
+        if self.stop_reason is None and losses <= self.spec.limits.retries:
             self._note(f"trial {number}: {reason}; trying again from its checkpoint")
             self._requeue(number, reason, lost=True)
         elif self.stop_reason is not None:

@@ -195,6 +195,38 @@ def studies_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def jobs_table(rows: Sequence[Any]) -> Table:
+    table = _table("job", "study", "status", "started", "ended", "code", "store")
+    for job in rows:
+        times = [f"{at:%Y-%m-%d %H:%M}" if at else "-" for at in (job.started_at, job.ended_at)]
+        code = "-" if job.exit_code is None else str(job.exit_code)
+        table.add_row(plain(job.id), plain(job.study or "-"), job.status, *times, code, plain(job.store or "-"))
+    return table
+
+
+def status_report(found: dict[str, Any]) -> str:
+    """How far a study is, for a person."""
+    best, left = found["best"], found["seconds_left"]
+    ended = sum(count for state, count in found["states"].items() if state not in ("running", "paused", "interrupted"))
+    lines = [
+        f"study   {found['study']} in {found['store']}",
+        f"trials  {counts(found['states']) or 'none yet'}; {ended} of {found['budget']} have ended",
+        f"best    {found['metric']} {score_text(found['metric'], best['score'])} (trial {best['trial']})"
+        if best
+        else "best    none can be ranked yet",
+    ]
+    if found["holder"]:
+        lines.append(
+            f"driver  {found['holder']} since {found['since']:%Y-%m-%d %H:%M:%S} UTC, "
+            f"last sign of life {found['heartbeat_at']:%H:%M:%S}"
+        )
+    else:
+        lines.append("driver  none: " + ("it is finished" if found["is_finished"] else "launch it to go on"))
+    if left is not None:
+        lines.append(f"left    about {left / 60:.0f} minutes" if left >= 90 else f"left    about {left:.0f} seconds")
+    return "\n".join(plain(line) for line in lines)
+
+
 def counts(states: dict[str, int]) -> str:
     """`12 trials: 5 completed, 7 pruned (4 overfit, 3 unpromising)`; empty when there are none."""
     there = {state: count for state, count in states.items() if count}

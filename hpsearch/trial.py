@@ -38,7 +38,8 @@ PRUNED = frozenset({TrialState.OVERFIT, TrialState.PLATEAU, TrialState.UNPROMISI
 STOP_FILE = "stop"
 """File in the folder of an attempt that asks its worker to write a checkpoint and leave."""
 
-PREEMPTED = "preempted by SIGTERM"
+PREEMPTED = "preempted"
+"""How the reason begins when a trial was interrupted by no fault of its own."""
 LAST_WORDS = "last-words.txt"
 """File in the folder of an attempt where a worker that hangs or crashes says where it was."""
 PULSE_FILE = "pulse.json"

@@ -104,6 +104,7 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "threads": torch.get_num_threads(),
+                "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             },
         )
         if result.state is TrialState.INTERRUPTED:
@@ -227,8 +228,9 @@ class _Watch:
         """Say why the run left before its end."""
         if not self._had_sigterm:
             return "asked to stop"
-        self._last_words.write(PREEMPTED)
-        return PREEMPTED
+        reason = f"{PREEMPTED} by SIGTERM"
+        self._last_words.write(reason)
+        return reason
 
     def pulse(self) -> Order:
         """Called while the run is alive; answers what is asked of it."""

@@ -15,7 +15,8 @@ import sqlalchemy as sa
 # Before torch is imported anywhere: spinning threads make tests beside other load ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.pop("HPSEARCH_STORE", None)
+for name in ("HPSEARCH_STORE", "HPSEARCH_STORE_FILE", "HPSEARCH_FOLDER", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    os.environ.pop(name, None)
 
 TINY = """
 name: tiny

@@ -7,6 +7,7 @@ everything back when it is left. It takes no decision.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from hpsearch.spec import StudySpec
+from hpsearch.spec import DEFAULT_STORE, StudySpec
 from hpsearch.study import StudyRun
 
 BACKENDS = {"ray": "hpsearch.backends.ray_tune", "inline": "hpsearch.backends.inline"}
@@ -52,6 +53,13 @@ def auth_environment() -> dict[str, str]:
     if has_token or (Path.home() / ".ray" / "auth_token").is_file():
         return {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
     return {}
+
+
+def reachable_store(spec: StudySpec) -> str | None:
+    """The study's store, if a job elsewhere could reach it: no file beside this machine's current folder."""
+    if spec.store == DEFAULT_STORE or re.match(r"sqlite(\+\w+)?:///(?!/)", spec.store):
+        return None
+    return spec.store
 
 
 def open_backend(spec: StudySpec, note: Callable[[str], None]) -> AbstractContextManager[Backend]:

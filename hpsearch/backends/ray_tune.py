@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpsearch.backends import Placement, auth_environment
+from hpsearch.backends import Placement, auth_environment, reachable_store
 
 # Read by Ray and Tune when they are imported or started.
 os.environ.update(
@@ -60,7 +60,9 @@ CONNECT_S = 5.0
 NODE_ANSWERS_S = 60.0
 """What a node gets to start a process that says which versions it has."""
 COUNT_NODES_EVERY_S = 2.0
-NODE_LOST = "its node was lost"
+NODE_LOST = f"{PREEMPTED}: its node was lost"
+NODE_NOTICED_S = 3.0
+"""The death of a worker is heard a moment before that of its node."""
 START_ATTEMPTS = 3
 """Ray gives a node 30 s to come up, which a loaded machine can miss."""
 
@@ -78,6 +80,8 @@ def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTu
             yield RayTune(spec, scratch)
             return
         _join(spec.address)
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (passing := _in_this_folder(spec)):
+            note(f"{passing} in the job's own folder, which Ray removes in time: give the job others to find it again")
         backend = RayTune(spec, scratch)
         # Tune looks for this folder on every node.
         with _shared_folder(Path(spec.folder).resolve()) as shared:
@@ -120,12 +124,20 @@ def _join(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         said = " ".join(str(error).split())
-        remedy = "launch on a machine of the cluster, or `hpsearch submit STUDY --address http://HEAD:8265`"
+        remedy = (
+            "a cluster that asks for a token gets it from RAY_AUTH_TOKEN; from a machine that is no part of it, use "
+            "`hpsearch submit STUDY --address http://HEAD:8265`"
+        )
         if "ersion mismatch" in said:
             remedy = "use the versions of the cluster here, or ours there"
-        elif "uthenticat" in said or "token" in said:
-            remedy = "give the cluster's token in RAY_AUTH_TOKEN"
         raise ClusterError(f"cannot join the Ray at {address}: {said[:500]}\n{remedy}") from error
+
+
+def _in_this_folder(spec: StudySpec) -> str:
+    """Which of the things that outlive a launch are kept relative to the current folder."""
+    passing = ["the store (HPSEARCH_STORE)"] if reachable_store(spec) is None else []
+    passing += [] if Path(spec.folder).is_absolute() else ["the run folder (HPSEARCH_FOLDER)"]
+    return " and ".join(passing) + (" lie" if len(passing) > 1 else " lies") if passing else ""
 
 
 @contextmanager
@@ -148,12 +160,12 @@ def _check_nodes(shared: Path) -> None:
     marker.touch()
     ours = _inspect(str(marker))
     problems = []
-    looks = {}
+    looks = []
     for node in _nodes():
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         look = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_inspect)
-        looks[node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]] = look.remote(str(marker))
-    for name, look in looks.items():
+        looks.append((f"{node['NodeManagerHostname']} {node['NodeManagerAddress']}", look.remote(str(marker))))
+    for name, look in looks:
         try:
             found = ray.get(look, timeout=NODE_ANSWERS_S)
         except Exception as error:
@@ -270,11 +282,13 @@ class _Bridge:
         self._counted = time.monotonic()
         self.numbers: dict[str, int] = {}
         """Tune's trial id to our number, for trials that have not ended."""
+        self.nodes: dict[str, str] = {}
+        """Tune's trial id to the id of the node that its last report came from."""
         self.stopped: set[str] = set()
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"run": None, "place": self.place, "numbers": {}, "stopped": set(), "error": None}
+        return {"run": None, "place": self.place, "numbers": {}, "nodes": {}, "stopped": set(), "error": None}
 
     def capacity(self) -> int:
         """How many trials may run now: nodes come and go."""
@@ -283,6 +297,18 @@ class _Bridge:
             fit = _fit(self.place.resources, (node["Resources"] for node in _nodes()))
             self._capacity = int(min(self._most, fit))
         return self._capacity
+
+    def has_lost_node(self, trial_id: str) -> bool:
+        """Whether the node of a trial whose worker has died went with it; waits a moment for the news."""
+        node = self.nodes.pop(trial_id, None)
+        if node is None or len(_nodes()) == 1:
+            return False
+        until = time.monotonic() + NODE_NOTICED_S
+        while time.monotonic() < until:
+            if all(alive["NodeID"] != node for alive in _nodes()):
+                return True
+            time.sleep(0.2)
+        return False
 
     @contextmanager
     def events(self) -> Iterator[StudyRun]:
@@ -318,6 +344,7 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._bridge.numbers.pop(trial_id, None)
+        self._bridge.nodes.pop(trial_id, None)
         if number is None:
             return
         with self._bridge.events() as run:
@@ -345,6 +372,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         with self._bridge.events() as run:
+            self._bridge.nodes[trial.trial_id] = result["node"]
             decision = run.on_progress(self._bridge.numbers[trial.trial_id], Progress.from_json(result["progress"]))
         if decision is Decision.STOP:
             self._bridge.stopped.add(trial.trial_id)
@@ -357,8 +385,8 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
             return
         file = trial.error_file
         text = Path(file).read_text(errors="replace") if file and Path(file).is_file() else ""
-        if "its node has died" in text:
-            text = f"{PREEMPTED}: {NODE_LOST}"
+        if "its node has died" in text or self._bridge.has_lost_node(trial.trial_id):
+            text = NODE_LOST
         with self._bridge.events() as run:
             run.on_lost(number, text)
 
@@ -409,10 +437,10 @@ class _Trainable(tune.Trainable):  # type: ignore[misc]
         try:
             progress = next(self._trial)
         except StopIteration as end:
-            if end.value.reason == PREEMPTED:
+            if end.value.reason.startswith(PREEMPTED):
                 ray.actor.exit_actor()
             return {"done": True, "result": end.value.to_json()}
-        return {"progress": progress.to_json()}
+        return {"progress": progress.to_json(), "node": ray.get_runtime_context().get_node_id()}
 
     def cleanup(self) -> None:
         self._trial.close()

@@ -17,7 +17,7 @@ LAYERS = [
     {"cli"},
     {"terminal"},
     {"api"},
-    {"backends.ray_tune", "backends.inline"},
+    {"backends.ray_tune", "backends.ray_jobs", "backends.inline"},
     {"backends"},
     {"study", "invariants"},
     {"search", "ranking", "housekeeping", "leases"},
@@ -43,7 +43,7 @@ TASK_ROOM = {"tasks.base", "tasks.architecture", "tasks.causal_lm", "tasks.trans
 OWNERS = {
     "click": {"cli"},
     "rich": {"terminal", "cli"},
-    "ray": {"backends.ray_tune"},
+    "ray": {"backends.ray_tune", "backends.ray_jobs"},
     "optuna": {"search"},
     "pandas": {"ranking"},
     "sqlalchemy": {"store", "migrations"},

@@ -1,0 +1,358 @@
+"""A Ray cluster of three nodes with a token: joined, submitted to, looted of a node; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import hpsearch as package
+from tests.conftest import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+TOKEN = "5ca1ab1e" * 8
+PATIENCE_S = 150.0
+SERIAL = TINY.replace("backend: inline\n", "").replace("gpus_per_trial: 0", "gpus_per_trial: 0, parallel: 1")
+
+
+@dataclass
+class Cluster:
+    """A head and two more nodes on this machine, each with a folder of its own for Ray's files."""
+
+    root: Path
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.port, self.http = _free_port(), _free_port()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "HPSEARCH_"))},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_AUTH_MODE": "token",
+            "HPSEARCH_FOLDER": str(self.root / "shared"),
+            "COLUMNS": "160",
+        }
+        head = f"--head --port {self.port} --dashboard-host 127.0.0.1 --dashboard-port {self.http} --num-gpus 2"
+        self.start(*head.split(), "--ray-client-server-port", str(_free_port()))
+        self.wait_for(lambda: self.run("jobs").returncode == 0)
+        self.start("--address", self.address, "--resources", '{"fast": 1}')
+        self.start("--address", self.address)
+        self.wait_for(lambda: self.count() == 3)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}"
+
+    def start(self, *arguments: str) -> None:
+        """Another node. Nodes that shared their files would tidy up each other's."""
+        folder = self.root / str(len(self.nodes))
+        agent = ["--dashboard-agent-listen-port", str(_free_port())]
+        command = ["ray", "start", *arguments, "--num-cpus", "2", "--temp-dir", str(folder), *agent, "--block"]
+        with (self.root / f"node-{len(self.nodes)}.txt").open("wb") as log:
+            node = subprocess.Popen(
+                command, env={**self.environment, "RAY_health_check_period_ms": "500"}, stdout=log, stderr=log
+            )
+        self.nodes.append(node)
+
+    def run(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The command, as somebody who has the token and the cluster's address."""
+        given = {"RAY_API_SERVER_ADDRESS": self.url, **environment}
+        return subprocess.run(
+            [sys.executable, "-m", "hpsearch", *arguments], env={**self.environment, **given}, cwd=cwd,
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    def count(self) -> int:
+        listed = subprocess.run(
+            [sys.executable, "-c", "import ray; ray.init('auto', logging_level='ERROR'); "
+             "print(sum(node['Alive'] for node in ray.nodes()))"],
+            env={**self.environment, "RAY_ADDRESS": self.address}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return int(listed.stdout or 0)
+
+    def wait_for(self, what: Callable[[], Any]) -> Any:
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            if found := what():
+                return found
+            time.sleep(0.3)
+        raise AssertionError("waited in vain: " + "".join(file.read_text() for file in self.root.glob("node-*.txt")))
+
+    def kill(self, node: int) -> None:
+        """The machine of a node is gone."""
+        family = [*psutil.Process(self.nodes[node].pid).children(recursive=True), psutil.Process(self.nodes[node].pid)]
+        for member in family:
+            if member.is_running():
+                member.kill()
+        self.nodes[node].wait()
+
+    def end(self) -> None:
+        for node in range(len(self.nodes)):
+            if self.nodes[node].poll() is None:
+                self.kill(node)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    return port if not 10002 <= port <= 19999 else _free_port()  # where Ray's workers listen
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    root = Path(tempfile.mkdtemp(prefix="hps-c-"))  # short: Ray's sockets live below it
+    made = None
+    try:
+        made = Cluster(root)
+        yield made
+    finally:
+        if made is not None:
+            made.end()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    file = tmp_path / "study.yaml"
+    file.write_text(SERIAL)
+    return file
+
+
+def board(folder: Path, name: str = "tiny") -> list[tuple[Any, ...]]:
+    opened = package.open_study(name, store=f"sqlite:///{folder}.db")
+    return [(row["trial"], row["score"], row["params"]) for row in opened.board().rows]
+
+
+def test_one_study_file_runs_everywhere_with_the_same_result(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    def store(where: str) -> str:
+        return f"sqlite:///{tmp_path}/{where}.db"
+
+    inline = cluster.run("launch", "study.yaml", "--backend=inline", "--store", store("inline"), cwd=tmp_path)
+    assert inline.returncode == 0, inline.stderr
+    local = cluster.run("launch", "study.yaml", "--store", store("local"), cwd=tmp_path)
+    assert local.returncode == 0, local.stderr
+    joined = cluster.run("launch", "study.yaml", "--store", store("joined"), "--address", cluster.address, cwd=tmp_path)
+    assert joined.returncode == 0, joined.stderr
+    assert "on Ray on 3 nodes (6 CPUs, 2 GPUs), 1 at a time" in joined.stderr
+    submitted = cluster.run("submit", "study.yaml", "--store", store("submitted"), cwd=tmp_path)
+    assert submitted.returncode == 0, submitted.stderr + submitted.stdout
+    assert "trial 0 completed" in submitted.stdout
+    assert "INFO" not in submitted.stderr
+    plain = subprocess.run(
+        ["ray", "job", "submit", "--address", cluster.url, "--working-dir", ".", "--runtime-env-json",
+         json.dumps({"env_vars": {"HPSEARCH_STORE": store("plain")}, "excludes": ["*.db*"]}),
+         "--", "hpsearch", "launch", "study.yaml"],
+        cwd=tmp_path, env=cluster.environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert plain.returncode == 0, plain.stdout + plain.stderr
+    results = {where: board(tmp_path / where) for where in ("inline", "local", "joined", "submitted", "plain")}
+    assert len(results["inline"]) == 4
+    for where, rows in results.items():
+        assert rows == results["inline"], where
+
+
+def test_a_job_is_listed_asked_after_and_stopped(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/long.db"
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"a{number} b{number} c{number} d " * 30}) + "\n" for number in range(60))
+    )
+    options = ["--set=search.num_epochs=400", "--set=data={files: text.jsonl}", "--store", store]
+    done = cluster.run("submit", "study.yaml", "--job-id", "long", "--detach", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = cluster.run("submit", "study.yaml", "--job-id", "long", "--detach", *options, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "there is a job long at" in again.stderr
+    cluster.wait_for(lambda: " epoch 2/400" in cluster.run("logs", "long").stdout)
+    listed = json.loads(cluster.run("jobs", "--json").stdout)["jobs"]
+    (job,) = [job for job in listed if job["id"] == "long"]
+    assert (job["status"], job["study"], job["store"]) == ("RUNNING", "tiny", store)
+    asked = cluster.run("status", "long", "--store", store)
+    assert "job     long: RUNNING" in asked.stdout, asked.stderr
+    assert "1 running" in asked.stdout
+    assert "driver  " in asked.stdout
+    assert cluster.run("stop", "long").returncode == 0
+    followed = cluster.run("logs", "long", "--follow")
+    assert followed.returncode != 0
+    assert "stopped by SIGTERM. To go on:" in followed.stdout
+    opened = package.open_study("tiny", store=store)
+    assert [trial["state"] for trial in opened.trials()] == ["interrupted"]
+    missing = cluster.run("logs", "nope")
+    assert missing.returncode == 2
+    assert "no job nope" in missing.stderr
+
+
+@pytest.mark.faults
+def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/lost.db"
+    study.write_text(SERIAL.replace(", parallel: 1", ""))
+    command = ["launch", "study.yaml", "--store", store, "--address", cluster.address, "--json"]
+    overrides = ["--set=search.num_epochs=60", "--set=prune={overfit: false, unpromising: none}", "--trials=6"]
+    with (tmp_path / "events.jsonl").open("w") as events, (tmp_path / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hpsearch", *command, *overrides], cwd=tmp_path, stdout=events, stderr=errors,
+            env=cluster.environment, text=True,
+        )  # fmt: skip
+
+    def on_the_last_node() -> set[int]:
+        workers = {
+            child.pid
+            for child in psutil.Process(cluster.nodes[2].pid).children(recursive=True)
+            if "_Trainable" in child.name() + " ".join(child.cmdline())
+        }
+        found = set()
+        for file in (cluster.root / "shared").glob("tiny-*/trial-*/pulse.json"):
+            try:
+                if json.loads(file.read_text())["pid"] in workers:
+                    found.add(int(file.parent.name.split("-")[1]))
+            except (OSError, ValueError):
+                continue
+        return found
+
+    try:
+        victims = cluster.wait_for(on_the_last_node)
+        cluster.kill(2)
+        assert process.wait(250) == 0, (tmp_path / "errors.txt").read_text()
+    finally:
+        process.kill()
+        process.wait()
+        cluster.start("--address", cluster.address)
+    trials = package.open_study("tiny", store=store).trials()
+    assert [(trial["number"], trial["state"]) for trial in trials] == [(n, "completed") for n in range(6)]
+    for number in victims:
+        assert (trials[number]["attempt"], trials[number]["losses"]) == (2, 0), "no fault of the trial"
+    assert package.doctor(store=store) == []
+    cluster.wait_for(lambda: cluster.count() == 3)
+
+
+def test_trials_share_gpus_and_go_where_their_resources_are(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/gpus.db"
+    resources = "--set=resources={gpus_per_trial: 0.5, cpus_per_trial: 1}"
+    done = cluster.run("launch", "study.yaml", "--store", store, "--address", cluster.address, resources, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 at a time, 1 CPU and 0.5 GPU each" in done.stderr, "as many as the CPUs beside the GPUs take"
+    seen = {trial["provenance"]["visible_gpus"] for trial in package.open_study("tiny", store=store).trials()}
+    assert seen <= {"0", "1"}
+    assert seen
+    fast = "--set=resources={gpus_per_trial: 0, custom_per_trial: {fast: 1}}"
+    done = cluster.run(
+        "launch", "study.yaml", "--name", "fast", "--store", store, "--address", cluster.address, fast, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 at a time" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "message"),
+    [
+        pytest.param(["launch", "study.yaml", "--address", "{address}", "--set=resources.gpus_per_trial=1", "--set=resources.cpus_per_trial=3"], {}, 75, "cpus_per_trial is 3, but no node of Ray has more than 2 CPU", id="more than a node has"),
+        pytest.param(["launch", "study.yaml", "--address", "{address}", "--set=resources.accelerator_type=H100"], {}, 75, "accelerator_type is H100, but no node", id="no such GPU"),
+        pytest.param(["launch", "study.yaml", "--address", "127.0.0.1:1"], {}, 75, "there is no Ray at 127.0.0.1:1: Connection refused", id="no cluster"),
+        pytest.param(["launch", "study.yaml", "--address", "ray://127.0.0.1:1"], {}, 2, "hpsearch submit STUDY --address", id="Ray client"),
+        pytest.param(["launch", "study.yaml"], {"RAY_ADDRESS": "http://127.0.0.1:1"}, 2, "RAY_ADDRESS", id="a job address for a launch"),
+        pytest.param(["launch", "study.yaml", "--address", "{address}"], {"RAY_AUTH_TOKEN": "f" * 64}, 75, "RAY_AUTH_TOKEN", id="wrong token for a launch", marks=pytest.mark.faults),
+        pytest.param(["submit", "study.yaml"], {"RAY_AUTH_TOKEN": "f" * 64}, 75, "the token in RAY_AUTH_TOKEN is not the cluster's", id="wrong token"),
+        pytest.param(["submit", "study.yaml"], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}, 75, "asks for a token: give it in RAY_AUTH_TOKEN", id="no token"),
+        pytest.param(["submit", "study.yaml", "--address", "http://127.0.0.1:1"], {}, 75, "there is no Ray cluster that takes jobs at http://127.0.0.1:1", id="no cluster for a job"),
+        pytest.param(["submit", "study.yaml", "--address", "127.0.0.1:1"], {}, 2, "jobs are submitted to http://HEAD:8265", id="no http"),
+        pytest.param(["submit", "study.yaml", "--job-id", "../x"], {}, 2, "job id '../x': expected letters", id="hostile job id"),
+        pytest.param(["submit", "study.yaml", "--set=search.num_layers={min: 3, max: 2}"], {}, 2, "min (3) must be below max (2)", id="bad study"),
+        pytest.param(["submit", "gone.yaml"], {}, 2, "no such study file", id="no study"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_and_nothing_starts(
+    cluster: Cluster,
+    study: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    code: int,
+    message: str,
+) -> None:
+    before = cluster.run("jobs", "--json").stdout
+    given = [
+        argument.format(address=cluster.address) if "{address}" in argument else argument for argument in arguments
+    ]
+    done = cluster.run(*given, cwd=tmp_path, **environment)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stderr + done.stdout
+    assert cluster.run("jobs", "--json").stdout == before
+    assert not list(tmp_path.glob("*.db"))
+
+
+def test_nodes_with_other_versions_are_named(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    code = (
+        "import importlib.metadata as m, hpsearch.cli as c\n"
+        "real = m.version\n"
+        "m.version = lambda name: '0.0.1' if name == 'torch' else real(name)\n"
+        "c.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "launch", "study.yaml", "--address", cluster.address],
+        env=cluster.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 75
+    assert "nodes of the cluster cannot run this study" in done.stderr
+    assert done.stderr.count(", and 0.0.1 here") == 3
+    assert not list(tmp_path.glob("*.db"))
+
+
+def test_a_node_that_does_not_reach_the_folder_is_named(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(apart)]
+    if subprocess.run([*hidden, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a folder can be hidden from a process by root only")
+    with (cluster.root / "node-apart.txt").open("wb") as log:
+        node = subprocess.Popen(
+            [*hidden, "ray", "start", "--address", cluster.address, "--num-cpus=1", "--block", "--temp-dir",
+             str(cluster.root / "apart")],
+            env=cluster.environment, stdout=log, stderr=log,
+        )  # fmt: skip
+    cluster.nodes.append(node)
+    try:
+        cluster.wait_for(lambda: cluster.count() == 4)
+        done = cluster.run("launch", "study.yaml", "--address", cluster.address, "--folder", str(apart), cwd=tmp_path)
+        assert done.returncode == 75
+        assert f"does not reach {apart}; give a shared --folder, or HPSEARCH_FOLDER" in done.stderr
+        assert done.stderr.count("does not reach") == 1
+        assert not list(tmp_path.glob("*.db"))
+    finally:
+        cluster.kill(len(cluster.nodes) - 1)
+        cluster.wait_for(lambda: cluster.count() == 3)
+
+
+def test_a_launch_that_is_stopped_leaves_the_cluster_alone(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpsearch", "launch", "study.yaml", "--address", cluster.address,
+         "--store", f"sqlite:///{tmp_path}/stopped.db", "--set=search.num_epochs=400"],
+        cwd=tmp_path, env=cluster.environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if " epoch 1/" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert cluster.count() == 3
+    assert not list((cluster.root / "shared").glob(".tune-*")), "nothing is left in the shared folder"
