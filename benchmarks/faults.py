@@ -94,7 +94,7 @@ def _wait(launch: subprocess.Popen[str]) -> int:
 
 def worker_killed(study: Study, number: signal.Signals) -> Row:
     launch = study.launch()
-    victim = study.wait_for_epochs(4, launch)
+    victim = study.wait_for_victim(launch)
     watch = Stopwatch(study)
     os.kill(victim["pid"], number)
     row = Row(f"{number.name} of a worker")

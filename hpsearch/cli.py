@@ -368,6 +368,33 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
 
 
 @main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes a free one."
+)
+@click.option(
+    "--allow-name", "names", multiple=True, metavar="NAME", help="Another host name that browsers use for it."
+)
+@click.option("--write", "may_write", is_flag=True, help="Let people change and delete studies.")
+@_store_option
+def dashboard(host: str, port: int, names: tuple[str, ...], may_write: bool, store: str | None) -> None:
+    """Serve the Optuna dashboard, read-only, until stopped.
+
+    The token that people have to give is read from HPSEARCH_DASHBOARD_TOKEN; an address that other machines reach needs
+    one. A browser gives it once, as /?token=TOKEN.
+    """
+    from hpsearch.api import store_url
+    from hpsearch.dashboard import TOKEN_VARIABLE, open_dashboard
+
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    url = store_url(store)
+    with open_dashboard(url, host=host, port=port, token=token, may_write=may_write, names=names) as server:
+        asks = "?token=..." if token else ""
+        print(f"http://{host}:{server.server_port}/{asks} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        server.serve_forever()
+
+
+@main.command()
 @_study_options
 @_json_option
 def check(study_file: str, as_json: bool, **options: Any) -> int:

@@ -216,7 +216,7 @@ class _Record:
     def __init__(
         self, url: str, name: str, direction: StudyDirection, value_name: str, lease: tuple[int, int] | None
     ) -> None:
-        self.storage = _open_storage(url)
+        self.storage = open_storage(url)
         if lease is not None:
             fence(self.storage.engine, *lease)
         with _away(url):
@@ -310,7 +310,7 @@ class RecordedTrial:
 
 def recorded_trials(url: str, study: str) -> dict[int, RecordedTrial]:
     """Trials by number of a study in Optuna's tables; empty when Optuna does not know it. Raises StoreAwayError."""
-    storage = _open_storage(url)
+    storage = open_storage(url)
     try:
         with _away(url):
             try:
@@ -340,7 +340,7 @@ def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
     return suggestions
 
 
-def _open_storage(url: str) -> RDBStorage:
+def open_storage(url: str) -> RDBStorage:
     # Two first launches into one database can race to make Optuna's tables; the loser finds them at its second try.
     for attempt in range(3):
         try:

@@ -145,6 +145,12 @@ class Study:
         """Wait until so many epochs have been trained; returns the last."""
         return self.wait_for(lambda: len(self.epochs()) >= count and self.epochs()[-1], alive)
 
+    def wait_for_victim(self, alive: subprocess.Popen[str]) -> dict[str, Any]:
+        """Wait until a trial has trained its second epoch, with more before it; returns that epoch."""
+        return self.wait_for(
+            lambda: next((epoch for epoch in reversed(self.epochs()) if epoch["evaluation"] == 2), None), alive
+        )
+
     def children(self, name: str) -> list[psutil.Process]:
         """Processes below the last launch that have a name."""
         below = psutil.Process(self.launches[-1].pid).children(recursive=True)

@@ -33,7 +33,7 @@ def states(study: Study) -> list[str]:
 def test_a_worker_is_killed(suffer: Suffer, survive: Survive) -> None:
     study = suffer()
     launch = study.launch()
-    victim = study.wait_for_epochs(4, launch)
+    victim = study.wait_for_victim(launch)
     watch = Stopwatch(study)
     os.kill(victim["pid"], signal.SIGKILL)
     row = Row("SIGKILL of a worker", seconds=watch.next_worker(launch, victim["trial"]))
@@ -47,7 +47,7 @@ def test_a_worker_is_killed(suffer: Suffer, survive: Survive) -> None:
 def test_a_worker_is_preempted(suffer: Suffer, survive: Survive) -> None:
     study = suffer()
     launch = study.launch()
-    victim = study.wait_for_epochs(3, launch)
+    victim = study.wait_for_victim(launch)
     watch = Stopwatch(study)
     os.kill(victim["pid"], signal.SIGTERM)
     row = Row("SIGTERM of a worker", seconds=watch.next_worker(launch, victim["trial"]))
@@ -61,7 +61,7 @@ def test_a_worker_is_preempted(suffer: Suffer, survive: Survive) -> None:
 def test_a_worker_is_frozen(suffer: Suffer, survive: Survive) -> None:
     study = suffer(overrides=["limits.stall_minutes=0.25"])
     launch = study.launch()
-    victim = study.wait_for_epochs(4, launch)
+    victim = study.wait_for_victim(launch)
     watch = Stopwatch(study)
     os.kill(victim["pid"], signal.SIGSTOP)
     row = Row("SIGSTOP of a worker for ever", seconds=watch.next_worker(launch, victim["trial"]))

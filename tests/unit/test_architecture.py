@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "hpsearch"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"terminal"},
+    {"terminal", "dashboard"},
     {"api"},
     {"backends.ray_tune", "backends.ray_jobs", "backends.inline"},
     {"backends"},
@@ -45,6 +45,7 @@ OWNERS = {
     "rich": {"terminal", "cli"},
     "ray": {"backends.ray_tune", "backends.ray_jobs"},
     "optuna": {"search"},
+    "optuna_dashboard": {"dashboard"},
     "pandas": {"ranking"},
     "sqlalchemy": {"store", "migrations"},
     "torch": {"trainer", "worker", "checkpoints", *TASK_ROOM},
