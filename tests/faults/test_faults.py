@@ -58,6 +58,22 @@ def test_a_worker_is_preempted(suffer: Suffer, survive: Survive) -> None:
 
 
 @long
+def test_a_preemption_uses_up_no_retry(suffer: Suffer, survive: Survive) -> None:
+    study = suffer(overrides=["limits.retries=1"])
+    launch = study.launch()
+    victim = study.wait_for_victim(launch)
+    os.kill(victim["pid"], signal.SIGTERM)
+    Stopwatch(study).next_worker(launch, victim["trial"])
+    (*_, again) = [epoch for epoch in study.epochs() if epoch["trial"] == victim["trial"]]
+    watch = Stopwatch(study)
+    os.kill(again["pid"], signal.SIGKILL)
+    row = Row("SIGTERM, then SIGKILL of a worker", seconds=watch.next_worker(launch, victim["trial"]))
+    survive(study.judge(row, launch.wait(240)))
+    trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
+    assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 3, 1)
+
+
+@long
 def test_a_worker_is_frozen(suffer: Suffer, survive: Survive) -> None:
     study = suffer(overrides=["limits.stall_minutes=0.25"])
     launch = study.launch()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,11 @@ class Cluster:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http}"
 
-    def start(self, *arguments: str) -> None:
-        """Another node. Nodes that shared their files would tidy up each other's."""
+    def start(self, *arguments: str, inside: Sequence[str] = ()) -> None:
+        """Another node, inside another command if so. Nodes that shared their files would tidy up each other's."""
         folder = self.root / str(len(self.nodes))
         agent = ["--dashboard-agent-listen-port", str(_free_port())]
-        command = ["ray", "start", *arguments, "--num-cpus", "2", "--temp-dir", str(folder), *agent, "--block"]
+        command = [*inside, "ray", "start", "--num-cpus", "2", *arguments, "--temp-dir", str(folder), *agent, "--block"]
         with (self.root / f"node-{len(self.nodes)}.txt").open("wb") as log:
             node = subprocess.Popen(
                 command, env={**self.environment, "RAY_health_check_period_ms": "500"}, stdout=log, stderr=log
@@ -81,7 +81,7 @@ class Cluster:
 
     def count(self) -> int:
         listed = subprocess.run(
-            [sys.executable, "-c", "import ray; ray.init('auto', logging_level='ERROR'); "
+            [sys.executable, "-c", "import ray; ray.init('auto', logging_level='ERROR', log_to_driver=False); "
              "print(sum(node['Alive'] for node in ray.nodes()))"],
             env={**self.environment, "RAY_ADDRESS": self.address}, capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -322,13 +322,7 @@ def test_a_node_that_does_not_reach_the_folder_is_named(cluster: Cluster, study:
     hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(apart)]
     if subprocess.run([*hidden, "true"], capture_output=True, check=False).returncode:
         pytest.skip("a folder can be hidden from a process by root only")
-    with (cluster.root / "node-apart.txt").open("wb") as log:
-        node = subprocess.Popen(
-            [*hidden, "ray", "start", "--address", cluster.address, "--num-cpus=1", "--block", "--temp-dir",
-             str(cluster.root / "apart")],
-            env=cluster.environment, stdout=log, stderr=log,
-        )  # fmt: skip
-    cluster.nodes.append(node)
+    cluster.start("--address", cluster.address, inside=hidden)
     try:
         cluster.wait_for(lambda: cluster.count() == 4)
         done = cluster.run("launch", "study.yaml", "--address", cluster.address, "--folder", str(apart), cwd=tmp_path)

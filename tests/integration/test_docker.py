@@ -274,7 +274,7 @@ def test_a_study_submitted_to_the_stack_is_in_its_store_and_its_dashboard(stack:
 
 def _nodes(stack: Stack) -> list[Any]:
     listed = subprocess.run(
-        [sys.executable, "-c", "import json, ray; ray.init('auto', logging_level='ERROR'); "
+        [sys.executable, "-c", "import json, ray; ray.init('auto', logging_level='ERROR', log_to_driver=False); "
          "print(json.dumps([node['NodeID'] for node in ray.nodes() if node['Alive']]))"],
         env={**stack.environment("worker"), "RAY_ADDRESS": f"127.0.0.1:{stack.gcs}"},
         capture_output=True, text=True, check=False,
