@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from hpsearch.backends import Placement
-from hpsearch.backends.ray_tune import _Bridge, _place
+from hpsearch.backends.ray_tune import _Bridge, _in_this_folder, _place
 from hpsearch.errors import ClusterError
 from hpsearch.spec import load_study
 
 STUDY = "name: s\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 
 
-def place(tmp_path: Path, resources: str, **cluster: float) -> Placement:
+def place(tmp_path: Path, resources: str, *nodes: dict[str, float], **node: float) -> Placement:
     file = tmp_path / "s.yaml"
     file.write_text(f"{STUDY}resources: {resources}\n")
-    return _place(load_study(file), [cluster])
+    return _place(load_study(file), nodes or [node])
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,33 @@ def test_what_the_machine_lacks_is_said_before_anything_starts(tmp_path: Path) -
         place(tmp_path, "{gpus_per_trial: 1}", CPU=2)
     with pytest.raises(ClusterError, match="cpus_per_trial is 9, but no node of Ray has more than 2 CPU"):
         place(tmp_path, "{cpus_per_trial: 9}", CPU=2)
+
+
+def test_no_trial_lies_on_two_nodes(tmp_path: Path) -> None:
+    nodes = ({"CPU": 3, "memory": 20e9}, {"CPU": 3, "memory": 20e9}, {"CPU": 8, "memory": 9e9})
+    assert place(tmp_path, "{cpus_per_trial: 2}", *nodes).parallel == 1 + 1 + 4
+    assert place(tmp_path, "{memory_gb_per_trial: 10}", *nodes).parallel == 2 + 2 + 0
+    with pytest.raises(ClusterError, match="no node of Ray has all at once"):
+        place(tmp_path, "{cpus_per_trial: 6, memory_gb_per_trial: 10}", *nodes)
+
+
+def test_a_trial_goes_where_its_kind_of_gpu_is(tmp_path: Path) -> None:
+    nodes = ({"CPU": 8, "GPU": 4, "accelerator_type:A100": 1}, {"CPU": 8, "GPU": 2, "accelerator_type:H100": 1})
+    assert place(tmp_path, "{}", *nodes).parallel == 6
+    assert place(tmp_path, "{accelerator_type: H100}", *nodes).parallel == 2
+    assert place(tmp_path, "{accelerator_type: H100, gpus_per_trial: 0.5}", *nodes).parallel == 4
+
+
+def test_a_job_is_told_what_lies_in_its_own_folder(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(STUDY)
+
+    def told(store: str | None, folder: str | None) -> str:
+        return _in_this_folder(load_study(file, store=store, folder=folder))
+
+    assert told(None, None) == "the store (HPSEARCH_STORE) and the run folder (HPSEARCH_FOLDER) lie"
+    assert told("postgresql://u@h/db", None) == "the run folder (HPSEARCH_FOLDER) lies"
+    assert told("sqlite:////shared/s.db", "/shared/runs") == ""
 
 
 def test_what_tune_pickles_holds_no_study(tmp_path: Path) -> None:
