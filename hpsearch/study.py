@@ -129,7 +129,7 @@ class StudyRun:
         self._data = data
         self._folder = run_folder(spec.folder, study)
         self._threads = threads
-        self._listen = listen
+        self._listeners = [listen]
         self._live: dict[int, _Live] = {}
         self._deadline = time.monotonic() + 60 * spec.budget.minutes if spec.budget.minutes else math.inf
         self._grace_until = math.inf
@@ -150,6 +150,10 @@ class StudyRun:
         for row in rows:
             self._count(TrialState(row["state"]))
         self.resumed = self._take_up(rows)
+
+    def add_listener(self, listener: Listener) -> None:
+        """Another one that hears the events of this launch from now on."""
+        self._listeners.append(listener)
 
     @property
     def live(self) -> dict[int, Point | None]:
@@ -511,6 +515,10 @@ class StudyRun:
             self._note("there is room on the disk again; the study goes on")
         elif now - since > DISK_PATIENCE_S:
             self.request_stop(f"the disk of {self._folder} was full for {DISK_PATIENCE_S / 60:.0f} minutes", EXIT_IO)
+
+    def _listen(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
 
     def _note(self, text: str) -> None:
         self._listen(Event(kind="note", facts={"text": text}))

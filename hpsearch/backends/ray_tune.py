@@ -48,6 +48,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hpsearch.backends.ray_metrics import StudyMetrics
 from hpsearch.errors import ClusterError, HpsearchError, RunFolderError
 from hpsearch.spec import StudySpec
 from hpsearch.study import StudyRun
@@ -194,11 +195,14 @@ class RayTune:
         self.placement = _place(spec, [node["Resources"] for node in _nodes()])
         self.results = scratch / "results"
         self._scratch = scratch
+        self._has_joined = spec.address != "local"
         self._most = math.inf if spec.resources.parallel == "auto" else spec.resources.parallel
 
     def run(self, run: StudyRun) -> None:
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        if self._has_joined:
+            run.add_listener(StudyMetrics(run.spec.name))
         place = self.placement
         bridge = _Bridge(run, place, self._most)
         tuner = tune.Tuner(

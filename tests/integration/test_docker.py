@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def test_no_port_is_open_to_other_machines_and_every_ray_has_a_token() -> None:
         if "ray start" in str(service.get("command")):
             assert service["environment"]["RAY_AUTH_MODE"] == "token", name
             assert ":?" in service["environment"]["RAY_AUTH_TOKEN"], "compose stops when there is none"
+
+
+def test_prometheus_looks_where_the_metrics_are() -> None:
+    (scrape,) = yaml.safe_load((ROOT / "docker/prometheus.yml").read_text())["scrape_configs"]
+    (found,) = scrape["dns_sd_configs"]
+    nodes = {name for name, service in COMPOSE["services"].items() if "ray start" in str(service.get("command"))}
+    assert set(found["names"]) == nodes
+    for name in nodes:
+        assert f"--metrics-export-port={found['port']} " in COMPOSE["services"][name]["command"] + " "
 
 
 def test_the_image_has_what_the_compose_file_and_the_manifests_run() -> None:
@@ -180,6 +190,7 @@ class Stack:
             "/run/secrets/": f"{folder}/",
             "/var/lib/hpsearch": f"{folder}/runs",
         }
+        self.metrics: list[str] = []
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def environment(self, service: str) -> dict[str, str]:
@@ -194,6 +205,8 @@ class Stack:
     def start(self, service: str, *more: str) -> None:
         command = shlex.split(self._here(COMPOSE["services"][service]["command"]))
         if command[0] == "ray":
+            self.metrics.append(_free_port())
+            command[command.index("--metrics-export-port=9464")] = f"--metrics-export-port={self.metrics[-1]}"
             more = (*more, "--temp-dir", str(self.folder / str(len(self.processes))))
             more = (*more, "--dashboard-agent-listen-port", _free_port())
         with (self.folder / f"{service}-{len(self.processes)}.txt").open("wb") as log:
@@ -263,6 +276,8 @@ def test_a_study_submitted_to_the_stack_is_in_its_store_and_its_dashboard(stack:
     opened = package.open_study("tiny", store=(stack.folder / "store_url").read_text())
     assert len(opened.board().rows) >= 1
     assert package.doctor(store=opened.store) == []
+    states = Counter(trial["state"] for trial in opened.trials())
+    stack.wait_for(lambda: _trials_in_metrics(stack.metrics[0]) == states)
     assert stack.is_healthy("dashboard")
     request = urllib.request.Request(
         f"http://127.0.0.1:{stack.dashboard}/api/studies",
@@ -270,6 +285,15 @@ def test_a_study_submitted_to_the_stack_is_in_its_store_and_its_dashboard(stack:
     )
     with urllib.request.urlopen(request) as answer:
         assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["tiny"]
+
+
+def _trials_in_metrics(port: str) -> dict[str, int]:
+    """What Prometheus would read from the head: trials by state."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    found = re.findall(r"^ray_hpsearch_trials_total\{(.*)\} ([\d.]+)$", text, re.MULTILINE)
+    assert all('study="tiny"' in tags for tags, _ in found)
+    return {re.findall(r'state="(\w+)"', tags)[0]: int(float(count)) for tags, count in found}
 
 
 def _nodes(stack: Stack) -> list[Any]:

@@ -18,6 +18,7 @@ LAYERS = [
     {"terminal", "dashboard"},
     {"api"},
     {"backends.ray_tune", "backends.ray_jobs", "backends.inline"},
+    {"backends.ray_metrics"},
     {"backends"},
     {"study", "invariants"},
     {"search", "ranking", "housekeeping", "leases"},
@@ -43,7 +44,7 @@ TASK_ROOM = {"tasks.base", "tasks.architecture", "tasks.causal_lm", "tasks.trans
 OWNERS = {
     "click": {"cli"},
     "rich": {"terminal", "cli"},
-    "ray": {"backends.ray_tune", "backends.ray_jobs"},
+    "ray": {"backends.ray_tune", "backends.ray_jobs", "backends.ray_metrics"},
     "optuna": {"search"},
     "optuna_dashboard": {"dashboard"},
     "pandas": {"ranking"},
