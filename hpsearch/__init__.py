@@ -16,10 +16,37 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpsearch.api import Study, archive, check, collect, doctor, finals, launch, open_study, studies
+    from hpsearch.api import (
+        Study,
+        archive,
+        check,
+        collect,
+        doctor,
+        finals,
+        launch,
+        logs,
+        open_study,
+        status,
+        studies,
+        submit,
+    )
 
 __version__ = version("hpsearch")
-__all__ = ["Study", "__version__", "archive", "check", "collect", "doctor", "finals", "launch", "open_study", "studies"]
+__all__ = [
+    "Study",
+    "__version__",
+    "archive",
+    "check",
+    "collect",
+    "doctor",
+    "finals",
+    "launch",
+    "logs",
+    "open_study",
+    "status",
+    "studies",
+    "submit",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -22,7 +23,7 @@ from hpsearch.errors import (
     UsageError,
     hide_password,
 )
-from hpsearch.housekeeping import Garbage, find_garbage, remove
+from hpsearch.housekeeping import Garbage, find_garbage, remove, run_folder
 from hpsearch.ranking import Leaderboard, compare, count_states, finalists, frame, leaderboard
 from hpsearch.space import narrowed
 from hpsearch.spec import (
@@ -37,6 +38,7 @@ from hpsearch.spec import (
 from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
 from hpsearch.trial import LIVE, RANKED, Event, Listener, TrialState
+from hpsearch.trial_log import log_file, read_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -204,6 +206,27 @@ def status(name: str, *, store: str | None = None) -> dict[str, Any]:
         "seconds_left": None if mean_s is None or not running else left * mean_s / len(running),
         "is_finished": left == 0,
     }
+
+
+def logs(name: str, trial: int, *, store: str | None = None, follow: bool = False) -> Iterator[dict[str, Any]]:
+    """What the worker of a trial has said, line by line; with `follow` until the trial has ended.
+
+    Each line has `time`, `attempt`, `level`, `message`, and sometimes `facts`, `logger` and `traceback`. Raises
+    UnknownStudyError, and UsageError when this machine has no such file.
+    """
+    with _opened(store_url(store)) as opened:
+        study = opened.study(name)
+        file = log_file(run_folder(study["placement"]["folder"], study), trial)
+        position = 0
+        while True:
+            is_live = opened.trial(study, trial)["state"] in _UNFINISHED
+            lines, position = read_log(file, start=position)
+            yield from lines
+            if not (follow and is_live):
+                break
+            time.sleep(0.5)
+    if not position:
+        raise UsageError(f"trial {trial} has no log at {file}: it has not begun, or ran on other machines")
 
 
 def archive(name: str, *, store: str | None = None) -> str | None:

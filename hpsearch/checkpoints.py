@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hpsearch.errors import DiskFullError, LeaseLostError, RunFolderError
+from hpsearch.trial_log import LOGGER
 
 KEPT = 2
 """Resumable states kept of a run: the last, and the one before it in case the last is damaged."""
@@ -81,7 +82,9 @@ def newest(folders: Sequence[Path]) -> Iterator[tuple[Path, State]]:
     ]
     for _, _, folder, file in sorted(found, reverse=True):
         state = read(folder / file)
-        if state is not None:
+        if state is None:
+            LOGGER.warning("checkpoint %s is damaged; an earlier one is looked for", folder / file)
+        else:
             yield folder, state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import sys
 import traceback
@@ -313,16 +314,27 @@ def jobs(address: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("job_id", metavar="JOB")
+@click.argument("name", metavar="JOB|STUDY")
+@click.argument("trial", required=False, type=int)
 @_cluster_option
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job ends, and end in its exit code.")
-def logs(job_id: str, address: str | None, follow: bool) -> int:
-    """Print the log of a job."""
+@_store_option
+@click.option("--follow", "-f", is_flag=True, help="Go on until it ends; of a job, end in its exit code.")
+@_json_option
+def logs(name: str, trial: int | None, address: str | None, store: str | None, follow: bool, as_json: bool) -> int:
+    """Print the log of a job, or of one trial of a study."""
+    if trial is not None:
+        from hpsearch import api, terminal
+
+        for line in api.logs(name, trial, store=store, follow=follow):
+            print(json.dumps(line) if as_json else terminal.log_line(line), flush=True)
+        return 0
     from hpsearch.backends import ray_jobs
 
+    if as_json:
+        raise click.UsageError("the log of a job is plain text; --json is for that of a trial")
     if follow:
-        return _follow(job_id, address)
-    print(ray_jobs.plain_log(ray_jobs.Cluster(address).log(job_id)), end="")
+        return _follow(name, address)
+    print(ray_jobs.plain_log(ray_jobs.Cluster(address).log(name)), end="")
     return 0
 
 
@@ -405,8 +417,6 @@ def check(study_file: str, as_json: bool, **options: Any) -> int:
 @main.command()
 def schema() -> None:
     """Print the JSON schema of study files, for editors."""
-    import json
-
     from hpsearch.spec import json_schema
 
     print(json.dumps(json_schema(), indent=2))

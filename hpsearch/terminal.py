@@ -204,6 +204,14 @@ def jobs_table(rows: Sequence[Any]) -> Table:
     return table
 
 
+def log_line(line: dict[str, Any]) -> str:
+    """One line of a trial's log for a person: time (UTC), attempt, what was said."""
+    level = "" if line["level"] == "info" else f"{line['level']}: "
+    said = f"{line['time'][:19].replace('T', ' ')}  {line['attempt']}  {level}{line['message']}"
+    more = [f"    {text}" for text in line.get("traceback", "").splitlines()]
+    return "\n".join(plain(text) for text in [said, *more])
+
+
 def status_report(found: dict[str, Any]) -> str:
     """How far a study is, for a person."""
     best, left = found["best"], found["seconds_left"]

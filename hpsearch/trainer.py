@@ -29,6 +29,7 @@ from hpsearch.settings import Objective, RunSettings
 from hpsearch.tasks import architecture
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
 from hpsearch.trial import Point
+from hpsearch.trial_log import LOGGER
 
 CHECKPOINT_SHARE = 0.05
 """Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
@@ -278,6 +279,7 @@ class Trainer:
                 if self.micro_batch_size == 1:
                     raise OutOfMemoryError(str(error).splitlines()[0]) from error
             self.micro_batch_size = math.ceil(self.micro_batch_size / 2)
+            LOGGER.warning("out of memory; goes on in micro-batches of %d", self.micro_batch_size)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -432,6 +434,7 @@ class Trainer:
             if facts["best_file"] and best is None:
                 continue  # the state before this one may still have its best weights
             self._take_up(optimizer, tensors, facts, best[0] if best else {})
+            LOGGER.info("goes on from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
             break
         return self._position
 

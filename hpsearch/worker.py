@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +46,7 @@ from hpsearch.trial import (
     TrialState,
     judgement_dict,
 )
+from hpsearch.trial_log import LOGGER, log_file, trial_log
 
 _STATE_OF = {
     Verdict.OVERFITTING: TrialState.OVERFIT,
@@ -78,7 +79,9 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
         if error.errno not in checkpoints.FULL:
             raise
         return TrialResult(state=TrialState.INTERRUPTED, reason=f"no room in {folder}", needed_bytes=_ROOM_TO_BEGIN)
-    with watch:
+    log = trial_log(log_file(folder.parent, config.number), config.attempt, own_process=own_process)
+    with watch, log:
+        LOGGER.info("attempt %d begins", config.attempt, extra={"facts": {"params": config.params, **_where()}})
         curve = []
         try:
             result = yield from _run(config, folder, watch, curve)
@@ -91,6 +94,7 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
         except OutOfMemoryError as error:
             result = TrialResult(state=TrialState.INFEASIBLE, reason=f"out of memory at micro-batch 1: {error}")
         except Exception as error:
+            LOGGER.exception("the trial raised an error")
             result = TrialResult(
                 state=TrialState.FAILED, reason=f"{type(error).__name__}: {error}", error=traceback.format_exc()
             )
@@ -107,6 +111,7 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
                 "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             },
         )
+        LOGGER.info("ends as %s: %s", result.state, result.reason)
         if result.state is TrialState.INTERRUPTED:
             return result
         try:
@@ -144,6 +149,10 @@ def _run(
         curve.append(point)
         judgement = judge(curve, trainer.total_evaluations, rule, evaluations_per_epoch=per_epoch)
         stops = judgement.stops and (config.rule is not None or _is_broken(judgement))
+        if point.evaluation > trainer.resumed_evaluations:
+            said = "evaluation %d at epoch %.4g: train %.4g, valid %.4g, %s"
+            losses = (point.train_loss, point.valid_loss, judgement.verdict)
+            LOGGER.info(said, point.evaluation, point.epoch, *losses, extra={"facts": asdict(point)})
         progress.append(Progress(point=point, judgement=judgement, stops=stops))
         if point.evaluation > config.recorded or point.evaluation > trainer.resumed_evaluations:
             yield progress[-1]
@@ -180,6 +189,10 @@ def _run(
     )
 
 
+def _where() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
 class _Watch:
     """Tells a run when to stop, and ends the process of one that hangs."""
 
@@ -210,9 +223,8 @@ class _Watch:
             self._before: Any = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._arm()
         if self._own_process:
-            who = {"host": socket.gethostname(), "pid": os.getpid()}
             with suppress(OSError):  # a full disk is noticed where it matters
-                self._pulse_file.write_text(json.dumps(who))
+                self._pulse_file.write_text(json.dumps(_where()))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -308,6 +308,8 @@ def test_memory_runs_out(suffer: Suffer, survive: Survive, fits: int) -> None:
     trial = opened.trial(1)
     if fits:
         assert (trial["state"], trial["micro_batch_size"]) == ("completed", 4)
+        said = [line["message"] for line in hpsearch.logs("suffering", 1, store=study.store)]
+        assert "out of memory; goes on in micro-batches of 4" in said
     else:
         assert trial["state"] == "infeasible"
         assert "micro-batch 1" in trial["reason"]

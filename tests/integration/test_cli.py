@@ -255,6 +255,28 @@ def test_a_study_in_which_all_fails_says_so(tiny: Path, hpsearch: Run) -> None:
     assert "2 pruned (2 diverged)" in done.stdout
 
 
+def test_logs_of_a_trial_say_what_its_worker_said(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = launched
+    said = read(folder, "logs", "tiny", "1").stdout.splitlines()
+    assert said[0].endswith("  1  attempt 1 begins")
+    assert "evaluation 1 at epoch 1: train " in said[1]
+    assert "ends as completed: ran its" in said[-1]
+    lines = [json.loads(line) for line in read(folder, "logs", "tiny", "1", "--json", "--follow").stdout.splitlines()]
+    assert [line["message"] for line in lines] == [line.split("  ", 2)[2] for line in said]
+    assert set(lines[0]["facts"]) == {"host", "pid", "params"}
+    assert lines[1]["facts"]["valid_loss"] > 0
+    assert "it has trials 0 to 3" in read(folder, "logs", "tiny", "9").stderr
+
+
+def test_status_says_how_far_a_study_is(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = launched
+    said = read(folder, "status", "tiny").stdout
+    assert "4 of 4 have ended" in said
+    assert "driver  none: it is finished" in said
+    found = json.loads(read(folder, "status", "tiny", "--json").stdout)
+    assert (found["budget"], found["states"], found["is_finished"]) == (4, {"completed": 4}, True)
+
+
 def test_names_that_are_not_there_are_named(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
     assert "studies in this store: tiny" in read(folder, "rank", "tinny").stderr

@@ -31,7 +31,7 @@ LAYERS = [
     {"tasks.base"},
     {"tasks"},
     {"data"},
-    {"pretrained", "statistics"},
+    {"pretrained", "statistics", "trial_log"},
     {"spec"},
     {"corpora", "space", "study_file", "trial"},
     {"pruning"},
