@@ -31,6 +31,8 @@ class StudyMetrics:
         self._tags = {"study": study}
         self._running: set[int] = set()
         self._points: dict[int, Point] = {}
+        self._taken_up: set[int] = set()
+        """Trials that began in an earlier launch, which has counted what they trained until now."""
         self._best = math.inf
         self._trials = self._counter("hpsearch_trials", "state")
         self._evaluations = self._counter("hpsearch_evaluations", "verdict")
@@ -44,6 +46,8 @@ class StudyMetrics:
             return
         if event.kind == "trial_started":
             self._running.add(event.trial)
+            if event.facts["attempt"] > 1 and event.trial not in self._points:
+                self._taken_up.add(event.trial)
         elif event.kind == "point":
             self._hear_point(event.trial, event.facts["point"], event.facts["verdict"])
         elif event.kind == "trial_ended":
@@ -54,6 +58,9 @@ class StudyMetrics:
     def _hear_point(self, trial: int, point: Point, verdict: str) -> None:
         self._evaluations.inc(1, {**self._tags, "verdict": verdict})
         # What an attempt trains again after a crash has been counted.
+        if trial in self._taken_up:
+            self._taken_up.discard(trial)
+            self._points[trial] = point
         before = self._points.get(trial)
         if before is None or point.tokens > before.tokens:
             self._points[trial] = point
