@@ -175,7 +175,8 @@ class Cluster:
         try:
             yield
         except AuthenticationError as error:
-            given = "the token in RAY_AUTH_TOKEN is not the cluster's" if _has_token() else "give it in RAY_AUTH_TOKEN"
+            has_token = bool(auth_environment())
+            given = "the token in RAY_AUTH_TOKEN is not the cluster's" if has_token else "give it in RAY_AUTH_TOKEN"
             raise ClusterError(f"the Ray cluster at {self.address} asks for a token: {given}") from error
         except (ConnectionError, OSError) as error:
             raise ClusterError(f"there is no Ray cluster that takes jobs at {self.address}") from error
@@ -220,10 +221,6 @@ def _copied(paths: Any, package: Path, place: Path) -> Any:
     (package / place).mkdir(parents=True)
     shutil.copyfile(paths, package / target)
     return str(target)
-
-
-def _has_token() -> bool:
-    return bool(auth_environment())
 
 
 def _job(details: Any) -> Job:

@@ -97,7 +97,14 @@ def test_best_and_studies(launched: tuple[Path, subprocess.CompletedProcess[str]
 
 def test_reading_commands_load_neither_torch_nor_ray(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = launched
-    for command in (["rank", "tiny"], ["show", "tiny", "0"], ["best", "tiny"], ["studies"]):
+    for command in (
+        ["rank", "tiny"],
+        ["show", "tiny", "0"],
+        ["best", "tiny"],
+        ["studies"],
+        ["status", "tiny"],
+        ["logs", "tiny", "0"],
+    ):
         code = (
             f"import sys; sys.argv = ['hpsearch', *{command}]\nfrom hpsearch.cli import main\n"
             "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"

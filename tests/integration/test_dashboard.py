@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 import pytest
@@ -127,7 +128,7 @@ def test_what_is_not_safe_is_not_served(
 
 
 def test_artifacts_are_downloads_in_a_sandbox() -> None:
-    def application(environ: dict, start_response: Callable) -> list[bytes]:  # type: ignore[type-arg]
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         start_response("200 OK", [("Content-Type", "text/html"), ("Content-Security-Policy", "default-src *")])
         return [b"<script>evil()</script>"]
 
