@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -82,10 +83,11 @@ class Cluster:
     def count(self) -> int:
         listed = subprocess.run(
             [sys.executable, "-c", "import ray; ray.init('auto', logging_level='ERROR', log_to_driver=False); "
-             "print(sum(node['Alive'] for node in ray.nodes()))"],
+             "print('alive', sum(node['Alive'] for node in ray.nodes()))"],
             env={**self.environment, "RAY_ADDRESS": self.address}, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        return int(listed.stdout or 0)
+        said = re.search(r"^alive (\d+)$", listed.stdout, re.MULTILINE)  # Ray writes lines of its own there
+        return int(said[1]) if said else 0
 
     def wait_for(self, what: Callable[[], Any]) -> Any:
         until = time.monotonic() + PATIENCE_S
