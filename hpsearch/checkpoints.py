@@ -72,7 +72,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def newest(folders: Sequence[Path]) -> Iterator[tuple[Path, State]]:
-    """The resumable states in these folders, newest first, that pass their hash, each with the folder it lies in."""
+    """The resumable states in these folders, newest first, that pass their hash, each with the file it lies in."""
     found = [
         (int(match[2]), -place, folder, file)
         for place, folder in enumerate(folders)
@@ -85,7 +85,7 @@ def newest(folders: Sequence[Path]) -> Iterator[tuple[Path, State]]:
         if state is None:
             LOGGER.warning("checkpoint %s is damaged; an earlier one is looked for", folder / file)
         else:
-            yield folder, state
+            yield folder / file, state
 
 
 def read(file: Path) -> State | None:

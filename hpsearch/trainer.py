@@ -5,17 +5,22 @@ batch, so that accumulation over micro-batches changes nothing; when memory runs
 sampled batch size stays. No value is read from the device between two evaluations. A run resumes from its last
 checkpoint with weights, optimizer, schedule, random states and data order as they were: on a CPU its curve is equal to
 the bit.
+
+On several devices each process (see `ranks`) trains its part of every batch and judges its part of every split. The
+first one is asked and answers; the others make the same steps and then `follow`.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 
 from hpsearch import checkpoints
 from hpsearch.errors import DiskFullError, LeaseLostError
+from hpsearch.ranks import Ranks
 from hpsearch.settings import Objective, RunSettings
 from hpsearch.tasks import architecture
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
@@ -35,14 +41,18 @@ CHECKPOINT_SHARE = 0.05
 """Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
 
 
-class Order(Enum):
-    """What the outside asks of a run between two steps."""
+MICRO_BATCH = "micro-batch.txt"
+"""File in the folder of an attempt that ran out of memory on one of several devices: what the next one begins with."""
 
-    GO_ON = "go on"
-    PREEMPT = "preempt"
-    """Write a checkpoint and leave."""
-    TIME_UP = "time up"
+
+class Order(IntEnum):
+    """What the outside asks of a run between two steps; of several processes the largest counts."""
+
+    GO_ON = 0
+    TIME_UP = 1
     """End here, with what has been learnt."""
+    PREEMPT = 2
+    """Write a checkpoint and leave."""
 
 
 class PreemptedError(Exception):
@@ -64,6 +74,22 @@ class _Position:
 
 class OutOfMemoryError(Exception):
     """The run does not fit in memory, not even one example at a time."""
+
+
+class SmallerMicroBatchError(Exception):
+    """One of several processes ran out of memory: the run must start again, which it does in smaller micro-batches."""
+
+
+class _Loss(nn.Module):
+    """The summed loss of a batch as a module, so that it can be replicated."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._task = task
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._task.losses(batch).sum()
 
 
 def seed_everything(seed: int) -> None:
@@ -99,10 +125,12 @@ class Trainer:
         objective: Objective = "loss",
         earlier: Sequence[Path] = (),
         pulse: Callable[[], Order] = lambda: Order.GO_ON,
+        ranks: Ranks | None = None,
     ) -> None:
         """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state.
 
-        `pulse` is called after every step and every evaluation batch; its answer counts between two steps.
+        `pulse` is called after every step and every evaluation batch; its answer counts between two steps. Of several
+        `ranks` each has a Trainer of its own, with the same settings, seed and folder.
         """
         self.task = task
         self.settings = settings
@@ -114,7 +142,9 @@ class Trainer:
         self.curve: list[Point] = []
         self.resumed_evaluations = 0
         """Points of the curve that come from the state that the run was resumed from."""
-        self.micro_batch_size = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
+        self._ranks = ranks or Ranks()
+        share = math.ceil(settings.batch_size / self._ranks.size)
+        self.micro_batch_size = min(settings.micro_batch_size or share, share)
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         self._pulse = pulse
         self._earlier = list(earlier)
@@ -135,6 +165,7 @@ class Trainer:
         )
         if settings.compile:
             self._model.compile()
+        self._loss = self._ranks.replicate(_Loss(task))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -157,29 +188,31 @@ class Trainer:
     @property
     def seconds(self) -> float:
         """Device-seconds of the run so far, those before it was resumed included."""
-        return self._position.seconds + time.perf_counter() - self._began
+        return self._position.seconds + self._ranks.size * (time.perf_counter() - self._began)
 
-    def points(self) -> Iterator[Point]:
+    def points(self) -> Generator[Point]:
         """Train to the end, yielding a Point per evaluation; those of a resumed run's past come first.
 
-        Close the iterator to stop early. Raises OutOfMemoryError, PreemptedError, DiskFullError.
+        Close it to stop early. Raises OutOfMemoryError, SmallerMicroBatchError, PreemptedError, DiskFullError.
         """
         optimizer = self._optimizer()
         position = self._resume(optimizer)
-        yield from list(self.curve)
+        for point in list(self.curve):
+            if (yield from self._hand_out(point)):
+                return
         evaluation_steps = set(self.evaluation_steps)
         while position.epoch < self.settings.num_epochs:
             self._model.train()
             order = self._order.bit_generator.state
             batches = self.task.epoch_batches(self._order, self.settings.batch_size)
             while position.step_in_epoch < len(batches):
-                asked = self._pulse()
+                asked = Order(self._ranks.largest(self._pulse()))
                 if asked is Order.PREEMPT:
                     self._checkpoint(optimizer, order)
                     raise PreemptedError
                 if asked is Order.TIME_UP:
                     if self.best is None and position.loss_count:
-                        yield self._evaluate_now()
+                        yield from self._hand_out(self._evaluate_now())
                     return
                 for group in optimizer.param_groups:
                     group["lr"] = self._learning_rate(position.step)
@@ -194,10 +227,21 @@ class Trainer:
                 point = self._evaluate_now()
                 if self._checkpoint_is_due():
                     self._checkpoint(optimizer, order)
-                yield point
+                if (yield from self._hand_out(point)):
+                    return
                 self._model.train()
             position.epoch += 1
             position.step_in_epoch = 0
+
+    def _hand_out(self, point: Point) -> Generator[Point, None, bool]:
+        """Yield a point; returns whether the run was stopped at it, which all processes learn from the first."""
+        was_closed = True
+        try:
+            yield point
+            was_closed = False
+        finally:
+            is_stopped = bool(self._ranks.largest(was_closed and not self._ranks.rank))
+        return is_stopped
 
     def _evaluate_now(self) -> Point:
         """A point of the curve at this step."""
@@ -209,7 +253,7 @@ class Trainer:
             evaluation=position.evaluation,
             epoch=position.epoch + position.step_in_epoch / self.steps_per_epoch,
             step=position.step,
-            train_loss=self._loss_sum.item() / position.loss_count,
+            train_loss=self._ranks.add(self._loss_sum).item() / position.loss_count,
             valid_loss=valid_loss,
             learning_rate=self._learning_rate(max(0, position.step - 1)),
             tokens=position.tokens,
@@ -226,12 +270,30 @@ class Trainer:
     def settle(self, last: Point) -> None:
         """Make the last point the best one if a run was stopped before its first validation score."""
         if self.best is None and self.objective != "loss" and math.isfinite(last.valid_loss):
+            self._ranks.tell(b"judge")
             self._keep(replace(last, valid_score=self._validation_score()))
 
     def score(self) -> Scored:
         """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
         assert self.best is not None
+        self._ranks.tell(b"score")
         self._restore(self._best_weights)
+        return self._score()
+
+    def follow(self) -> None:
+        """What all processes but the first do after `points`: their part of its `settle` and `score`."""
+        while command := self._ranks.tell():
+            if command == b"score":
+                self._score()
+            else:
+                self._validation_score()
+
+    def dismiss(self) -> None:
+        """Tell the others, who `follow`, that the run is over."""
+        self._ranks.tell(b"")
+
+    def _score(self) -> Scored:
+        self._ranks.spread(self._weights().values())
         return self.task.score(self._evaluate)
 
     def export(self) -> None:
@@ -276,6 +338,9 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
+                if self._ranks.size > 1:
+                    # The others wait within their step for gradients that do not come.
+                    raise self._begin_smaller(error, self.micro_batch_size // 2) from error
                 if self.micro_batch_size == 1:
                     raise OutOfMemoryError(str(error).splitlines()[0]) from error
             self.micro_batch_size = math.ceil(self.micro_batch_size / 2)
@@ -283,18 +348,30 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _begin_smaller(self, error: BaseException, size: int) -> SmallerMicroBatchError:
+        checkpoints.write_whole(self.folder / MICRO_BATCH, str(size).encode())
+        remedy = f"goes on in micro-batches of {size}" if size else "not even one example fits"
+        said = str(error).splitlines()[0]
+        return SmallerMicroBatchError(f"out of memory in one of {self._ranks.size} processes; {remedy} ({said})")
+
     def _accumulate_and_step(self, optimizer: torch.optim.Optimizer, indices: Indices) -> tuple[Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
-        for start in range(0, len(indices), self.micro_batch_size):
-            batch = self.task.batch("train", indices[start : start + self.micro_batch_size]).to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-                loss = self.task.losses(batch).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+        count = self.task.predicted("train", indices)
+        own = indices[self._ranks.rank :: self._ranks.size]
+        counts = bool(len(own))
+        if not counts:
+            own = indices[:1]  # the others wait for gradients, if only for zeros
+        for start in range(0, len(own), self.micro_batch_size):
+            batch = self.task.batch("train", own[start : start + self.micro_batch_size]).to(self.device)
+            is_last = start + self.micro_batch_size >= len(own)
+            with nullcontext() if is_last else self._ranks.without_sync(self._loss):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+                    loss = self._loss(batch) if counts else 0.0 * self._loss(batch)
+                loss.backward()
             total += loss.detach()
-            count += batch.predicted
         parameters = list(self._model.parameters())
-        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], float(count))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_div_(gradients, count / self._ranks.size)
         if self.settings.gradient_clip:
             nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
         optimizer.step()
@@ -302,28 +379,49 @@ class Trainer:
 
     def _mean_loss(self, split: str) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
-        for _, (loss, predicted) in self._evaluate(
-            split, lambda batch: (self.task.losses(batch).sum(dtype=torch.float64), batch.predicted)
-        ):
-            total += loss
-            count += predicted
-        return total.item() / count
+        batches = self.task.evaluation_batches(split)
+        for batch in self._own(batches):
+            for _, loss in self._evaluate_batch(split, batch, self._summed_loss):
+                total += loss
+        return self._ranks.add(total).item() / sum(self.task.predicted(split, batch) for batch in batches)
+
+    def _summed_loss(self, batch: Batch) -> Tensor:
+        return self.task.losses(batch).sum(dtype=torch.float64)
+
+    def _own(self, batches: Sequence[Indices]) -> Sequence[Indices]:
+        """The batches that this process evaluates."""
+        return batches[self._ranks.rank :: self._ranks.size]
+
+    def _evaluate(self, split: str, compute: Callable[[Batch], Tensor]) -> Iterator[tuple[Indices, Tensor]]:
+        """What `compute` gives for each evaluation batch of a split, in order. See `tasks.base.Evaluate`."""
+        batches = self.task.evaluation_batches(split)
+        if self._ranks.size == 1:
+            for batch in batches:
+                yield from self._evaluate_batch(split, batch, compute)
+            return
+        answers = [list(self._evaluate_batch(split, batch, compute)) for batch in self._own(batches)]
+        by_rank = [_unpacked(content) for content in self._ranks.gather(_packed(answers))]
+        for number in range(len(batches)):
+            yield from by_rank[number % self._ranks.size][number // self._ranks.size]
 
     @torch.no_grad()
-    def _evaluate(self, split: str, compute: Callable[[Batch], Any]) -> Iterator[tuple[Indices, Any]]:
-        """What `compute` gives for each evaluation batch of a split, without dropout. See `tasks.base.Evaluate`."""
+    def _evaluate_batch(
+        self, split: str, batch: Indices, compute: Callable[[Batch], Tensor]
+    ) -> Iterator[tuple[Indices, Tensor]]:
+        """Without dropout, in as many parts as fit in memory."""
         self._model.eval()
-        waiting = self.task.evaluation_batches(split)[::-1]
+        waiting = [batch]
         while waiting:
             indices = waiting.pop()
             try:
-                batch = self.task.batch(split, indices).to(self.device)
+                there = self.task.batch(split, indices).to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-                    answer = compute(batch)
+                    answer = compute(there)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
+                if len(indices) == 1 and self._ranks.size > 1:
+                    raise self._begin_smaller(error, 0) from error
                 if len(indices) == 1:
                     raise OutOfMemoryError(str(error).splitlines()[0]) from error
                 half = math.ceil(len(indices) / 2)
@@ -366,6 +464,8 @@ class Trainer:
     def _keep(self, point: Point) -> None:
         """Make these weights the best so far, in memory; `_checkpoint` brings them to the disk."""
         self.best = point
+        if self._ranks.rank:
+            return
         self._best_weights = {name: value.detach().to("cpu", copy=True) for name, value in self._weights().items()}
         self._best_file = None
 
@@ -382,12 +482,17 @@ class Trainer:
     # Checkpoints
 
     def _checkpoint_is_due(self) -> bool:
-        return CHECKPOINT_SHARE * (time.perf_counter() - self._saved) >= self._save_seconds
+        is_due = CHECKPOINT_SHARE * (time.perf_counter() - self._saved) >= self._save_seconds
+        return bool(self._ranks.largest(is_due and not self._ranks.rank))
 
     def _checkpoint(self, optimizer: torch.optim.Optimizer, order: Mapping[str, Any]) -> None:
         """Write the state of the run, and the best weights that it names; keep it and the state before it."""
         began = time.perf_counter()
         step = self._position.step
+        loss_sum = self._ranks.add(self._loss_sum.clone()).item()
+        random_states = self._random_states()
+        if self._ranks.rank:
+            return
         if self.best is not None and self._best_file is None:
             self._best_file = checkpoints.write(self.folder, "best", self.best.step, self._best_weights, {})
         numpy_state = np.random.get_state(legacy=False)
@@ -395,12 +500,10 @@ class Trainer:
         tensors = {f"model.{name}": value for name, value in self._weights().items()}
         for number, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-        tensors["random.torch"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= random_states
         facts = {
             "position": {**asdict(self._position), "seconds": self.seconds},
-            "loss_sum": self._loss_sum.item(),
+            "loss_sum": loss_sum,
             "micro_batch_size": self.micro_batch_size,
             "best_point": asdict(self.best) if self.best else None,
             "best_file": self._best_file,
@@ -426,17 +529,47 @@ class Trainer:
         bests = [best for best in self._best_of.values() if best is not None]
         checkpoints.forget(self.folder, keep=[*states, *bests])
 
+    def _random_states(self) -> dict[str, Tensor]:
+        """The random states of torch in all processes."""
+        kinds = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            kinds["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            _random_name(kind, rank): torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            for kind, state in kinds.items()
+            for rank, content in enumerate(self._ranks.gather(state.numpy().tobytes()))
+        }
+
     def _resume(self, optimizer: torch.optim.Optimizer) -> _Position:
         """Take up the newest whole state of this run, if there is one; returns where the run is then."""
         self._began = self._saved = time.perf_counter()
-        for folder, (tensors, facts) in checkpoints.newest(self._earlier):
-            best = checkpoints.read(folder / facts["best_file"]) if facts["best_file"] else None
+        self._shrink_micro_batch()
+        if self._ranks.rank:
+            if told := self._ranks.tell().decode():
+                state = checkpoints.read(Path(told))
+                if state is None:
+                    raise RuntimeError(f"process {self._ranks.rank} cannot read {told}, which the first one can")
+                self._take_up(optimizer, *state, {})
+            return self._position
+        for file, (tensors, facts) in checkpoints.newest(self._earlier):
+            best = checkpoints.read(file.parent / facts["best_file"]) if facts["best_file"] else None
             if facts["best_file"] and best is None:
                 continue  # the state before this one may still have its best weights
+            self._ranks.tell(str(file).encode())
             self._take_up(optimizer, tensors, facts, best[0] if best else {})
             LOGGER.info("goes on from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
             break
+        else:
+            self._ranks.tell(b"")
+        self._shrink_micro_batch()
         return self._position
+
+    def _shrink_micro_batch(self) -> None:
+        """Heed what earlier attempts have learnt about memory. Raises OutOfMemoryError when it is that nothing fits."""
+        learnt = [int(file.read_text()) for place in self._earlier if (file := place / MICRO_BATCH).is_file()]
+        self.micro_batch_size = min([self.micro_batch_size, *learnt])
+        if not self.micro_batch_size:
+            raise OutOfMemoryError(f"on each of {self._ranks.size} devices")
 
     def _take_up(
         self,
@@ -452,16 +585,18 @@ class Trainer:
             parts.setdefault(int(number), {})[part] = value
         optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
         self._position = _Position(**facts["position"])
-        self._loss_sum.fill_(facts["loss_sum"])
+        self._loss_sum.fill_(0.0 if self._ranks.rank else facts["loss_sum"])
         self.micro_batch_size = facts["micro_batch_size"]
         self.curve = [Point(**point) for point in facts["curve"]]
         self.resumed_evaluations = len(self.curve)
         self.best = Point(**facts["best_point"]) if facts["best_point"] else None
         self._best_weights = best
         self._order.bit_generator.state = facts["order"]
-        torch.set_rng_state(tensors["random.torch"])
-        if "random.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        # A run that had fewer processes has no states for the others.
+        if (name := _random_name("torch", self._ranks.rank)) in tensors:
+            torch.set_rng_state(tensors[name])
+        if (name := _random_name("cuda", self._ranks.rank)) in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[name], self.device)
         version, internal, gauss = facts["random_python"]
         random.setstate((version, tuple(internal), gauss))
         numpy_state = facts["random_numpy"]
@@ -471,6 +606,39 @@ class Trainer:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _random_name(kind: str, rank: int) -> str:
+    return f"random.{kind}.{rank}" if rank else f"random.{kind}"
+
+
+Answers = list[list[tuple[Indices, Tensor]]]
+"""What a process found for each of its evaluation batches, in parts."""
+
+
+def _packed(answers: Answers) -> bytes:
+    arrays: dict[str, Any] = {}
+    for number, parts in enumerate(answers):
+        for part, (indices, answer) in enumerate(parts):
+            arrays[f"{number}.{part}.indices"] = indices
+            arrays[f"{number}.{part}.answer"] = answer.cpu().numpy()
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def _unpacked(content: bytes) -> Answers:
+    answers: Answers = []
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        for name in arrays.files:
+            number, _, kind = name.split(".")
+            if kind == "indices":
+                indices = arrays[name]
+                continue
+            while len(answers) <= int(number):
+                answers.append([])
+            answers[int(number)].append((indices, torch.from_numpy(arrays[name])))
+    return answers
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

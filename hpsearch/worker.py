@@ -3,6 +3,8 @@
 The overfitting verdict is taken here, with no round trip to the driver: the run stops, its best checkpoint is scored
 on the test split, and its device is free at once. What the trial has come to is in its folder before it is told, so
 that nothing is lost with a driver that does not hear it.
+
+A trial on several devices has a process for each. This one, the first, reports and decides; the others `follow`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -31,8 +35,17 @@ import hpsearch
 from hpsearch import checkpoints, statistics
 from hpsearch.errors import DiskFullError, LeaseLostError
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
+from hpsearch.ranks import Ranks, join, lead
 from hpsearch.tasks import build_task
-from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, pick_device, seed_everything
+from hpsearch.trainer import (
+    Order,
+    OutOfMemoryError,
+    PreemptedError,
+    SmallerMicroBatchError,
+    Trainer,
+    pick_device,
+    seed_everything,
+)
 from hpsearch.trial import (
     LAST_WORDS,
     PREEMPTED,
@@ -57,15 +70,44 @@ _ROOM_TO_BEGIN = 1_000_000
 """Bytes that a trial waits for that could not even make its folder."""
 _LOOK_EVERY_S = 0.25
 """Seconds between two looks for a request to stop."""
+_NEWS_S = 5.0
+"""A process that loses another hears of it from the network before the backend knows which one it was and why."""
+_SILENCE = timedelta(minutes=30)
+"""What the processes of a trial wait for each other at most, unless `limits.stall_minutes` says less."""
 
 
-def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Progress, None, TrialResult]:
+class Team(Protocol):
+    """The other processes of a trial on several devices, as the backend knows them."""
+
+    size: int
+    """This process counted."""
+    host: str
+    """The address that they reach this process at."""
+
+    def start(self, config: TrialConfig, address: str) -> None:
+        """Make each of them `follow`."""
+
+    def lost(self, wait_s: float = 0.0) -> str | None:
+        """What is known of one that ended before its time; None while there is none."""
+
+    def end(self, *, is_done: bool) -> None:
+        """Wait for those that are done, or end those that are not."""
+
+
+class ProcessLostError(Exception):
+    """Another process of the trial died; the trial goes on from its checkpoint with new ones."""
+
+
+def run_trial(
+    config: TrialConfig, *, own_process: bool = False, team: Team | None = None
+) -> Generator[Progress, None, TrialResult]:
     """Run one trial; yields Progress per evaluation and returns how it ended. Close it to stop the trial early.
 
     Whatever the trial raises ends that trial alone: it comes back as a `failed` result with its traceback. Raises
-    LeaseLostError when another launch has removed its folder. Asked to
+    LeaseLostError when another launch has removed its folder, and ProcessLostError. Asked to
     stop, by SIGTERM or by STOP_FILE in its folder, it writes a checkpoint and ends as `interrupted`. With
-    `own_process`, a trial that is silent for its `stall_minutes` ends the process and leaves LAST_WORDS.
+    `own_process`, a trial that is silent for its `stall_minutes` ends the process and leaves LAST_WORDS. A `team`
+    trains it together with this process.
     """
     folder = Path(config.folder)
     for place in map(Path, config.earlier):
@@ -74,7 +116,7 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
             yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
             return result
     try:
-        watch = _Watch(config, folder, own_process)
+        watch = _Watch(config, folder, own_process, team.size if team else 1)
     except OSError as error:
         if error.errno not in checkpoints.FULL:
             raise
@@ -84,13 +126,19 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
         LOGGER.info("attempt %d begins", config.attempt, extra={"facts": {"params": config.params, **_where()}})
         curve = []
         try:
-            result = yield from _run(config, folder, watch, curve)
+            result = yield from _run(config, watch, curve, team)
         except LeaseLostError:
             raise  # nobody waits for this attempt any more
+        except ProcessLostError as error:
+            watch.say(str(error))
+            raise
         except PreemptedError:
             result = TrialResult(state=TrialState.INTERRUPTED, reason=watch.leave())
         except DiskFullError as error:
             result = TrialResult(state=TrialState.INTERRUPTED, reason=str(error), needed_bytes=error.needed)
+        except SmallerMicroBatchError as error:
+            LOGGER.warning("%s", error)
+            result = TrialResult(state=TrialState.INTERRUPTED, reason=str(error))
         except OutOfMemoryError as error:
             result = TrialResult(state=TrialState.INFEASIBLE, reason=f"out of memory at micro-batch 1: {error}")
         except Exception as error:
@@ -108,6 +156,7 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "threads": torch.get_num_threads(),
+                "processes": team.size if team else 1,
                 "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             },
         )
@@ -122,42 +171,138 @@ def run_trial(config: TrialConfig, *, own_process: bool = False) -> Generator[Pr
         return result
 
 
+def follow(config: TrialConfig, address: str, *, rank: int, size: int, host: str) -> str:
+    """Be one of the other processes of a trial; returns why the trial must begin again, or nothing when it is over."""
+    asked = Order.GO_ON
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = Order.PREEMPT
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        with join(address, rank=rank, size=size, host=host, timeout=_patience(config)) as ranks:
+            trainer = _trainer(config, ranks, lambda: asked)
+            for _ in trainer.points():
+                pass
+            trainer.follow()
+    except PreemptedError:
+        return ""
+    except SmallerMicroBatchError as error:
+        return f"{PREEMPTED}: {error}"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return ""
+
+
+def first_cause(words: Sequence[str]) -> str | None:
+    """Of what is known of processes that ended, what explains the others' ends; None when all ended well."""
+    return min(filter(None, words), key=lambda said: "Connection" in said, default=None)
+
+
 def _run(
-    config: TrialConfig, folder: Path, watch: _Watch, progress: list[Progress]
+    config: TrialConfig, watch: _Watch, progress: list[Progress], team: Team | None
 ) -> Generator[Progress, None, TrialResult]:
+    with _together(config, team, watch) as ranks:
+        trainer = watch.trainer = _trainer(config, ranks, watch.pulse)
+        try:
+            result = yield from _train(config, trainer, progress)
+        except GeneratorExit:
+            trainer.dismiss()
+            raise
+        trainer.dismiss()
+        return result
+
+
+def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> Trainer:
     torch.set_num_threads(config.threads)
     seed_everything(config.seed)
-    device = pick_device(config.device)
-    trainer = Trainer(
-        build_task(config),
+    task = build_task(config)
+    if ranks.rank:
+        torch.manual_seed(config.seed + ranks.rank)  # equal weights, but not equal dropout
+    return Trainer(
+        task,
         config.training,
         seed=config.seed,
-        device=device,
-        folder=folder,
+        device=pick_device(config.device),
+        folder=Path(config.folder),
         objective=config.objective,
         earlier=[Path(place) for place in config.earlier],
-        pulse=watch.pulse,
+        pulse=pulse,
+        ranks=ranks,
     )
-    watch.trainer = trainer
+
+
+@contextmanager
+def _together(config: TrialConfig, team: Team | None, watch: _Watch) -> Iterator[Ranks]:
+    """The processes of a trial, found and in the end dismissed."""
+    if team is None:
+        yield Ranks()
+        return
+    is_done = False
+    guard = _Guard(team, watch)
+    try:
+        call = partial(team.start, config)
+        with lead(team.host, team.size, call, timeout=_patience(config)) as ranks:
+            guard.start()
+            try:
+                yield ranks
+                is_done = True
+            except GeneratorExit:
+                is_done = True
+                raise
+            except RuntimeError as error:  # what lost connections raise
+                if lost := team.lost(_NEWS_S):
+                    raise ProcessLostError(lost) from error
+                raise
+    finally:
+        guard.stopped.set()
+        team.end(is_done=is_done)
+
+
+def _patience(config: TrialConfig) -> timedelta:
+    return timedelta(minutes=config.stall_minutes) if config.stall_minutes is not None else _SILENCE
+
+
+class _Guard(threading.Thread):
+    """Ends this process when it waits in vain, deep in a library, for another one that died."""
+
+    def __init__(self, team: Team, watch: _Watch) -> None:
+        super().__init__(daemon=True)
+        self.stopped = threading.Event()
+        self._team = team
+        self._watch = watch
+
+    def run(self) -> None:
+        while not self.stopped.wait(1.0):
+            lost = self._team.lost()
+            # Often the network has told the main thread, which then says it better.
+            if lost is not None and not self.stopped.wait(2 * _NEWS_S):
+                self._watch.say(lost)
+                os._exit(1)
+
+
+def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> Generator[Progress, None, TrialResult]:
     # Without the overfitting rule a run is still ended when its loss is no number any more.
     rule = config.rule or OverfitRule()
     curve: list[Point] = []
     per_epoch = len(trainer.evaluation_steps)
     judgement = judge(curve, trainer.total_evaluations, rule)
     stops = False
-    for point in trainer.points():
-        curve.append(point)
-        judgement = judge(curve, trainer.total_evaluations, rule, evaluations_per_epoch=per_epoch)
-        stops = judgement.stops and (config.rule is not None or _is_broken(judgement))
-        if point.evaluation > trainer.resumed_evaluations:
-            said = "evaluation %d at epoch %.4g: train %.4g, valid %.4g, %s"
-            losses = (point.train_loss, point.valid_loss, judgement.verdict)
-            LOGGER.info(said, point.evaluation, point.epoch, *losses, extra={"facts": asdict(point)})
-        progress.append(Progress(point=point, judgement=judgement, stops=stops))
-        if point.evaluation > config.recorded or point.evaluation > trainer.resumed_evaluations:
-            yield progress[-1]
-        if stops:
-            break
+    with closing(trainer.points()) as points:
+        for point in points:
+            curve.append(point)
+            judgement = judge(curve, trainer.total_evaluations, rule, evaluations_per_epoch=per_epoch)
+            stops = judgement.stops and (config.rule is not None or _is_broken(judgement))
+            if point.evaluation > trainer.resumed_evaluations:
+                said = "evaluation %d at epoch %.4g: train %.4g, valid %.4g, %s"
+                losses = (point.train_loss, point.valid_loss, judgement.verdict)
+                LOGGER.info(said, point.evaluation, point.epoch, *losses, extra={"facts": asdict(point)})
+            progress.append(Progress(point=point, judgement=judgement, stops=stops))
+            if point.evaluation > config.recorded or point.evaluation > trainer.resumed_evaluations:
+                yield progress[-1]
+            if stops:
+                break
     if not curve:
         return TrialResult(state=TrialState.INFEASIBLE, reason=f"no evaluation within {config.max_minutes:g} minutes")
     common = TrialResult(
@@ -166,7 +311,7 @@ def _run(
         judgement=judgement_dict(judgement),
         num_parameters=trainer.num_parameters,
         micro_batch_size=trainer.micro_batch_size,
-        device=_device_name(device),
+        device=_device_name(trainer.device),
     )
     trainer.settle(curve[-1])
     state = _STATE_OF[judgement.verdict] if stops else TrialState.COMPLETED
@@ -185,7 +330,7 @@ def _run(
         scores=scored.scores,
         examples=statistics.pack(scored.examples),
         details=scored.details,
-        checkpoint=str(folder),
+        checkpoint=str(trainer.folder),
     )
 
 
@@ -196,8 +341,9 @@ def _where() -> dict[str, Any]:
 class _Watch:
     """Tells a run when to stop, and ends the process of one that hangs."""
 
-    def __init__(self, config: TrialConfig, folder: Path, own_process: bool) -> None:
+    def __init__(self, config: TrialConfig, folder: Path, own_process: bool, processes: int) -> None:
         self.trainer: Trainer | None = None
+        self._processes = processes
         self._config = config
         self._stop_file = folder / STOP_FILE
         self._last_words_file = folder / LAST_WORDS
@@ -212,8 +358,8 @@ class _Watch:
 
     @property
     def seconds(self) -> float:
-        """Of the whole trial, as far as it is known."""
-        return self.trainer.seconds if self.trainer else time.monotonic() - self._began
+        """Device-seconds of the whole trial, as far as they are known."""
+        return self.trainer.seconds if self.trainer else self._processes * (time.monotonic() - self._began)
 
     def __enter__(self) -> _Watch:
         if self._own_process:
@@ -238,11 +384,16 @@ class _Watch:
 
     def leave(self) -> str:
         """Say why the run left before its end."""
-        if not self._had_sigterm:
+        if not self._had_sigterm and self._asked is Order.PREEMPT:
             return "asked to stop"
-        reason = f"{PREEMPTED} by SIGTERM"
-        self._last_words.write(reason)
+        reason = f"{PREEMPTED} by SIGTERM" if self._had_sigterm else f"{PREEMPTED} with one of its processes"
+        self.say(reason)
         return reason
+
+    def say(self, words: str) -> None:
+        """Leave word of why this process will not be there any more."""
+        self._last_words.write(words)
+        self._last_words.flush()
 
     def pulse(self) -> Order:
         """Called while the run is alive; answers what is asked of it."""
@@ -258,7 +409,7 @@ class _Watch:
         if self._asked is Order.GO_ON and self._stop_file.exists():
             self._asked = Order.PREEMPT
         limit = self._config.max_minutes
-        if self._asked is Order.GO_ON and limit is not None and self.seconds > 60 * limit:
+        if self._asked is Order.GO_ON and limit is not None and self.seconds > 60 * limit * self._processes:
             self._asked = Order.TIME_UP
         return self._asked
 

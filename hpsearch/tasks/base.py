@@ -21,7 +21,7 @@ from hpsearch.statistics import Examples
 from hpsearch.trial import Score
 
 Indices = NDArray[np.int64]
-Evaluate = Callable[[str, "Callable[[Batch], Any]"], Iterator[tuple[Indices, Any]]]
+Evaluate = Callable[[str, "Callable[[Batch], Tensor]"], Iterator[tuple[Indices, Tensor]]]
 """Run a function over all evaluation batches of a split; yields the examples' indices and the function's answer."""
 
 IGNORED = -100
@@ -34,16 +34,14 @@ _POOL = 50
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples as tensors, labels last, and how many tokens (or examples) of them are predicted."""
+    """Examples as tensors, labels last."""
 
     tensors: tuple[Tensor, ...]
-    predicted: int
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        moved = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in self.tensors)
-        return Batch(moved, self.predicted)
+        return Batch(tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in self.tensors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +70,9 @@ class Task(Protocol):
 
     def batch(self, split: str, indices: Indices) -> Batch:
         """The examples of a split at these indices, on the CPU."""
+
+    def predicted(self, split: str, indices: Indices) -> int:
+        """How many tokens (or examples) of these examples are predicted: what their summed loss is divided by."""
 
     def losses(self, batch: Batch) -> Tensor:
         """Unreduced losses of a batch in nats, with 0 where nothing is predicted."""

@@ -71,7 +71,11 @@ class CausalLM:
         labels = window[:, 1:].copy()
         labels[positions[:, 1:] >= len(tokens)] = IGNORED
         tensors = torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(labels)
-        return Batch(tensors, predicted=int((labels != IGNORED).sum()))
+        return Batch(tensors)
+
+    def predicted(self, split: str, indices: Indices) -> int:
+        left = len(self._splits[split].tokens) - 1 - indices * self._length
+        return int(np.minimum(left, self._length).sum())
 
     def losses(self, batch: Batch) -> Tensor:
         inputs, labels = batch.tensors

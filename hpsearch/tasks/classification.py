@@ -63,7 +63,10 @@ class Classification:
     def batch(self, split: str, indices: Indices) -> Batch:
         """Token ids of shape (texts, longest of them) and labels of shape (texts, labels)."""
         ids = padded(self._texts[split], indices, longest=self._length, padding=self._card.padding_id)
-        return Batch((ids, torch.from_numpy(self._labels[split][indices])), predicted=len(indices))
+        return Batch((ids, torch.from_numpy(self._labels[split][indices])))
+
+    def predicted(self, split: str, indices: Indices) -> int:
+        return len(indices)
 
     def losses(self, batch: Batch) -> Tensor:
         labels = batch.tensors[1]

@@ -52,6 +52,7 @@ class Translation:
         self._sources = {split: load_split(data, split, "source") for split in SPLITS}
         self._targets = {split: load_split(data, split, "target") for split in SPLITS}
         self._length = settings.context_length
+        self._predicted = {split: np.minimum(self._targets[split].lengths, self._length) for split in SPLITS}
         self._options = options
         self._label_smoothing = label_smoothing
         tokens = _tokens(settings, self._card.vocab_size, self._card.target_vocab_size)
@@ -74,9 +75,11 @@ class Translation:
     def batch(self, split: str, indices: Indices) -> Batch:
         """Source and target ids, each of shape (pairs, longest of them)."""
         source = padded(self._sources[split], indices, longest=self._length, padding=self._padding)
-        target = padded(self._targets[split], indices, longest=self._length, padding=self._padding)
-        target[target == self._padding] = IGNORED
-        return Batch((source, target), predicted=int((target != IGNORED).sum()))
+        target = padded(self._targets[split], indices, longest=self._length, padding=IGNORED)
+        return Batch((source, target))
+
+    def predicted(self, split: str, indices: Indices) -> int:
+        return int(self._predicted[split][indices].sum())
 
     def losses(self, batch: Batch) -> Tensor:
         source, target = batch.tensors
