@@ -357,7 +357,7 @@ def launch_spec(
             search=search,
             outbox=outbox,
             data=folder,
-            threads=backend.placement.cpus_per_trial,
+            threads=backend.placement.cpus_per_process,
             listen=listen,
             repeats=repeats,
             on_cluster_lost=cluster_lost,

@@ -190,12 +190,17 @@ class PruneSpec(Strict):
 
 
 class ResourceSpec(Strict):
-    """What one trial gets, and how many run at once. Threads per trial equal its CPUs."""
+    """What one trial gets, and how many run at once. Threads per process of a trial equal its CPUs."""
 
-    cpus_per_trial: int = Field(1, ge=1)
-    gpus_per_trial: float | Literal["auto"] = Field(
-        "auto", description="Whole or a fraction; auto: 1 if there are any."
+    cpus_per_trial: int = Field(
+        1, ge=1, description="Shared by the processes of a trial, which take one each at least."
     )
+    gpus_per_trial: float | Literal["auto"] = Field(
+        "auto",
+        description="A fraction of one, or several: a process for each trains its part of every batch "
+        "(DistributedDataParallel). auto: 1 if there are any.",
+    )
+    across_nodes: bool = Field(False, description="The GPUs of a trial may be on several nodes.")
     memory_gb_per_trial: float | None = Field(
         None, gt=0, description="Memory that a node must have free for a trial, in 10^9 bytes."
     )
@@ -210,9 +215,16 @@ class ResourceSpec(Strict):
     @field_validator("gpus_per_trial", mode="before")
     @classmethod
     def _gpus(cls, value: Any) -> Any:
-        if value != "auto" and (isinstance(value, str | bool) or not 0 <= value <= 1):
-            raise ValueError(f"expected auto or a number from 0 to 1, got {value!r}")
+        if value != "auto" and (
+            isinstance(value, str | bool) or value < 0 or (value > 1 and value != int(value)) or value > 4096
+        ):
+            raise ValueError(f"expected auto, a part of one or a whole number, got {value!r}")
         return value
+
+    @property
+    def processes(self) -> int:
+        """Of one trial: one for each of its GPUs."""
+        return max(1, int(self.gpus_per_trial)) if self.gpus_per_trial != "auto" else 1
 
     @field_validator("parallel", mode="before")
     @classmethod
@@ -680,6 +692,9 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
         expected = " or ".join(OBJECTIVES[spec.task])
         message = f"a {spec.task} study has no validation {spec.objective}; expected {expected}"
         problems.append(Problem(path=("objective",), message=message))
+    if spec.backend == "inline" and spec.resources.processes > 1:
+        message = "the inline backend has one process, on one GPU at most; expected backend: ray"
+        problems.append(Problem(path=("resources", "gpus_per_trial"), message=message))
     problems += _pretrained_problems(spec, content)
     if not spec.tokenizer.shared and spec.task != "translation":
         problems.append(Problem(path=("tokenizer", "shared"), message="only a translation has two vocabularies"))

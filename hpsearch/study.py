@@ -305,7 +305,7 @@ class StudyRun:
         live = self._live[number]
         last_words = _last_words(live.config)
         error = "\n\n".join(part for part in (last_words, error.strip()) if part)
-        reason = _first_cause(error) or "its worker died without a word"
+        reason = _first_cause(last_words) or _first_cause(error) or "its worker died without a word"
         if error.startswith(PREEMPTED):
             self._requeue(number, error.splitlines()[0])
             return

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
@@ -26,10 +26,11 @@ class Placement:
     """What a backend found and how it will use it."""
 
     parallel: int
-    cpus_per_trial: int
+    cpus_per_process: int
     gpus_per_trial: float
-    resources: Mapping[str, float] = field(default_factory=dict)
-    """What a trial takes of one node, by Ray's names."""
+    bundles: Sequence[Mapping[str, float]] = ()
+    """What each process of a trial takes of a node, by Ray's names."""
+    across_nodes: bool = False
     where: str
     """In words, for a person."""
 

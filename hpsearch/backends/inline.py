@@ -26,7 +26,7 @@ class Inline:
         gpus = spec.resources.gpus_per_trial
         self.placement = Placement(
             parallel=1,
-            cpus_per_trial=spec.resources.cpus_per_trial,
+            cpus_per_process=spec.resources.cpus_per_trial,
             gpus_per_trial=0 if gpus == "auto" else gpus,
             where="in this process, one trial at a time",
         )

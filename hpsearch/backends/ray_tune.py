@@ -46,7 +46,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from hpsearch.backends.ray_metrics import StudyMetrics
 from hpsearch.errors import ClusterError, HpsearchError, RunFolderError
@@ -64,6 +64,8 @@ COUNT_NODES_EVERY_S = 2.0
 NODE_LOST = f"{PREEMPTED}: its node was lost"
 NODE_NOTICED_S = 3.0
 """The death of a worker is heard a moment before that of its node."""
+DISMISSED_S = 60.0
+"""What the other processes of a trial get to end, once they are told that it is over."""
 START_ATTEMPTS = 3
 """Ray gives a node 30 s to come up, which a loaded machine can miss."""
 
@@ -206,7 +208,10 @@ class RayTune:
         place = self.placement
         bridge = _Bridge(run, place, self._most)
         tuner = tune.Tuner(
-            tune.with_resources(_Trainable, tune.PlacementGroupFactory([place.resources])),
+            tune.with_resources(
+                _Trainable,
+                tune.PlacementGroupFactory(place.bundles, strategy="PACK" if place.across_nodes else "STRICT_PACK"),
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=_BridgeSearcher(bridge),
                 scheduler=_BridgeScheduler(bridge),
@@ -239,40 +244,73 @@ def _place(spec: StudySpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
     wanted = spec.resources
     gpus = sum(node.get("GPU", 0) for node in nodes)
     gpus_per_trial = (1.0 if gpus else 0.0) if wanted.gpus_per_trial == "auto" else float(wanted.gpus_per_trial)
-    needs = {"cpus_per_trial": ("CPU", float(wanted.cpus_per_trial)), "gpus_per_trial": ("GPU", gpus_per_trial)}
+    processes = wanted.processes
+    cpus = max(1, wanted.cpus_per_trial // processes)
+    needs = {"cpus_per_trial": ("CPU", float(processes * cpus)), "gpus_per_trial": ("GPU", gpus_per_trial)}
     if wanted.memory_gb_per_trial:
         needs["memory_gb_per_trial"] = ("memory", 1e9 * wanted.memory_gb_per_trial)
+    each = {name: amount / processes for name, amount in needs.values() if amount}
     if wanted.accelerator_type:
         # Ray gives a node one of it, and asks for a crumb: what counts is that it is there.
         needs["accelerator_type"] = (f"accelerator_type:{wanted.accelerator_type}", 0.001)
+        each[f"accelerator_type:{wanted.accelerator_type}"] = 0.001
     needs |= {f"custom_per_trial.{name}": (name, amount) for name, amount in wanted.custom_per_trial.items()}
-    resources = {name: amount for name, amount in needs.values() if amount}
+    is_spread = wanted.across_nodes and processes > 1
     for setting, (name, amount) in needs.items():
-        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
+        most = (sum if is_spread else _largest)(node.get(name, 0.0) for node in nodes)
         if amount > most:
             given = wanted.accelerator_type if setting == "accelerator_type" else f"{amount:g}"
-            raise ClusterError(f"resources.{setting} is {given}, but no node of Ray has more than {most:g} {name}")
-    fit = _fit(resources, nodes)
+            has = "all nodes of Ray have no more than" if is_spread else "no node of Ray has more than"
+            raise ClusterError(
+                f"resources.{setting} is {given}, but {has} {most:g} {name}" + _advice(setting, spec, gpus)
+            )
+    bundles = [{**each, **wanted.custom_per_trial}, *[each] * (processes - 1)]
+    fit = _fit(bundles, nodes, across_nodes=is_spread)
     if not fit:
-        raise ClusterError(f"no node of Ray has all at once that a trial asks for: {resources}")
+        raise ClusterError(f"no node of Ray has all at once that a trial asks for: {_total(bundles)}")
     parallel = fit if wanted.parallel == "auto" else min(wanted.parallel, fit)
-    each = f"{wanted.cpus_per_trial} CPU" + (f" and {gpus_per_trial:g} GPU" if gpus_per_trial else "")
+    share = f"{processes * cpus} CPU" + (f" and {gpus_per_trial:g} GPU" if gpus_per_trial else "")
     where = "on this machine" if len(nodes) == 1 else f"on {len(nodes)} nodes"
-    cpus = sum(node.get("CPU", 0) for node in nodes)
+    total = sum(node.get("CPU", 0) for node in nodes)
     return Placement(
         parallel=parallel,
-        cpus_per_trial=wanted.cpus_per_trial,
+        cpus_per_process=cpus,
         gpus_per_trial=gpus_per_trial,
-        resources=resources,
-        where=f"Ray {where} ({cpus:g} CPUs, {gpus:g} GPUs), {parallel} at a time, {each} each",
+        bundles=bundles,
+        across_nodes=is_spread,
+        where=f"Ray {where} ({total:g} CPUs, {gpus:g} GPUs), {parallel} at a time, {share} each"
+        + (f" in {processes} processes" if processes > 1 else ""),
     )
 
 
-def _fit(resources: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> int:
-    """How many trials with these resources fit on the nodes, none of them on two."""
-    return sum(
-        min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in resources.items()) for node in nodes
-    )
+def _largest(amounts: Iterable[float]) -> float:
+    return max(amounts, default=0.0)
+
+
+def _advice(setting: str, spec: StudySpec, gpus: float) -> str:
+    if setting == "gpus_per_trial" and 1 < spec.resources.processes <= gpus:
+        return "; resources.across_nodes: true lets a trial use those of several"
+    return ""
+
+
+def _total(bundles: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def _fit(bundles: Sequence[Mapping[str, float]], nodes: Iterable[Mapping[str, float]], *, across_nodes: bool) -> int:
+    """How many trials with these bundles fit on the nodes, none of them on two unless they may."""
+
+    def count(resources: Mapping[str, float], node: Mapping[str, float]) -> int:
+        return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in resources.items())
+
+    if across_nodes:
+        # What only the first process takes is left to Ray to place.
+        return sum(count(bundles[-1], node) for node in nodes) // len(bundles)
+    return sum(count(_total(bundles), node) for node in nodes)
 
 
 class _Bridge:
@@ -298,7 +336,8 @@ class _Bridge:
         """How many trials may run now: nodes come and go."""
         if time.monotonic() - self._counted > COUNT_NODES_EVERY_S:
             self._counted = time.monotonic()
-            fit = _fit(self.place.resources, (node["Resources"] for node in _nodes()))
+            nodes = (node["Resources"] for node in _nodes())
+            fit = _fit(self.place.bundles, nodes, across_nodes=self.place.across_nodes)
             self._capacity = int(min(self._most, fit))
         return self._capacity
 
@@ -344,7 +383,8 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
                 return None if bridge.numbers or run.is_waiting else Searcher.FINISHED
         bridge.numbers[trial_id] = config.number
         device = "auto" if bridge.place.gpus_per_trial else "cpu"
-        return {"trial": config.model_copy(update={"device": device}).model_dump_json()}
+        trial = config.model_copy(update={"device": device}).model_dump_json()
+        return {"trial": trial, "processes": len(bridge.place.bundles), "across_nodes": bridge.place.across_nodes}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._bridge.numbers.pop(trial_id, None)
@@ -429,6 +469,8 @@ class _StopWatch(tune.Callback):  # type: ignore[misc]
 class _Trainable(tune.Trainable):  # type: ignore[misc]
     """A warm worker: it keeps its process, and so its imports, from trial to trial."""
 
+    _team: _Team | None = None
+
     def setup(self, config: dict[str, Any]) -> None:
         self._begin(config)
 
@@ -456,12 +498,80 @@ class _Trainable(tune.Trainable):  # type: ignore[misc]
         """Nothing: the worker reads its own checkpoints."""
 
     def _begin(self, config: dict[str, Any]) -> None:
-        trial = TrialConfig.model_validate_json(config["trial"])
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ["OMP_NUM_THREADS"] = str(trial.threads)
+        trial = _as_a_worker(config["trial"])
         from hpsearch.worker import run_trial
 
-        self._trial = run_trial(trial, own_process=True)
+        if config["processes"] > 1 and self._team is None:
+            self._team = _Team(config["processes"], is_spread=config["across_nodes"])
+        self._trial = run_trial(trial, own_process=True, team=self._team)
+
+
+def _as_a_worker(content: str) -> TrialConfig:
+    """The trial, with what torch reads of the environment when it is imported."""
+    trial = TrialConfig.model_validate_json(content)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["OMP_NUM_THREADS"] = str(trial.threads)
+    return trial
+
+
+class _Follower:
+    """An actor that holds one of the other processes of a trial, from trial to trial."""
+
+    def follow(self, trial: str, address: str, *, rank: int, size: int, host: str) -> str:
+        config = _as_a_worker(trial)
+        from hpsearch.worker import follow
+
+        return follow(config, address, rank=rank, size=size, host=host or ray.util.get_node_ip_address())
+
+
+class _Team:
+    """The followers of this worker, each in its own bundle of the trial's resources. See `worker.Team`."""
+
+    def __init__(self, size: int, *, is_spread: bool) -> None:
+        self.size = size
+        self.host = ray.util.get_node_ip_address() if is_spread else "127.0.0.1"
+        self._there = "" if is_spread else self.host
+        self._followers: list[Any] = []
+        self._answers: list[Any] = []
+
+    def start(self, config: TrialConfig, address: str) -> None:
+        group = ray.util.get_current_placement_group()
+        for rank in range(1 + len(self._followers), self.size):
+            bundle = group.bundle_specs[rank]
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            options = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": place}
+            self._followers.append(ray.remote(_Follower).options(**options).remote())
+        trial = config.model_dump_json()
+        self._answers = [
+            follower.follow.remote(trial, address, rank=rank, size=self.size, host=self._there)
+            for rank, follower in enumerate(self._followers, start=1)
+        ]
+
+    def lost(self, wait_s: float = 0.0) -> str | None:
+        from hpsearch.worker import first_cause
+
+        done, _ = ray.wait(self._answers, num_returns=1, timeout=wait_s)
+        if not done:
+            return None
+        done, _ = ray.wait(self._answers, num_returns=len(self._answers), timeout=wait_s / 5)
+        return first_cause([self._said(answer) for answer in done])
+
+    def end(self, *, is_done: bool) -> None:
+        if is_done:
+            done, _ = ray.wait(self._answers, num_returns=len(self._answers), timeout=DISMISSED_S)
+            is_done = len(done) == len(self._answers)
+        if not is_done:
+            for follower in self._followers:
+                ray.kill(follower)
+            self._followers = []
+
+    def _said(self, answer: Any) -> str:
+        try:
+            return str(ray.get(answer))
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            why = lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else lines[0]
+            return f"process {1 + self._answers.index(answer)} of {self.size} ended: {why}"
 
 
 def _end_silent(config: TrialConfig) -> None:

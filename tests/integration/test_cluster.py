@@ -261,10 +261,69 @@ def test_trials_share_gpus_and_go_where_their_resources_are(cluster: Cluster, st
     assert "1 at a time" in done.stderr
 
 
+def test_a_trial_on_several_gpus_has_a_process_for_each(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    """Here on CPUs, which Ray is told are GPUs. Each process takes its part of the sampled batch size."""
+
+    def launched(name: str, gpus: int, *options: str) -> package.Study:
+        store = f"sqlite:///{tmp_path}/{name}.db"
+        done = cluster.run(
+            "launch", "study.yaml", "--trials=2", "--store", store, "--address", cluster.address,
+            f"--set=resources.gpus_per_trial={gpus}", *options, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"1 at a time, {max(1, gpus)} CPU" in done.stderr
+        return package.open_study("tiny", store=store)
+
+    alone = launched("alone", 0)
+    together = launched("together", 2)
+    cluster.start("--address", cluster.address, "--num-gpus", "1")
+    try:
+        cluster.wait_for(lambda: cluster.count() == 4)
+        spread = launched("spread", 3, "--set=resources.across_nodes=true")
+    finally:
+        cluster.kill(3)
+        cluster.nodes.pop()
+        cluster.wait_for(lambda: cluster.count() == 3)
+    for study_of_several, processes in ((together, 2), (spread, 3)):
+        for one, several in zip(alone.trials(), study_of_several.trials(), strict=True):
+            assert several["state"] == one["state"] == "completed"
+            assert several["provenance"]["processes"] == processes
+            curves = [
+                [(point["train_loss"], point["valid_loss"]) for point in opened.trial(one["number"])["points"]]
+                for opened in (alone, study_of_several)
+            ]
+            assert curves[0] == [pytest.approx(point, abs=1e-4) for point in curves[1]]
+
+
+def test_a_trial_that_loses_one_of_its_processes_goes_on(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/lost.db"
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "hpsearch", "launch", "study.yaml", "--name=loses", "--trials=1", "--store", store,
+         "--address", cluster.address, "--set=resources.gpus_per_trial=2", "--set=search.num_epochs=60",
+         "--set=prune.overfit=false"],
+        env=cluster.environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def follower() -> psutil.Process | None:
+        log = "".join(file.read_text() for file in (cluster.root / "shared").glob("loses-*/logs/trial-00000.jsonl"))
+        if "evaluation 10 " not in log:
+            return None
+        family = psutil.Process(cluster.nodes[0].pid).children(recursive=True)
+        return next((child for child in family if "_Follower" in "".join(child.cmdline())), None)
+
+    cluster.wait_for(follower).kill()
+    _, said = launched.communicate(timeout=200)
+    assert launched.returncode == 0, said
+    assert "process 1 of 2 ended" in said
+    (trial,) = package.open_study("loses", store=store).trials()
+    assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 2, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "message"),
     [
         pytest.param(["launch", "study.yaml", "--address", "{address}", "--set=resources.gpus_per_trial=1", "--set=resources.cpus_per_trial=3"], {}, 75, "cpus_per_trial is 3, but no node of Ray has more than 2 CPU", id="more than a node has"),
+        pytest.param(["launch", "study.yaml", "--address", "{address}", "--set=resources.gpus_per_trial=3"], {}, 75, "gpus_per_trial is 3, but no node of Ray has more than 2 GPU", id="more GPUs than a node has"),
         pytest.param(["launch", "study.yaml", "--address", "{address}", "--set=resources.accelerator_type=H100"], {}, 75, "accelerator_type is H100, but no node", id="no such GPU"),
         pytest.param(["launch", "study.yaml", "--address", "127.0.0.1:1"], {}, 75, "there is no Ray at 127.0.0.1:1: Connection refused", id="no cluster"),
         pytest.param(["launch", "study.yaml", "--address", "ray://127.0.0.1:1"], {}, 2, "hpsearch submit STUDY --address", id="Ray client"),

@@ -56,6 +56,26 @@ def test_no_trial_lies_on_two_nodes(tmp_path: Path) -> None:
         place(tmp_path, "{cpus_per_trial: 6, memory_gb_per_trial: 10}", *nodes)
 
 
+def test_a_trial_on_several_gpus_has_a_process_for_each(tmp_path: Path) -> None:
+    nodes = ({"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}, {"CPU": 8})
+    on_one = place(
+        tmp_path, "{gpus_per_trial: 2, cpus_per_trial: 6, custom_per_trial: {}, memory_gb_per_trial: null}", *nodes
+    )
+    assert on_one.parallel == 1 + 1, "CPUs for one trial on each node"
+    assert on_one.bundles == [{"CPU": 3, "GPU": 1}] * 2
+    assert "6 CPU and 2 GPU each in 2 processes" in on_one.where
+    assert place(tmp_path, "{gpus_per_trial: 2}", *nodes).parallel == 2 + 1
+    assert place(tmp_path, "{gpus_per_trial: 4}", *nodes).parallel == 1
+    assert place(tmp_path, "{gpus_per_trial: 3, across_nodes: true}", *nodes).parallel == 2
+    for resources, message in (
+        ("{gpus_per_trial: 6}", "is 6, but no node of Ray has more than 4 GPU; resources.across_nodes: true lets"),
+        ("{gpus_per_trial: 7}", "is 7, but no node of Ray has more than 4 GPU$"),
+        ("{gpus_per_trial: 7, across_nodes: true}", "is 7, but all nodes of Ray have no more than 6 GPU"),
+    ):
+        with pytest.raises(ClusterError, match=message):
+            place(tmp_path, resources, *nodes)
+
+
 def test_a_trial_goes_where_its_kind_of_gpu_is(tmp_path: Path) -> None:
     nodes = ({"CPU": 8, "GPU": 4, "accelerator_type:A100": 1}, {"CPU": 8, "GPU": 2, "accelerator_type:H100": 1})
     assert place(tmp_path, "{}", *nodes).parallel == 6
