@@ -195,10 +195,11 @@ class ResourceSpec(Strict):
     cpus_per_trial: int = Field(
         1, ge=1, description="Shared by the processes of a trial, which take one each at least."
     )
-    gpus_per_trial: float | Literal["auto"] = Field(
+    gpus_per_trial: float | Literal["auto", "packed"] = Field(
         "auto",
         description="A fraction of one, or several: a process for each trains its part of every batch "
-        "(DistributedDataParallel). auto: 1 if there are any.",
+        "(DistributedDataParallel). auto: 1 if there are any. packed: as many trials on each as fit in its memory, by "
+        "what the study's first trials took.",
     )
     across_nodes: bool = Field(False, description="The GPUs of a trial may be on several nodes.")
     memory_gb_per_trial: float | None = Field(
@@ -215,16 +216,16 @@ class ResourceSpec(Strict):
     @field_validator("gpus_per_trial", mode="before")
     @classmethod
     def _gpus(cls, value: Any) -> Any:
-        if value != "auto" and (
+        if value not in ("auto", "packed") and (
             isinstance(value, str | bool) or value < 0 or (value > 1 and value != int(value)) or value > 4096
         ):
-            raise ValueError(f"expected auto, a part of one or a whole number, got {value!r}")
+            raise ValueError(f"expected auto, packed, a part of one or a whole number, got {value!r}")
         return value
 
     @property
     def processes(self) -> int:
         """Of one trial: one for each of its GPUs."""
-        return max(1, int(self.gpus_per_trial)) if self.gpus_per_trial != "auto" else 1
+        return 1 if isinstance(self.gpus_per_trial, str) else max(1, int(self.gpus_per_trial))
 
     @field_validator("parallel", mode="before")
     @classmethod

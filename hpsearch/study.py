@@ -22,6 +22,7 @@ from typing import Any
 
 from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError
 from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, earlier_attempts, run_folder
+from hpsearch.memory import PeakMemory
 from hpsearch.outbox import Outbox
 from hpsearch.search import Search, Suggestion
 from hpsearch.settings import ModelSettings, RunSettings
@@ -146,9 +147,11 @@ class StudyRun:
         self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints)
         self._queue: deque[_Waiting] = deque()
         self._losses: dict[int, int] = {}
+        self._memory = PeakMemory()
         self.states: dict[str, int] = {}
         for row in rows:
             self._count(TrialState(row["state"]))
+            self._memory.learn(row["settings"], row["micro_batch_size"], row["provenance"])
         self.resumed = self._take_up(rows)
 
     def add_listener(self, listener: Listener) -> None:
@@ -177,6 +180,10 @@ class StudyRun:
     def is_waiting(self) -> bool:
         """True when `next_trial` gives none for now, but may give one later."""
         return self._full_disk is not None
+
+    def share_of_a_device(self, config: TrialConfig) -> float:
+        """The part of a GPU that the trial's memory asks for, by what the study's trials took; 1 until enough have."""
+        return self._memory.share(_settings(config))
 
     def request_stop(self, reason: str, code: int | None = None, *, grace_s: float = GRACE_S) -> None:
         """Ask the running trials to write a checkpoint and leave, and the backend to end the launch then.
@@ -448,6 +455,7 @@ class StudyRun:
             lambda: self._keeper.trial_ended(live.row_id, number, result, self._folder, is_repeat=repeat_of is not None)
         )
         self._count(result.state)
+        self._memory.learn(_settings(live.config), result.micro_batch_size, result.provenance)
         facts = {"result": result, "last_epoch": last_epoch, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="trial_ended", trial=number, facts=facts))
         self._look_for_a_pattern(result)
@@ -463,7 +471,7 @@ class StudyRun:
                 attempt=config.attempt,
                 seed=config.seed,
                 repeat_of=config.repeat_of,
-                settings={"model": config.model.model_dump(), "training": config.training.model_dump()},
+                settings=_settings(config),
                 last=live.last,
                 best=live.best,
             )
@@ -543,6 +551,11 @@ def _point(row: Row) -> Point:
     for key in ("train_loss", "valid_loss"):
         values[key] = math.nan if values[key] is None else values[key]
     return Point(**values)
+
+
+def _settings(config: TrialConfig) -> dict[str, Any]:
+    """As the store keeps them."""
+    return {"model": config.model.model_dump(), "training": config.training.model_dump()}
 
 
 def _ask_to_leave(config: TrialConfig) -> None:

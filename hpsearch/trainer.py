@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from hpsearch import checkpoints
 from hpsearch.errors import DiskFullError, LeaseLostError
+from hpsearch.memory import CONTEXT_BYTES
 from hpsearch.ranks import Ranks
 from hpsearch.settings import Objective, RunSettings
 from hpsearch.tasks import architecture
@@ -104,6 +105,26 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def use_memory(device: torch.device, share: float | None) -> None:
+    """Begin to measure the peak, and keep this process to its share of a device that it has not for itself."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        most = 1.0 if share is None or share >= 1 else max(0.0, share - CONTEXT_BYTES / total)
+        torch.cuda.set_per_process_memory_fraction(most, device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of tensors at the worst moment since `use_memory`, and bytes of the device; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+        "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory,
+    }
 
 
 def gpu_names() -> list[str]:

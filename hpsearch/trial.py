@@ -196,6 +196,8 @@ class TrialConfig(Strict):
     max_minutes: float | None = None
     stall_minutes: float | None = None
     threads: int
+    device_share: float | None = None
+    """The part of a GPU's memory that the trial may take, where others are on the same."""
     device: str = "auto"
     """auto: the GPU given to this process if there is one."""
 

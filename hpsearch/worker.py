@@ -43,8 +43,10 @@ from hpsearch.trainer import (
     PreemptedError,
     SmallerMicroBatchError,
     Trainer,
+    peak_memory,
     pick_device,
     seed_everything,
+    use_memory,
 )
 from hpsearch.trial import (
     LAST_WORDS,
@@ -157,6 +159,7 @@ def run_trial(
                 "transformers": transformers.__version__,
                 "threads": torch.get_num_threads(),
                 "processes": team.size if team else 1,
+                **peak_memory(pick_device(config.device)),
                 "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
             },
         )
@@ -217,6 +220,8 @@ def _run(
 def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> Trainer:
     torch.set_num_threads(config.threads)
     seed_everything(config.seed)
+    device = pick_device(config.device)
+    use_memory(device, config.device_share)
     task = build_task(config)
     if ranks.rank:
         torch.manual_seed(config.seed + ranks.rank)  # equal weights, but not equal dropout
@@ -224,7 +229,7 @@ def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> T
         task,
         config.training,
         seed=config.seed,
-        device=pick_device(config.device),
+        device=device,
         folder=Path(config.folder),
         objective=config.objective,
         earlier=[Path(place) for place in config.earlier],

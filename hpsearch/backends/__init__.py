@@ -31,6 +31,8 @@ class Placement:
     bundles: Sequence[Mapping[str, float]] = ()
     """What each process of a trial takes of a node, by Ray's names."""
     across_nodes: bool = False
+    is_packed: bool = False
+    """Whether a trial takes the part of a GPU that its memory asks for, once that is known."""
     where: str
     """In words, for a person."""
 

@@ -23,14 +23,15 @@ def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[Inlin
 
 class Inline:
     def __init__(self, spec: StudySpec) -> None:
-        gpus = spec.resources.gpus_per_trial
+        wanted = spec.resources.gpus_per_trial
+        gpus = 0.0 if isinstance(wanted, str) else wanted
         self.placement = Placement(
             parallel=1,
             cpus_per_process=spec.resources.cpus_per_trial,
-            gpus_per_trial=0 if gpus == "auto" else gpus,
+            gpus_per_trial=gpus,
             where="in this process, one trial at a time",
         )
-        self._device = "cpu" if gpus == 0 else "auto"
+        self._device = "cpu" if wanted == 0 else "auto"
 
     def run(self, run: StudyRun) -> None:
         from hpsearch.worker import run_trial

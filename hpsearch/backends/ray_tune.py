@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from hpsearch.backends.ray_metrics import StudyMetrics
 from hpsearch.errors import ClusterError, HpsearchError, RunFolderError
+from hpsearch.memory import SMALLEST_SHARE
 from hpsearch.spec import StudySpec
 from hpsearch.study import StudyRun
 from hpsearch.trial import LAST_WORDS, PREEMPTED, PULSE_FILE, Decision, Progress, TrialConfig, TrialResult
@@ -208,10 +210,7 @@ class RayTune:
         place = self.placement
         bridge = _Bridge(run, place, self._most)
         tuner = tune.Tuner(
-            tune.with_resources(
-                _Trainable,
-                tune.PlacementGroupFactory(place.bundles, strategy="PACK" if place.across_nodes else "STRICT_PACK"),
-            ),
+            tune.with_resources(_Trainable, partial(_resources, place)),
             tune_config=tune.TuneConfig(
                 search_alg=_BridgeSearcher(bridge),
                 scheduler=_BridgeScheduler(bridge),
@@ -239,11 +238,19 @@ class RayTune:
             raise ClusterError(f"Ray Tune ended: {error}") from error
 
 
+def _resources(place: Placement, config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+    """What Tune asks of Ray for a trial."""
+    if config["share"] is not None:
+        return tune.PlacementGroupFactory([{**place.bundles[0], "GPU": config["share"]}])
+    return tune.PlacementGroupFactory(place.bundles, strategy="PACK" if place.across_nodes else "STRICT_PACK")
+
+
 def _place(spec: StudySpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
     """What a trial takes and how many fit on nodes with these resources. Raises ClusterError when none does."""
     wanted = spec.resources
     gpus = sum(node.get("GPU", 0) for node in nodes)
-    gpus_per_trial = (1.0 if gpus else 0.0) if wanted.gpus_per_trial == "auto" else float(wanted.gpus_per_trial)
+    is_given = not isinstance(wanted.gpus_per_trial, str)
+    gpus_per_trial = float(wanted.gpus_per_trial) if is_given else (1.0 if gpus else 0.0)
     processes = wanted.processes
     cpus = max(1, wanted.cpus_per_trial // processes)
     needs = {"cpus_per_trial": ("CPU", float(processes * cpus)), "gpus_per_trial": ("GPU", gpus_per_trial)}
@@ -269,6 +276,7 @@ def _place(spec: StudySpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
     if not fit:
         raise ClusterError(f"no node of Ray has all at once that a trial asks for: {_total(bundles)}")
     parallel = fit if wanted.parallel == "auto" else min(wanted.parallel, fit)
+    is_packed = wanted.gpus_per_trial == "packed" and gpus > 0
     share = f"{processes * cpus} CPU" + (f" and {gpus_per_trial:g} GPU" if gpus_per_trial else "")
     where = "on this machine" if len(nodes) == 1 else f"on {len(nodes)} nodes"
     total = sum(node.get("CPU", 0) for node in nodes)
@@ -278,9 +286,17 @@ def _place(spec: StudySpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
         gpus_per_trial=gpus_per_trial,
         bundles=bundles,
         across_nodes=is_spread,
+        is_packed=is_packed,
         where=f"Ray {where} ({total:g} CPUs, {gpus:g} GPUs), {parallel} at a time, {share} each"
-        + (f" in {processes} processes" if processes > 1 else ""),
+        + (f" in {processes} processes" if processes > 1 else "")
+        + (", and more once their memory is known" if is_packed else ""),
     )
+
+
+def _capacity(place: Placement, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials could run at once; of those that are packed, if none took more than a crumb of a GPU."""
+    bundles = [{**place.bundles[0], "GPU": SMALLEST_SHARE}] if place.is_packed else place.bundles
+    return _fit(bundles, nodes, across_nodes=place.across_nodes)
 
 
 def _largest(amounts: Iterable[float]) -> float:
@@ -320,8 +336,11 @@ class _Bridge:
         self.run: StudyRun | None = run
         self.place = place
         self._most = most
-        self._capacity = place.parallel
-        self._counted = time.monotonic()
+        self._capacity = 0
+        self._gpus = 0.0
+        self._counted = -math.inf
+        self.shares: dict[str, float] = {}
+        """Tune's trial id to the GPUs that the trial takes."""
         self.numbers: dict[str, int] = {}
         """Tune's trial id to our number, for trials that have not ended."""
         self.nodes: dict[str, str] = {}
@@ -330,16 +349,29 @@ class _Bridge:
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"run": None, "place": self.place, "numbers": {}, "nodes": {}, "stopped": set(), "error": None}
+        return {
+            "run": None,
+            "place": self.place,
+            "numbers": {},
+            "nodes": {},
+            "shares": {},
+            "stopped": set(),
+            "error": None,
+        }
 
-    def capacity(self) -> int:
-        """How many trials may run now: nodes come and go."""
+    def has_room(self) -> bool:
+        """Whether another trial may be asked for now: nodes come and go.
+
+        Of trials that are packed one may wait until those before it leave it as much of a GPU as it takes.
+        """
         if time.monotonic() - self._counted > COUNT_NODES_EVERY_S:
             self._counted = time.monotonic()
-            nodes = (node["Resources"] for node in _nodes())
-            fit = _fit(self.place.bundles, nodes, across_nodes=self.place.across_nodes)
-            self._capacity = int(min(self._most, fit))
-        return self._capacity
+            nodes = [node["Resources"] for node in _nodes()]
+            self._gpus = sum(node.get("GPU", 0.0) for node in nodes)
+            self._capacity = int(min(self._most, _capacity(self.place, nodes)))
+        if self.place.is_packed and sum(self.shares.values()) + SMALLEST_SHARE > self._gpus:
+            return False
+        return len(self.numbers) < self._capacity
 
     def has_lost_node(self, trial_id: str) -> bool:
         """Whether the node of a trial whose worker has died went with it; waits a moment for the news."""
@@ -371,7 +403,7 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> Any:
         bridge = self._bridge
-        if len(bridge.numbers) >= bridge.capacity():
+        if not bridge.has_room():
             return None
         with bridge.events() as run:
             config = run.next_trial()
@@ -381,13 +413,20 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
                     run.check_stop()
                 # An interruption or a failure may still free a place in the budget while others run.
                 return None if bridge.numbers or run.is_waiting else Searcher.FINISHED
+            share = run.share_of_a_device(config) if bridge.place.is_packed else None
         bridge.numbers[trial_id] = config.number
-        device = "auto" if bridge.place.gpus_per_trial else "cpu"
-        trial = config.model_copy(update={"device": device}).model_dump_json()
-        return {"trial": trial, "processes": len(bridge.place.bundles), "across_nodes": bridge.place.across_nodes}
+        bridge.shares[trial_id] = share or 0.0
+        update = {"device": "auto" if bridge.place.gpus_per_trial else "cpu", "device_share": share}
+        return {
+            "trial": config.model_copy(update=update).model_dump_json(),
+            "processes": len(bridge.place.bundles),
+            "across_nodes": bridge.place.across_nodes,
+            "share": share,
+        }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._bridge.numbers.pop(trial_id, None)
+        self._bridge.shares.pop(trial_id, None)
         self._bridge.nodes.pop(trial_id, None)
         if number is None:
             return
@@ -425,6 +464,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         number = self._bridge.numbers.pop(trial.trial_id, None)
+        self._bridge.shares.pop(trial.trial_id, None)
         if number is None:
             return
         file = trial.error_file
@@ -458,6 +498,7 @@ class _StopWatch(tune.Callback):  # type: ignore[misc]
             if dead := _dead_processes():
                 reason = f"Ray's {' and '.join(dead)} died"
                 self._bridge.numbers.clear()
+                self._bridge.shares.clear()
                 _end_processes()
                 shutil.rmtree(self._scratch, ignore_errors=True)  # this process may not live to do it later
                 run.on_cluster_lost(reason)

@@ -17,6 +17,7 @@ import hpsearch
 from hpsearch.errors import StudyBusyError, UsageError
 from hpsearch.store import Store
 from hpsearch.trial import Event
+from tests.faults.harness import Study as Suffering
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +170,35 @@ def test_ray_runs_trials_side_by_side_and_leaves_no_litter(
     left = {path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith(("hps-", "ray"))}
     assert not left
     assert not [path for path in home.rglob("*") if path.is_file() and "ray" in str(path).lower()]
+
+
+@pytest.mark.slow
+def test_trials_are_packed_on_a_gpu_once_their_memory_is_known(short_folder: Path) -> None:
+    """A GPU that is none, of 10 GB, of which a trial takes 1 GB and 20 MB for each example of its batch."""
+    study = Suffering(
+        short_folder, trials=8, pace=2.5,
+        faults={"pace_from": 5, "gpus": 1, "gpu_bytes": 10_000_000_000, "example_bytes": 20_000_000},
+        overrides=["search.batch_size=[16, 32, 64]", "resources={gpus_per_trial: packed}", "search.num_epochs=4"],
+    )  # fmt: skip
+    assert study.finish() == 0, study.errors().read_text()
+    assert "1 at a time, 1 CPU and 1 GPU each, and more once their memory is known" in str(study.events())
+    running: set[int] = set()
+    together = []
+    batches = {
+        trial["number"]: trial["params"]["batch_size"]
+        for trial in hpsearch.open_study("suffering", store=study.store).trials()
+    }
+    for epoch in study.epochs():
+        running.add(epoch["trial"])
+        together.append(set(running))
+        if epoch["evaluation"] == 4:
+            running.remove(epoch["trial"])
+    alone = {number for numbers in together for number in numbers if len(numbers) == 1}
+    assert {0, 1, 2, 3, 4} <= alone
+    assert max(len(numbers) for numbers in together) > 1, "later ones run side by side"
+    for numbers in together:
+        if len(numbers) > 1:
+            assert sum(1e9 + 20e6 * batches[number] for number in numbers) <= 10e9, numbers
 
 
 def test_the_same_study_on_postgresql(tiny: Path, postgres_store: str) -> None:

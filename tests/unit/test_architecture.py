@@ -35,7 +35,7 @@ LAYERS = [
     {"spec"},
     {"corpora", "space", "study_file", "trial"},
     {"pruning"},
-    {"settings"},
+    {"settings", "memory"},
     {"errors"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -60,7 +60,7 @@ def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
         pytest.param("prune: {overfit: {patince: 3}}", "s.yaml:4:19: prune.overfit.patince: unknown key 'patince'; did you mean 'patience'?", id="rule"),
         pytest.param("model: {dropout: 0.1}\nsearch: {dropout: [0.1, 0.2]}", "s.yaml:4:9: model.dropout: 'dropout' stands under 'search' as well; keep one", id="fixed and searched"),
         pytest.param("model: {hidden_size: 100, num_heads: 3}", "num_heads (3) does not divide hidden_size (100)", id="heads"),
-        pytest.param("resources: {gpus_per_trial: 1.5}", "s.yaml:4:29: resources.gpus_per_trial: expected auto, a part of one or a whole number, got 1.5", id="gpus"),
+        pytest.param("resources: {gpus_per_trial: 1.5}", "s.yaml:4:29: resources.gpus_per_trial: expected auto, packed, a part of one or a whole number, got 1.5", id="gpus"),
         pytest.param("backend: inline\nresources: {gpus_per_trial: 2}", "s.yaml:5:29: resources.gpus_per_trial: the inline backend has one process", id="several GPUs in one process"),
         pytest.param("store: ${NOT_SET_ANYWHERE}", "s.yaml:4:8: store: the environment has no NOT_SET_ANYWHERE; set it, or write ${NOT_SET_ANYWHERE:-default}", id="environment"),
         pytest.param("classification: {f1: micro}", "s.yaml:4:1: classification: settings of another task; this study's is causal_lm", id="other task"),

@@ -1,8 +1,9 @@
 """On PYTHONPATH of what the fault suite starts: slows trials down, logs each epoch, and breaks what FAULTS names.
 
-FAULTS (JSON in the environment): `log` file of epochs; `pace` seconds per evaluation; `only_first` attempt breaks;
+FAULTS (JSON in the environment): `log` file of epochs; `pace` seconds per evaluation, from trial `pace_from` on; `only_first` attempt breaks;
 `trial` that breaks, at `step`, by `break`: nan, hang, oom (micro-batches above `fits`); `full` while that file exists
-the disk is full for checkpoints.
+the disk is full for checkpoints; `gpus` that a local Ray of 4 CPUs believes to have, of `gpu_bytes`, of which a trial takes
+`example_bytes` for each example of its batch.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def patch_trainer(module: Any) -> None:
         return hit and (attempt == 1 or not FAULTS.get("only_first"))
 
     def logged(self: Any) -> Any:
-        time.sleep(FAULTS.get("pace", 0.0))
-        point = evaluate(self)
         number, attempt = identity(self)
+        time.sleep(FAULTS.get("pace", 0.0) if number >= FAULTS.get("pace_from", 0) else 0.0)
+        point = evaluate(self)
         line = {"pid": os.getpid(), "trial": number, "attempt": attempt, "evaluation": point.evaluation}
         with open(FAULTS["log"], "a") as log:
             log.write(json.dumps(line) + "\n")
@@ -63,6 +64,22 @@ def patch_trainer(module: Any) -> None:
         return step(self, optimizer, indices)
 
     trainer._evaluate_now, trainer._step = logged, broken
+    if "gpu_bytes" in FAULTS:
+        start = trainer.__init__
+
+        def measured(self: Any, task: Any, settings: Any, **more: Any) -> None:
+            start(self, task, settings, **more)
+            peak = FAULTS["example_bytes"] * settings.batch_size
+            found = {"peak_memory_bytes": peak, "device_memory_bytes": FAULTS["gpu_bytes"]}
+            sys.modules["hpsearch.worker"].peak_memory = lambda device: found  # type: ignore[attr-defined]
+
+        trainer.__init__ = measured
+
+
+def patch_ray(module: Any) -> None:
+    if "gpus" in FAULTS:
+        init = module.ray.init
+        module.ray.init = lambda **options: init(**options, num_gpus=FAULTS["gpus"], num_cpus=4)
 
 
 def patch_checkpoints(module: Any) -> None:
@@ -82,6 +99,7 @@ def patch_checkpoints(module: Any) -> None:
 PATCHES = {
     "hpsearch.trainer": patch_trainer,
     "hpsearch.checkpoints": patch_checkpoints,
+    "hpsearch.backends.ray_tune": patch_ray,
 }
 
 
