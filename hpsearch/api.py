@@ -176,6 +176,22 @@ def submit(
     )
 
 
+def report(*names: str, store: str | None = None, page: str | None = None) -> str:
+    """A page of figures of one study, or of several side by side, as one HTML document that needs no network.
+
+    `page` is the name of a file of `dashboards/` or the path of one. Raises UnknownStudyError, UsageError.
+    """
+    from hpsearch.figures import read_study
+    from hpsearch.pages import read_page, render
+    from hpsearch.search import importances
+
+    chosen = read_page(page or ("study" if len(names) == 1 else "comparison"))
+    url = store_url(store)
+    with _opened(url) as opened:
+        studies = [read_study(opened, name, importances(url, name)) for name in dict.fromkeys(names)]
+    return render(chosen, studies)
+
+
 def status(name: str, *, store: str | None = None) -> dict[str, Any]:
     """How far a study is: trials by state, the best, who runs it, and about how long the rest will take.
 

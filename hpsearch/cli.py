@@ -539,6 +539,32 @@ def show(study: str, trial: int, store: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
+@click.option("--output", "-o", type=click.Path(dir_okay=False), help="File to write [STUDY.html]; - prints it.")
+@click.option("--page", metavar="PAGE", help="Another list of figures: a name of dashboards/, or a YAML file.")
+@_store_option
+def report(studies: tuple[str, ...], output: str | None, page: str | None, store: str | None) -> None:
+    """Write a page of figures of a study, or of several side by side: one HTML file that works offline.
+
+    Curves of training against validation loss, leaderboard, search progress, importances, cost, and what the task has.
+    """
+    from hpsearch import api
+    from hpsearch.errors import RunFolderError
+
+    content = api.report(*studies, store=store, page=page)
+    if output == "-":
+        print(content)
+        return
+    file = output or f"{'-'.join(studies)}.html"
+    try:
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.write(content)
+    except OSError as error:
+        raise RunFolderError(f"cannot write {file}: {error.strerror}") from error
+    print(f"wrote {file} ({len(content) / 1e6:.1f} MB)", file=sys.stderr)
+
+
+@main.command()
 @click.argument("study")
 @_store_option
 @_json_option

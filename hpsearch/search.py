@@ -330,6 +330,35 @@ def recorded_trials(url: str, study: str) -> dict[int, RecordedTrial]:
         storage.engine.dispose()
 
 
+def importances(url: str, study: str) -> dict[str, float] | None:
+    """How much each sampled setting explains of what sets good trials apart; None where nothing can be computed.
+
+    PED-ANOVA (Watanabe, Bansal & Hutter, PED-ANOVA, IJCAI 2023), over trials that finished; repeats of the finals are
+    left out.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _away(url):
+        storage = open_storage(url)
+        try:
+            found = optuna.load_study(study_name=study, storage=storage)
+            direction, trials = found.direction, found.get_trials(deepcopy=False, states=[OptunaState.COMPLETE])
+        except KeyError:
+            return None
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+    copied = optuna.create_study(direction=direction)
+    copied.add_trials([trial for trial in trials if _REPEAT not in trial.system_attrs])
+    with warnings.catch_warnings():
+        # Optuna would call all settings equally important.
+        warnings.filterwarnings("error", message="The number of trials is too small")
+        try:
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            return optuna.importance.get_param_importances(copied, evaluator=evaluator)
+        except (ValueError, RuntimeError, UserWarning):  # too few trials, or none that differ
+            return None
+
+
 def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
     """The settings that a new study would try first, without touching a store."""
     search = Search(spec, None)

@@ -1,0 +1,214 @@
+"""A report in a real browser: every figure drawn, nothing asked of the network, nothing run that came from a study."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import hpsearch as package
+from tests.conftest import TINY, Run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; `apt-get install chromium`"),
+]
+OVERFITTING = """
+training: {schedule: constant}
+search:
+  learning_rate: {min: 8e-3, max: 2e-2, scale: log}
+  batch_size: 8
+  num_layers: [1, 2]
+  num_epochs: 30
+prune: {unpromising: none}
+"""
+HOSTILE = "</script><img src=x onerror=alert(1)><b>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [], timeout=120_000
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Page]]:
+    """Open a document as a file; in the end nothing may have gone wrong in it or left for the network."""
+    troubles: list[str] = []
+    pages: list[Page] = []
+
+    def open_page(document: str, **look: Any) -> Page:
+        file = tmp_path / f"page-{len(pages)}.html"
+        file.write_text(document)
+        page = browser.new_page(**look)
+        pages.append(page)
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("dialog", lambda dialog: (troubles.append(f"ran: {dialog.message}"), dialog.dismiss()))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(("file:", "data:", "blob:")) else troubles.append(request.url)
+            ),
+        )
+        page.goto(file.as_uri())
+        page.evaluate("drawAll()")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert troubles == []
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> package.Study:
+    """Real trials on real text; a few of them overfit."""
+    folder = tmp_path_factory.mktemp("study")
+    head = TINY.split("training:")[0]
+    file = folder / "study.yaml"
+    file.write_text(
+        f"{head}{OVERFITTING}budget: {{trials: 5}}\nresources: {{gpus_per_trial: 0}}\nbackend: inline\n"
+        f"store: sqlite:///{folder}/studies.db\nfolder: {folder}/runs\n".replace("hidden_size: 32", "hidden_size: 64")
+    )
+    return package.launch(file)
+
+
+def traces(page: Page, title: str) -> list[dict[str, Any]]:
+    """What plotly has drawn under a title: name, kind and numbers of each trace."""
+    found = page.evaluate(
+        """title => {
+          const place = [...document.querySelectorAll(".drawn")].find(
+            (place) => place.ariaLabel.startsWith(title + ":"));
+          return place.data.map(({name, type, x, y, marker}) => ({name, type, x, y, symbol: marker && marker.symbol}));
+        }""",
+        title,
+    )
+    return list(found)
+
+
+def test_every_figure_of_a_study_is_drawn_with_its_trials(study: package.Study, opened: Callable[..., Page]) -> None:
+    page = opened(package.report(study.name, store=study.store))
+    titles = page.locator("h3").all_text_contents()
+    assert titles == [
+        "Leaderboard", "Validation against test", "Training against validation loss", "Search progress",
+        "Which settings matter", "Each setting against the result", "Learning rate against other settings",
+        "Settings side by side", "Compute spent and spared", "Trials over time",
+    ]  # fmt: skip
+    assert page.locator(".drawn").count() == len(titles)
+    assert page.locator(".drawn svg.main-svg").count() >= len(titles)
+    assert page.locator("figcaption").count() == len(titles), "each says what it means"
+    trials = study.trials()
+    overfit = [trial["number"] for trial in trials if trial["state"] == "overfit"]
+    assert overfit, "this study is made to overfit"
+    curves = {trace["name"]: trace for trace in traces(page, "Training against validation loss")}
+    number = overfit[0]
+    points = study.trial(number)["points"]
+    assert curves[f"trial {number} (overfit)"]["y"] == [point["valid_loss"] for point in points]
+    assert curves[f"trial {number} training"]["y"] == [point["train_loss"] for point in points]
+    best = trials[number]["best_evaluation"]
+    assert curves[f"trial {number} best"]["x"] == [points[best - 1]["epoch"]]
+    assert curves[f"trial {number} pruned"]["x"] == [points[-1]["epoch"]], "where its verdict fell"
+    board = [trace for trace in traces(page, "Leaderboard") if trace["x"]]
+    assert sorted(x for trace in board for x in trace["x"]) == [row["score"] for row in study.board().rows]
+    spent = {trace["name"]: trace for trace in traces(page, "Compute spent and spared")}
+    assert sum(spent["spent"]["y"]) == pytest.approx(sum(trial["device_seconds"] for trial in trials) / 3600)
+    assert sum(spent["spared by pruning"]["y"]) > 0
+    assert "5 finished trials" in page.inner_text("body")
+    assert "too few to tell" in page.inner_text("body")
+
+
+def test_a_trial_can_be_hidden_and_asked_with_the_mouse(study: package.Study, opened: Callable[..., Page]) -> None:
+    page = opened(package.report(study.name, store=study.store), viewport={"width": 1200, "height": 900})
+    plot = page.locator(".drawn", has=page.locator("text=epoch")).first
+    plot.scroll_into_view_if_needed()
+    toggle = plot.locator(".legendtoggle").first
+    toggle.click()
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.drawn')].some(p => p.data && p.data.some(t => t.visible === 'legendonly'))"
+    )
+    page.evaluate(
+        "() => { const p = [...document.querySelectorAll('.drawn')].find(p => p.ariaLabel.startsWith('Leaderboard'));"
+        " p.scrollIntoView(); Plotly.Fx.hover(p, [{curveNumber: 0, pointNumber: 0}]); }"
+    )
+    assert "rank 1" in page.locator(".hoverlayer").first.text_content()
+
+
+def test_it_is_readable_in_light_and_dark(study: package.Study, opened: Callable[..., Page]) -> None:
+    document = package.report(study.name, store=study.store)
+    for scheme, is_bright in (("light", False), ("dark", True)):
+        page = opened(document, color_scheme=scheme)
+        colour = page.evaluate("getComputedStyle(document.querySelector('.xtitle')).fill")
+        channels = [int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+        assert (min(channels) > 150) == is_bright, colour
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert back == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
+
+
+def test_nothing_that_a_study_says_is_run(study: package.Study, opened: Callable[..., Page], tmp_path: Path) -> None:
+    file = tmp_path / "hostile.db"
+    shutil.copy(study.store.removeprefix("sqlite:///"), file)
+    with sqlite3.connect(file) as database:
+        for identity, params in database.execute("SELECT id, params FROM hpsearch_trials").fetchall():
+            hostile = json.dumps({**json.loads(params), f"config.{HOSTILE}": HOSTILE})
+            database.execute(
+                "UPDATE hpsearch_trials SET params = ?, reason = ? WHERE id = ?", (hostile, HOSTILE, identity)
+            )
+        database.execute("UPDATE hpsearch_studies SET name = ?", (HOSTILE,))
+    page = opened(package.report(HOSTILE, store=f"sqlite:///{file}"))
+    assert HOSTILE in page.inner_text("h1")
+    assert page.locator("img[src='x']").count() == 0
+    assert page.locator(".drawn svg.main-svg").count() >= 9
+
+
+def test_a_study_with_one_trial_and_one_with_none_are_drawn(tiny: Path, opened: Callable[..., Page]) -> None:
+    one = package.launch(tiny, trials=1)
+    page = opened(package.report(one.name, store=one.store))
+    assert "1 ranked trials" in page.inner_text("body")
+    with sqlite3.connect(one.store.removeprefix("sqlite:///")) as database:
+        for table in ("points", "scores", "decisions", "details", "examples"):
+            database.execute(f"DELETE FROM hpsearch_{table}")
+        database.execute("DELETE FROM hpsearch_trials")
+    page = opened(package.report(one.name, store=one.store))
+    assert "0 trials" in page.inner_text("body")
+    assert page.locator(".drawn").count() >= 8
+
+
+def test_studies_side_by_side(tiny: Path, opened: Callable[..., Page]) -> None:
+    first = package.launch(tiny, trials=2)
+    package.launch(tiny, trials=2, name="other", overrides=["seed=5"])
+    page = opened(package.report("tiny", "other", store=first.store))
+    assert [trace["name"] for trace in traces(page, "Studies side by side")] == ["tiny", "other"]
+    assert page.locator("h2").all_text_contents() == ["Side by side", "tiny", "other"]
+
+
+def test_the_command_writes_one_file_and_says_what_is_wrong(tiny: Path, tmp_path: Path, hpsearch: Run) -> None:
+    study = package.launch(tiny, trials=1)
+    done = hpsearch("report", "tiny", "--store", study.store)
+    assert done.returncode == 0
+    assert "wrote tiny.html" in done.stderr
+    assert (tmp_path / "tiny.html").read_text().startswith("<!doctype html>")
+    page = tmp_path / "mine.yaml"
+    page.write_text("title: Mine\nsections: [{title: Only, figures: [curves]}]\n")
+    done = hpsearch("report", "tiny", "--store", study.store, "--page", str(page), "-o", "-")
+    assert done.stdout.count('<div class="drawn"') == 1
+    page.write_text("title: Mine\nsections: [{title: Only, figures: [curvse]}]\n")
+    done = hpsearch("report", "tiny", "--store", study.store, "--page", str(page))
+    assert done.returncode == 2
+    assert "there is no figure 'curvse'" in done.stderr
+    done = hpsearch("report", "nope", "--store", study.store)
+    assert done.returncode == 2
+    assert "nope" in done.stderr
+    assert "Traceback" not in done.stderr
