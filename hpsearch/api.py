@@ -176,10 +176,11 @@ def submit(
     )
 
 
-def report(*names: str, store: str | None = None, page: str | None = None) -> str:
+def report(*names: str, store: str | None = None, page: str | None = None, is_live: bool = False) -> str:
     """A page of figures of one study, or of several side by side, as one HTML document that needs no network.
 
-    `page` is the name of a file of `dashboards/` or the path of one. Raises UnknownStudyError, UsageError.
+    `page` is the name of a file of `dashboards/` or the path of one. One that `is_live` is for the server of
+    `hpsearch dashboard`, which it asks for its scripts and for newer numbers. Raises UnknownStudyError, UsageError.
     """
     from hpsearch.figures import read_study
     from hpsearch.pages import read_page, render
@@ -189,7 +190,7 @@ def report(*names: str, store: str | None = None, page: str | None = None) -> st
     url = store_url(store)
     with _opened(url) as opened:
         studies = [read_study(opened, name, importances(url, name)) for name in dict.fromkeys(names)]
-    return render(chosen, studies)
+    return render(chosen, studies, is_live=is_live)
 
 
 def status(name: str, *, store: str | None = None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The unmodified Optuna dashboard over the study store, as a web application that is safe to leave running.
+"""One web application that is safe to leave running: our live pages, and the unmodified Optuna dashboard beside them.
 
-By itself that dashboard asks nobody who they are, answers to any host name, deletes studies on request, and serves
-artifacts that a browser would run as its own pages. Here each request passes a guard first; nothing is rewritten.
+By itself the Optuna dashboard asks nobody who they are, answers to any host name, deletes studies on request, and
+serves artifacts that a browser would run as its own pages. Here each request passes a guard first; nothing is
+rewritten.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import math
 import socket
 import sys
+import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +24,9 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from hpsearch.errors import UsageError
+from hpsearch.api import report, studies
+from hpsearch.errors import HpsearchError, UnknownStudyError, UsageError
+from hpsearch.pages import plotly_script, render_index
 from hpsearch.search import open_storage
 from hpsearch.store import Store
 
@@ -30,6 +36,7 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 TOKEN_VARIABLE = "HPSEARCH_DASHBOARD_TOKEN"
 MIN_TOKEN_LENGTH = 16
+DRAW_EVERY_S = 4.0
 HEALTH_PATH = "/healthz"
 _COOKIE = "hpsearch_dashboard"
 _READS = {"GET", "HEAD", "OPTIONS"}
@@ -65,7 +72,7 @@ def open_dashboard(
     from optuna_dashboard import wsgi
 
     guard = Guard(
-        wsgi(open_storage(store_url)),
+        Site(store_url, wsgi(open_storage(store_url))),
         token=token,
         may_write=may_write,
         names=_LOCAL_NAMES | {name.lower() for name in (host, *names)},
@@ -79,6 +86,49 @@ def open_dashboard(
         yield server
     finally:
         server.server_close()
+
+
+class Site:
+    """`/` lists the studies, `/study?name=` shows one or several, `/optuna/` leads to the Optuna dashboard."""
+
+    def __init__(self, store_url: str, optuna: Application) -> None:
+        self._store_url = store_url
+        self._optuna = optuna
+        self._lock = threading.Lock()
+        self._drawn: dict[tuple[str, ...], tuple[float, bytes]] = {}
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "/")
+        query = urllib.parse.parse_qs(environ.get("QUERY_STRING", ""))
+        kind, status, more = "text/html", "200 OK", ("Cache-Control", "no-store")
+        if path in ("/optuna", "/optuna/"):
+            start_response("302 Found", [("Location", "/dashboard"), ("Content-Length", "0")])
+            return [b""]
+        try:
+            if path == "/":
+                body = render_index(studies(store=self._store_url)).encode()
+            elif path == "/study" and query.get("name"):
+                body = self._study(tuple(query["name"]))
+            elif path == "/plotly.js":
+                kind, more = "text/javascript", ("Cache-Control", "private, max-age=86400")
+                body = plotly_script().encode()
+            else:
+                return self._optuna(environ, start_response)
+        except UnknownStudyError as error:
+            kind, status, body = "text/plain", "404 Not Found", f"{error}\n".encode()
+        except HpsearchError as error:
+            kind, status, body = "text/plain", "503 Service Unavailable", f"{error}\n".encode()
+        start_response(status, [("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))), more])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    def _study(self, names: tuple[str, ...]) -> bytes:
+        """However many people look at a page, it is drawn once in a while."""
+        with self._lock:
+            drawn_at, body = self._drawn.get(names, (-math.inf, b""))
+            if time.monotonic() - drawn_at > DRAW_EVERY_S:
+                body = report(*names, store=self._store_url, is_live=True).encode()
+                self._drawn = {**self._drawn, names: (time.monotonic(), body)}
+            return body
 
 
 class Guard:
@@ -111,7 +161,7 @@ class Guard:
                 return answer("401 Unauthorized", "this is not the token")
             cookie = f"{_COOKIE}={_digest(self._token)}; Path=/; HttpOnly; SameSite=Strict"
             # Leaves the token out of the address bar and of what other sites are told.
-            return answer("302 Found", "", ("Location", "/dashboard"), ("Set-Cookie", cookie))
+            return answer("302 Found", "", ("Location", "/"), ("Set-Cookie", cookie))
         if self._token and not self._is_known(environ):
             return answer("401 Unauthorized", "open /?token=TOKEN, or send the token as a bearer")
         if environ["REQUEST_METHOD"] not in _READS:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import plotly.io
 from jinja2 import Environment
@@ -22,12 +23,20 @@ from plotly.offline import get_plotlyjs
 
 from hpsearch.errors import UsageError
 from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData
+from hpsearch.leases import is_held
 from hpsearch.ranking import count_states
+from hpsearch.store import Row
 from hpsearch.study_file import read_study_file
+from hpsearch.trial import LIVE, TrialState
 
 _PLACES = (Path(__file__).parents[1] / "dashboards", Path(sys.prefix) / "share" / "hpsearch" / "dashboards")
 """In a checkout, and where a wheel puts them."""
+UNFINISHED = {state.value for state in (*LIVE, TrialState.INTERRUPTED)}
 _TEMPLATE = Path(__file__).with_name("page.html")
+
+
+REFRESH_MS = 5000
+"""How often a live page asks for newer numbers, while somebody looks at it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +87,11 @@ def _standard_page(name: str) -> Path:
     )
 
 
-def render(page: Page, studies: Sequence[StudyData]) -> str:
-    """The page as one HTML document, some 5 MB of it plotly's own code."""
+def render(page: Page, studies: Sequence[StudyData], *, is_live: bool = False) -> str:
+    """The page as one HTML document, some 5 MB of it plotly's own code.
+
+    One that `is_live` takes that code from its server, and its numbers every few seconds.
+    """
     sections = []
     if len(studies) == 1:
         sections.append(_Section(id="study", title="Study", facts=_facts(studies[0])))
@@ -95,10 +107,45 @@ def render(page: Page, studies: Sequence[StudyData]) -> str:
             if len(studies) > 1:
                 section.facts = _facts(data)
             sections.append(section)
-    title = " + ".join(data.name for data in studies)
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return _document(f"{page.title}: {' + '.join(data.name for data in studies)}", sections, is_live=is_live)
+
+
+def render_index(studies: Sequence[Row]) -> str:
+    """All studies of a store (rows of `Store.studies`) with links to their live pages."""
+    rows = []
+    for study in studies:
+        best, lease = study["best"], study["lease"]
+        ended = sum(count for state, count in study["states"].items() if state not in UNFINISHED)
+        rows.append(
+            [
+                {"text": study["name"], "href": f"/study?{urlencode({'name': study['name']})}"},
+                str(study["task"]).replace("_", " "),
+                f"{ended} of {study['budget_trials']}",
+                ", ".join(f"{count} {state}" for state, count in sorted(study["states"].items())) or "none yet",
+                f"{study['metric'].replace('_', ' ')} {best['score']:.4g} (trial {best['trial']})" if best else "-",
+                lease["holder"] if is_held(lease) else "-",
+            ]
+        )
+    heads = ("study", "task", "trials ended", "states", "best on the test split", "driver")
+    section = _Section(id="studies", title="Studies")
+    section.figures.append({"table": (heads, rows)})
+    return _document("hpsearch", [section], is_live=True)
+
+
+def plotly_script() -> str:
+    """What live pages load once."""
+    return str(_plotly())
+
+
+def _document(title: str, sections: Sequence[_Section], *, is_live: bool) -> str:
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     document: str = _template().render(
-        title=f"{page.title}: {title}", subtitle=f"hpsearch report of {written}", sections=sections, plotly=_plotly()
+        title=title,
+        subtitle=f"as of {written}",
+        sections=sections,
+        plotly="" if is_live else _plotly(),
+        is_live=is_live,
+        refresh_ms=REFRESH_MS,
     )
     return document
 

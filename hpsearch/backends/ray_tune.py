@@ -253,7 +253,7 @@ def _place(spec: StudySpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
     gpus_per_trial = float(wanted.gpus_per_trial) if is_given else (1.0 if gpus else 0.0)
     processes = wanted.processes
     cpus = max(1, wanted.cpus_per_trial // processes)
-    needs = {"cpus_per_trial": ("CPU", float(processes * cpus)), "gpus_per_trial": ("GPU", gpus_per_trial)}
+    needs = {"gpus_per_trial": ("GPU", gpus_per_trial), "cpus_per_trial": ("CPU", float(processes * cpus))}
     if wanted.memory_gb_per_trial:
         needs["memory_gb_per_trial"] = ("memory", 1e9 * wanted.memory_gb_per_trial)
     each = {name: amount / processes for name, amount in needs.values() if amount}

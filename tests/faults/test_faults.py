@@ -198,7 +198,9 @@ def test_two_drivers_start_at_once(
     assert row.repeated == 0
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(8, id="briefly"), pytest.param(60, marks=long, id="minute")])
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(8, marks=long, id="briefly"), pytest.param(60, marks=long, id="minute")]
+)
 def test_sqlite_is_locked(suffer: Suffer, survive: Survive, seconds: int) -> None:
     study = suffer(backend="inline" if seconds < 60 else "ray", overrides=["search.num_epochs=4"])
     launch = study.launch()
@@ -235,6 +237,7 @@ def test_postgresql_goes_away(suffer: Suffer, survive: Survive, tmp_path: Path, 
         server.stop()
 
 
+@long
 def test_the_disk_is_full_for_checkpoints(suffer: Suffer, survive: Survive, tmp_path: Path) -> None:
     full = tmp_path / "full"
     study = suffer(backend="inline", faults={"full": str(full)})
@@ -292,6 +295,7 @@ def test_the_last_checkpoint_is_damaged(suffer: Suffer, survive: Survive) -> Non
     assert row.repeated <= 2
 
 
+@long
 def test_a_loss_becomes_nan(suffer: Suffer, survive: Survive) -> None:
     study = suffer(backend="inline", faults={"break": "nan", "trial": 1, "step": random.Random().randrange(1, STEPS)})
     row = Row("NaN at a random step")
@@ -299,7 +303,7 @@ def test_a_loss_becomes_nan(suffer: Suffer, survive: Survive) -> None:
     assert states(study) == ["completed", "diverged", "completed", "completed"]
 
 
-@pytest.mark.parametrize("fits", [pytest.param(7, marks=long), 0])
+@pytest.mark.parametrize("fits", [pytest.param(7, marks=long), pytest.param(0, marks=long)])
 def test_memory_runs_out(suffer: Suffer, survive: Survive, fits: int) -> None:
     study = suffer(backend="inline", trials=3, faults={"break": "oom", "trial": 1, "fits": fits})
     row = Row("out of memory above 7 examples" if fits else "out of memory at one example")

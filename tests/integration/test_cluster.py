@@ -261,7 +261,10 @@ def test_trials_share_gpus_and_go_where_their_resources_are(cluster: Cluster, st
     assert "1 at a time" in done.stderr
 
 
-def test_a_trial_on_several_gpus_has_a_process_for_each(cluster: Cluster, study: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_a_trial_on_several_gpus_has_a_process_for_each(
+    cluster: Cluster, study: Path, tmp_path: Path, nodes: int
+) -> None:
     """Here on CPUs, which Ray is told are GPUs. Each process takes its part of the sampled batch size."""
 
     def launched(name: str, gpus: int, *options: str) -> package.Study:
@@ -275,26 +278,28 @@ def test_a_trial_on_several_gpus_has_a_process_for_each(cluster: Cluster, study:
         return package.open_study("tiny", store=store)
 
     alone = launched("alone", 0)
-    together = launched("together", 2)
-    cluster.start("--address", cluster.address, "--num-gpus", "1")
-    try:
-        cluster.wait_for(lambda: cluster.count() == 4)
-        spread = launched("spread", 3, "--set=resources.across_nodes=true")
-    finally:
-        cluster.kill(3)
-        cluster.nodes.pop()
-        cluster.wait_for(lambda: cluster.count() == 3)
-    for study_of_several, processes in ((together, 2), (spread, 3)):
-        for one, several in zip(alone.trials(), study_of_several.trials(), strict=True):
-            assert several["state"] == one["state"] == "completed"
-            assert several["provenance"]["processes"] == processes
-            curves = [
-                [(point["train_loss"], point["valid_loss"]) for point in opened.trial(one["number"])["points"]]
-                for opened in (alone, study_of_several)
-            ]
-            assert curves[0] == [pytest.approx(point, abs=1e-4) for point in curves[1]]
+    if nodes == 1:
+        together = launched("together", 2)
+    else:
+        cluster.start("--address", cluster.address, "--num-gpus", "1")
+        try:
+            cluster.wait_for(lambda: cluster.count() == 4)
+            together = launched("spread", 3, "--set=resources.across_nodes=true")
+        finally:
+            cluster.kill(3)
+            cluster.nodes.pop()
+            cluster.wait_for(lambda: cluster.count() == 3)
+    for one, several in zip(alone.trials(), together.trials(), strict=True):
+        assert several["state"] == one["state"] == "completed"
+        assert several["provenance"]["processes"] == 1 + nodes
+        curves = [
+            [(point["train_loss"], point["valid_loss"]) for point in opened.trial(one["number"])["points"]]
+            for opened in (alone, together)
+        ]
+        assert curves[0] == [pytest.approx(point, abs=1e-4) for point in curves[1]]
 
 
+@pytest.mark.nightly
 def test_a_trial_that_loses_one_of_its_processes_goes_on(cluster: Cluster, study: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/lost.db"
     launched = subprocess.Popen(
@@ -377,6 +382,7 @@ def test_nodes_with_other_versions_are_named(cluster: Cluster, study: Path, tmp_
     assert not list(tmp_path.glob("*.db"))
 
 
+@pytest.mark.nightly
 def test_a_node_that_does_not_reach_the_folder_is_named(cluster: Cluster, study: Path, tmp_path: Path) -> None:
     apart = tmp_path / "apart"
     apart.mkdir()

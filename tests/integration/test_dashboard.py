@@ -76,6 +76,24 @@ def test_it_shows_the_study_and_changes_nothing(folder: Path) -> None:
         assert len(json.loads(ask("/api/studies")[2])["study_summaries"]) == 1
 
 
+def test_its_own_pages_stand_beside_the_optuna_dashboard(folder: Path) -> None:
+    with serving(folder) as ask:
+        status, headers, body = ask("/")
+        assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert b'<a href="/study?name=tiny">tiny</a>' in body
+        assert b"2 of 2" in body
+        status, _, body = ask("/study?name=tiny")
+        assert status == 200
+        assert body.count(b'<div class="drawn"') == 10
+        assert len(body) < 500_000, "plotly comes by itself, once"
+        status, headers, body = ask("/plotly.js")
+        assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+        assert ask("/optuna/")[:2][0] == 302
+        status, _, body = ask("/study?name=%3Cscript%3E")
+        assert (status, body) == (404, body)
+        assert b"no study" in body
+
+
 def test_it_answers_to_its_own_names_only(folder: Path) -> None:
     with serving(folder, "--allow-name", "gpu-box") as ask:
         assert ask("/api/studies", Host="evil.example")[0] == 400
@@ -90,7 +108,7 @@ def test_a_token_is_asked_for_and_kept_as_a_cookie(folder: Path) -> None:
         assert ask("/api/studies", Authorization=f"Bearer {TOKEN}")[0] == 200
         assert ask("/?token=wrong")[0] == 401
         status, headers, _ = ask(f"/?token={TOKEN}")
-        assert (status, headers["location"]) == (302, "/dashboard")
+        assert (status, headers["location"]) == (302, "/")
         cookie = headers["set-cookie"]
         assert "HttpOnly" in cookie
         assert "SameSite=Strict" in cookie

@@ -172,6 +172,7 @@ def test_ray_runs_trials_side_by_side_and_leaves_no_litter(
     assert not [path for path in home.rglob("*") if path.is_file() and "ray" in str(path).lower()]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_trials_are_packed_on_a_gpu_once_their_memory_is_known(short_folder: Path) -> None:
     """A GPU that is none, of 10 GB, of which a trial takes 1 GB and 20 MB for each example of its batch."""
@@ -238,7 +239,7 @@ def test_a_changed_study_is_refused_with_the_difference(tiny: Path) -> None:
     assert hpsearch.open_study("tiny", store=f"sqlite:///{tiny.parent}/studies.db").trials() == before
 
 
-@pytest.mark.parametrize("backend", ["inline", "ray"])
+@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.nightly)])
 def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: str) -> None:
     def slow(event: Event) -> None:
         if event.kind == "point":
