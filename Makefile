@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format bench bench-faults bench-report bench-verdict clean
+.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-report bench-verdict clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: .venv/.dev ## Lint, formatting, types
 format: .venv/.dev ## Format the code and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+screenshots: .venv/.dev ## The README's pictures of pages, from the store of `make demo` (needs chromium)
+	$(BIN)/python -m tests.browser.screenshots
 
 bench: bench-verdict bench-faults bench-report ## Every benchmark that the README quotes
 

@@ -390,7 +390,7 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
 @click.option("--write", "may_write", is_flag=True, help="Let people change and delete studies.")
 @_store_option
 def dashboard(host: str, port: int, names: tuple[str, ...], may_write: bool, store: str | None) -> None:
-    """Serve the Optuna dashboard, read-only, until stopped.
+    """Serve live pages of all studies, and the Optuna dashboard beside them, read-only, until stopped.
 
     The token that people have to give is read from HPSEARCH_DASHBOARD_TOKEN; an address that other machines reach needs
     one. A browser gives it once, as /?token=TOKEN.

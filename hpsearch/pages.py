@@ -200,11 +200,15 @@ def _facts(data: StudyData) -> list[tuple[str, str]]:
         score = f"{best['score']:.4g} ({best['score_low']:.4g} to {best['score_high']:.4g})"
         facts += [
             ("best", f"trial {best['trial']}, test {data.board.metric.replace('_', ' ')} {score}"),
-            ("its settings", ", ".join(f"{name} {value}" for name, value in best["params"].items())),
+            ("its settings", ", ".join(f"{name} {_short(value)}" for name, value in best["params"].items())),
         ]
     seconds = sum(row["device_seconds"] or 0.0 for row in data.trials)
     facts.append(("compute", f"{seconds / 3600:.2f} device-hours"))
     return facts
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @cache
