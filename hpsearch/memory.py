@@ -21,7 +21,7 @@ LEARN_FROM = 5
 MARGIN = 0.25
 """Above the estimate, for what an allocator wastes; more where the estimates of the trials so far were worse."""
 CONTEXT_BYTES = 1_000_000_000
-"""What a process takes of a GPU before its first tensor; measured at half of that, and drivers differ."""
+"""An allowance for what a process takes of a GPU before its first tensor."""
 SMALLEST_SHARE = 0.05
 """Shares are multiples of this, so that workers of one size are used again."""
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -246,10 +245,14 @@ def _together(config: TrialConfig, team: Team | None, watch: _Watch) -> Iterator
         return
     is_done = False
     guard = _Guard(team, watch)
+
+    def call(address: str) -> None:
+        team.start(config, address)
+        if watch.own_process:
+            guard.start()  # those that do not even come would be waited for
+
     try:
-        call = partial(team.start, config)
         with lead(team.host, team.size, call, timeout=_patience(config)) as ranks:
-            guard.start()
             try:
                 yield ranks
                 is_done = True
@@ -354,7 +357,7 @@ class _Watch:
         self._last_words_file = folder / LAST_WORDS
         self._pulse_file = folder / PULSE_FILE
         self._touched = -math.inf
-        self._own_process = own_process
+        self.own_process = own_process
         folder.mkdir(parents=True, exist_ok=True)
         self._last_words = self._last_words_file.open("w")
         self._began = self._looked = time.monotonic()
@@ -367,19 +370,19 @@ class _Watch:
         return self.trainer.seconds if self.trainer else self._processes * (time.monotonic() - self._began)
 
     def __enter__(self) -> _Watch:
-        if self._own_process:
+        if self.own_process:
             # A crash in native code says where it was.
             faulthandler.enable(self._last_words)
-        if threading.current_thread() is threading.main_thread() and self._own_process:
+        if threading.current_thread() is threading.main_thread() and self.own_process:
             self._before: Any = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._arm()
-        if self._own_process:
+        if self.own_process:
             with suppress(OSError):  # a full disk is noticed where it matters
                 self._pulse_file.write_text(json.dumps(_where()))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._own_process:
+        if self.own_process:
             self._pulse_file.unlink(missing_ok=True)
             faulthandler.cancel_dump_traceback_later()
             faulthandler.disable()
@@ -407,7 +410,7 @@ class _Watch:
             return self._asked
         self._looked = now
         self._arm()
-        if self._own_process and now - self._touched > PULSE_EVERY_S:
+        if self.own_process and now - self._touched > PULSE_EVERY_S:
             self._touched = now
             with suppress(OSError):
                 os.utime(self._pulse_file)
@@ -419,7 +422,7 @@ class _Watch:
         return self._asked
 
     def _arm(self) -> None:
-        if self._own_process and self._config.stall_minutes is not None:
+        if self.own_process and self._config.stall_minutes is not None:
             faulthandler.dump_traceback_later(60 * self._config.stall_minutes, exit=True, file=self._last_words)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
