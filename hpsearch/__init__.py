@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         check,
         collect,
         doctor,
+        export_data,
         finals,
         launch,
         logs,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         status,
         studies,
         submit,
+        watch,
     )
 
 __version__ = version("hpsearch")
@@ -40,6 +42,7 @@ __all__ = [
     "check",
     "collect",
     "doctor",
+    "export_data",
     "finals",
     "launch",
     "logs",
@@ -48,6 +51,7 @@ __all__ = [
     "status",
     "studies",
     "submit",
+    "watch",
 ]
 
 

@@ -20,6 +20,7 @@ from hpsearch.errors import (
     EXIT_SIGINT,
     EXIT_SIGTERM,
     EXIT_TOO_MANY_FAILED,
+    RunFolderError,
     UsageError,
     hide_password,
 )
@@ -223,6 +224,44 @@ def status(name: str, *, store: str | None = None) -> dict[str, Any]:
         "seconds_left": None if mean_s is None or not running else left * mean_s / len(running),
         "is_finished": left == 0,
     }
+
+
+def watch(name: str, *, store: str | None = None, every_s: float = 2.0) -> Iterator[dict[str, Any]]:
+    """How far a study is, again and again until it is finished: `status` with the trials, each with its last point.
+
+    Reads the store and nothing else, so that it works wherever the store is reached. Raises UnknownStudyError.
+    """
+    with _opened(store_url(store)) as opened:
+        while True:
+            found = status(name, store=store)
+            study = opened.study(name)
+            trials = [trial for trial in opened.trials(study["id"]) if trial["repeat_of"] is None]
+            for trial in trials:
+                is_live = trial["state"] in LIVE
+                points = opened.points(trial["id"]) if is_live else []
+                trial["last_point"] = points[-1] if points else None
+            yield {**found, "trials": trials}
+            if found["is_finished"]:
+                return
+            time.sleep(every_s)
+
+
+def export_data(
+    name: str, folder: str | os.PathLike[str], *, format: str = "csv", store: str | None = None
+) -> list[Path]:
+    """Write the trials, curves and scores of a study as tables into a folder: csv, parquet or json; returns the files.
+
+    Raises UnknownStudyError, and RunFolderError when the folder cannot be written.
+    """
+    from hpsearch.tables import study_tables, write_table
+
+    with _opened(store_url(store)) as opened:
+        tables = study_tables(opened, name)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return [write_table(table, Path(folder) / f"{kind}.{format}") for kind, table in tables.items()]
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def logs(name: str, trial: int, *, store: str | None = None, follow: bool = False) -> Iterator[dict[str, Any]]:

@@ -380,6 +380,36 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
 
 
 @main.command()
+@click.argument("study")
+@_store_option
+def watch(study: str, store: str | None) -> None:
+    """Look on while a study runs, on any machine that reaches its store; ends when it is finished."""
+    from hpsearch import api, terminal
+
+    terminal.watch_study(api.watch(study, store=store), _console())
+
+
+@main.command("export-data")
+@click.argument("study")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["csv", "parquet", "json"]),
+    default="csv",
+    show_default=True,
+    help="Of the files.",
+)
+@click.option("--output", "-o", type=click.Path(file_okay=False), help="Folder to write [STUDY-data].")
+@_store_option
+def export_data(study: str, format_: str, output: str | None, store: str | None) -> None:
+    """Write trials, curves and scores of a study as tables for other tools."""
+    from hpsearch import api
+
+    for file in api.export_data(study, output or f"{study}-data", format=format_, store=store):
+        print(f"wrote {file}", file=sys.stderr)
+
+
+@main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes a free one."

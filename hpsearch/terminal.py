@@ -24,7 +24,7 @@ from hpsearch.errors import plain
 from hpsearch.ranking import Leaderboard, param_names
 from hpsearch.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED
 from hpsearch.store import Row
-from hpsearch.trial import PRUNED, Event, Listener, TrialState
+from hpsearch.trial import LIVE, PRUNED, Event, Listener, TrialState
 
 _COLOURS = {
     TrialState.COMPLETED: "green",
@@ -233,6 +233,53 @@ def status_report(found: dict[str, Any]) -> str:
     if left is not None:
         lines.append(f"left    about {left / 60:.0f} minutes" if left >= 90 else f"left    about {left:.0f} seconds")
     return "\n".join(plain(line) for line in lines)
+
+
+def watch_report(found: dict[str, Any], width: int) -> Group:
+    """How far a study is and what runs, for a person who looks on."""
+    running = [trial for trial in found["trials"] if trial["state"] in LIVE]
+    ended = sorted(
+        (trial for trial in found["trials"] if trial["ended_at"] and trial["state"] not in LIVE),
+        key=lambda trial: trial["ended_at"],
+    )
+    table = _table("trial", "epoch", "train", "valid", "settings")
+    for trial in running:
+        point, epochs = trial["last_point"], trial["settings"]["training"]["num_epochs"]
+        values = (
+            [f"{point['epoch']:.4g}/{epochs}", _loss(point["train_loss"]), _loss(point["valid_loss"])] if point else []
+        )
+        settings = ", ".join(f"{name}={number(value)}" for name, value in trial["params"].items())
+        table.add_row(str(trial["number"]), *(values or [f"0/{epochs}", "-", "-"]), plain(settings))
+    parts: list[Any] = [Text(status_report(found)), Text("")]
+    parts += [table, Text("")] if running else []
+    return Group(*parts, *(Text(ended_line(trial)[:width]) for trial in ended[-8:]))
+
+
+def ended_line(trial: Row) -> str:
+    """One line on a trial that has ended."""
+    pruned = " (pruned)" if trial["state"] in PRUNED else ""
+    return f"trial {trial['number']} {trial['state']}{pruned}: {plain(trial['reason'] or '')}"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def watch_study(states: Iterator[dict[str, Any]], console: Console) -> None:
+    """Show how a study goes until it is finished: redrawn in a terminal, a line for each end of a trial elsewhere."""
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for found in states:
+                live.update(watch_report(found, console.width), refresh=True)
+        return
+    told: set[tuple[int, int]] = set()
+    for found in states:
+        for trial in found["trials"]:
+            key = (trial["number"], trial["attempt"])
+            if trial["ended_at"] and trial["state"] not in LIVE and key not in told:
+                told.add(key)
+                console.print(Text(ended_line(trial)), soft_wrap=True)
+    console.print(Text(status_report(found)), soft_wrap=True)
 
 
 def counts(states: dict[str, int]) -> str:

@@ -13,8 +13,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+import hpsearch as package
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -273,6 +275,43 @@ def test_logs_of_a_trial_say_what_its_worker_said(launched: tuple[Path, subproce
     assert set(lines[0]["facts"]) == {"host", "pid", "params"}
     assert lines[1]["facts"]["valid_loss"] > 0
     assert "it has trials 0 to 3" in read(folder, "logs", "tiny", "9").stderr
+
+
+def test_tables_hold_what_the_study_holds(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = launched
+    opened = package.open_study("tiny", store=f"sqlite:///{folder}/hpsearch.db")
+    frames = {}
+    for kind, load in (("csv", pd.read_csv), ("parquet", pd.read_parquet), ("json", pd.read_json)):
+        done = read(folder, "export-data", "tiny", "--format", kind, "-o", f"data-{kind}")
+        assert done.returncode == 0, done.stderr
+        assert f"wrote data-{kind}/trials.{kind}" in done.stderr
+        frames[kind] = {
+            name: load(folder / f"data-{kind}" / f"{name}.{kind}") for name in ("trials", "curves", "scores")
+        }
+    for tables in frames.values():
+        trials = opened.trials()
+        assert tables["trials"]["trial"].tolist() == [trial["number"] for trial in trials]
+        assert tables["trials"]["param_learning_rate"].tolist() == pytest.approx(
+            [trial["params"]["learning_rate"] for trial in trials]
+        )
+        points = [point for trial in trials for point in opened.trial(trial["number"])["points"]]
+        assert tables["curves"]["valid_loss"].tolist() == pytest.approx([point["valid_loss"] for point in points])
+        best = opened.best
+        assert best is not None
+        scores = tables["scores"].query("metric == 'perplexity'").set_index("trial")["value"]
+        assert scores[best["trial"]] == pytest.approx(best["score"])
+    assert read(folder, "export-data", "tiny", "-o", "tiny.yaml").returncode == 2
+
+
+def test_watching_tells_how_each_trial_ended(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = launched
+    done = read(folder, "watch", "tiny")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for trial in package.open_study("tiny", store=f"sqlite:///{folder}/hpsearch.db").trials():
+        assert any(line.startswith(f"trial {trial['number']} {trial['state']}") for line in lines)
+    assert lines[-1] == "driver  none: it is finished"
+    assert read(folder, "watch", "nope").returncode == 2
 
 
 def test_status_says_how_far_a_study_is(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
