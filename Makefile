@@ -14,7 +14,7 @@ demo: .venv/.demo ## Install, run studies/lm.yaml on real text, end with the lea
 	$(BIN)/hpsearch launch $(STUDY)
 
 test: .venv/.dev ## Install and run the tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not faults and not nightly"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not nightly"
 
 test-fast: .venv/.dev ## The tests that take seconds
 	$(BIN)/pytest -m "not slow"
