@@ -17,7 +17,7 @@ test: .venv/.dev ## Install and run the tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not nightly"
 
 test-fast: .venv/.dev ## The tests that take seconds
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 test-faults: .venv/.dev ## Kill, stop, starve and corrupt a study in every way, and print what became of it (half an hour)
 	$(BIN)/pytest tests/faults tests/integration/test_cluster.py
