@@ -564,14 +564,14 @@ class Trainer:
     def _resume(self, optimizer: torch.optim.Optimizer) -> _Position:
         """Take up the newest whole state of this run, if there is one; returns where the run is then."""
         self._began = self._saved = time.perf_counter()
-        self._shrink_micro_batch()
         if self._ranks.rank:
-            if told := self._ranks.tell().decode():
-                state = checkpoints.read(Path(told))
-                if state is None:
-                    raise RuntimeError(f"process {self._ranks.rank} cannot read {told}, which the first one can")
-                self._take_up(optimizer, *state, {})
-            return self._position
+            self._resume_as_told(optimizer)
+        else:
+            self._resume_newest(optimizer)
+        self._shrink_micro_batch()
+        return self._position
+
+    def _resume_newest(self, optimizer: torch.optim.Optimizer) -> None:
         for file, (tensors, facts) in checkpoints.newest(self._earlier):
             best = checkpoints.read(file.parent / facts["best_file"]) if facts["best_file"] else None
             if facts["best_file"] and best is None:
@@ -579,11 +579,18 @@ class Trainer:
             self._ranks.tell(str(file).encode())
             self._take_up(optimizer, tensors, facts, best[0] if best else {})
             LOGGER.info("goes on from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
-            break
-        else:
-            self._ranks.tell(b"")
-        self._shrink_micro_batch()
-        return self._position
+            return
+        self._ranks.tell(b"")
+
+    def _resume_as_told(self, optimizer: torch.optim.Optimizer) -> None:
+        """The state that the first process resumes from, if it does; it alone keeps the best weights."""
+        file = self._ranks.tell().decode()
+        if not file:
+            return
+        state = checkpoints.read(Path(file))
+        if state is None:
+            raise RuntimeError(f"process {self._ranks.rank} cannot read {file}, which the first one can")
+        self._take_up(optimizer, *state, {})
 
     def _shrink_micro_batch(self) -> None:
         """Heed what earlier attempts have learnt about memory. Raises OutOfMemoryError when it is that nothing fits."""

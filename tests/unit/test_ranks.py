@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -32,7 +33,7 @@ MODELS = {
     "classification": ModelSettings(architecture="bert", hidden_size=32, num_heads=2, num_layers=1, context_length=32),
 }
 FRACTIONS = {"causal_lm": 0.05, "translation": 0.1, "classification": 1.0}
-CORPORA = {"causal_lm": "python_docs", "translation": "ui_messages", "classification": "python_areas"}
+CORPORA: dict[str, Any] = {"causal_lm": "python_docs", "translation": "ui_messages", "classification": "python_areas"}
 
 
 class Pool:
@@ -98,7 +99,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("data")
 
     def made(task: str) -> Path:
-        corpus = DataSpec(corpus=CORPORA[task], fraction=FRACTIONS[task])  # type: ignore[arg-type]
+        corpus = DataSpec(corpus=CORPORA[task], fraction=FRACTIONS[task])
         spec: Any = {"name": "s", "task": task, "data": corpus, "tokenizer": TokenizerSpec(vocab_size=300)}
         return prepare(StudySpec(**spec, folder=str(folder)))[0]
 
@@ -204,11 +205,8 @@ def dies(config: TrialConfig, address: str, **place: Any) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
         return evaluate(trainer)
 
-    Trainer._evaluate_now = evaluate_and_die  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Trainer, "_evaluate_now", evaluate_and_die):
         return follow(config, address, **place)
-    finally:
-        Trainer._evaluate_now = evaluate  # type: ignore[method-assign]
 
 
 def test_a_lost_process_is_named(configure: Callable[..., TrialConfig], pool: Pool) -> None:
@@ -220,40 +218,54 @@ def test_a_lost_process_is_named(configure: Callable[..., TrialConfig], pool: Po
 
 def has_little_memory(config: TrialConfig, address: str, **place: Any) -> str:
     """A process on a device where two examples are too many."""
-    losses = CausalLM.losses
+    return lacks_memory_after(0, config, address, **place)
+
+
+def comes_to_lack_memory(config: TrialConfig, address: str, **place: Any) -> str:
+    """The same, but its first attempt comes to a checkpoint before."""
+    return lacks_memory_after(10 if config.attempt == 1 else 0, config, address, **place)
+
+
+def lacks_memory_after(steps: int, config: TrialConfig, address: str, **place: Any) -> str:
+    losses, done = CausalLM.losses, 0
 
     def limited(task: CausalLM, batch: Any) -> Any:
-        if len(batch.tensors[0]) > 2 and task.model.training and place["rank"] == 1:
-            raise MemoryError("out of memory")
+        nonlocal done
+        if task.model.training and place["rank"] == 1:
+            done += 1
+            if done > steps and len(batch.tensors[0]) > 2:
+                raise MemoryError("out of memory")
         return losses(task, batch)
 
-    CausalLM.losses = limited  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(CausalLM, "losses", limited):
         return follow(config, address, **place)
-    finally:
-        CausalLM.losses = losses  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("process", [has_little_memory, comes_to_lack_memory])
 def test_memory_trouble_of_one_process_makes_all_begin_again_smaller(
-    configure: Callable[..., TrialConfig], pool: Pool
+    configure: Callable[..., TrialConfig], pool: Pool, process: Callable[..., str]
 ) -> None:
     alone = drain(run_trial(configure(name="alone", num_epochs=1)))
     config = configure(num_epochs=1)
-    sizes, said = [], []
+    sizes, said, seen = [], [], []
     for attempt in range(1, 4):
+        trial = run_trial(config, team=Processes(pool, process))
         try:
-            heard, result = drain(run_trial(config, team=Processes(pool, has_little_memory)))
+            while True:
+                seen.append(next(trial))
+        except StopIteration as end:
+            result = end.value
             break
         except ProcessLostError as error:
             said.append(str(error))
         sizes.append(int((Path(config.folder) / MICRO_BATCH).read_text()))
         update = {"folder": f"{config.folder}-{attempt}", "earlier": (config.folder, *config.earlier)}
-        config = config.model_copy(update={**update, "attempt": attempt + 1})
+        config = config.model_copy(update={**update, "attempt": attempt + 1, "recorded": len(seen)})
     assert sizes == [3, 1], "a part of 16 examples is 6, then half of it, and half again"
     for words in said:
         assert words.startswith("preempted: out of memory in one of 3 processes; goes on in ")
     assert result.micro_batch_size == 1
-    assert_equal(alone, (heard, result))
+    assert_equal(alone, (seen, result))
 
 
 def test_what_fits_on_no_device_is_infeasible(configure: Callable[..., TrialConfig], pool: Pool) -> None:
