@@ -232,12 +232,9 @@ def _curves_to_show(data: StudyData) -> list[int]:
 
 def _board(data: StudyData) -> Drawn:
     rows = data.board.rows[:_TOP]
-    states = {row["trial"]: row["state"] for row in rows}
     figure = go.Figure()
     for is_tied, name, symbol in ((True, "not told from the winner", "circle"), (False, "worse", "circle-open")):
-        part = [
-            row for row in rows if row["tie"].startswith("1") == is_tied and (is_tied == (row["tie"] in ("1", "1=")))
-        ]
+        part = [row for row in rows if (row["tie"] in ("1", "1=")) == is_tied]
         figure.add_scatter(
             x=[row["score"] for row in part], y=[f"trial {row['trial']}" for row in part], mode="markers", name=name,
             error_x={
@@ -246,7 +243,7 @@ def _board(data: StudyData) -> Drawn:
                 "arrayminus": [row["score"] - row["score_low"] for row in part],
             },
             marker={"symbol": symbol, "size": 10, "color": BLUE if is_tied else BLACK},
-            customdata=[[row["tie"], states[row["trial"]], row["score_n"]] for row in part],
+            customdata=[[row["tie"], row["state"], row["score_n"]] for row in part],
             hovertemplate="%{y}, rank %{customdata[0]}, %{customdata[1]}<br>%{x:.4g} on %{customdata[2]} test "
             "examples<extra></extra>",
         )  # fmt: skip
