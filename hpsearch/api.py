@@ -38,7 +38,7 @@ from hpsearch.spec import (
 )
 from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import LIVE, RANKED, Event, Listener, TrialState
+from hpsearch.trial import LIVE, RANKED, UNFINISHED, Event, Listener, TrialState
 from hpsearch.trial_log import log_file, read_log
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ if TYPE_CHECKING:
     from hpsearch.invariants import Finding
     from hpsearch.study import Repeat, StudyRun
 
-_RUN_AGAIN = {state.value for state in (*LIVE, TrialState.INTERRUPTED, TrialState.FAILED)}
+_RUN_AGAIN = UNFINISHED | {TrialState.FAILED}
 """States of a repeat that the next finals put in its place again."""
-_UNFINISHED = {state.value for state in (*LIVE, TrialState.INTERRUPTED)}
 MAX_FAILED_SHARE = 0.5
 """A study that finished with a larger share of failed trials ends in exit code 3."""
 
@@ -200,12 +199,17 @@ def status(name: str, *, store: str | None = None) -> dict[str, Any]:
     The rest is reckoned from the trials that have ended, as if as many ran side by side as now. Raises
     UnknownStudyError.
     """
-    with _opened(store_url(store)) as opened:
-        row = opened.study(name)
-        trials = [trial for trial in opened.trials(row["id"]) if trial["repeat_of"] is None]
-        lease = opened.lease(row["id"])
-        board = leaderboard(opened, name, top=1)
-    ended = [trial for trial in trials if trial["state"] not in _UNFINISHED]
+    url = store_url(store)
+    with _opened(url) as opened:
+        return _status(opened, name, url)
+
+
+def _status(opened: Store, name: str, url: str) -> dict[str, Any]:
+    row = opened.study(name)
+    trials = [trial for trial in opened.trials(row["id"]) if trial["repeat_of"] is None]
+    lease = opened.lease(row["id"])
+    board = leaderboard(opened, name, top=1)
+    ended = [trial for trial in trials if trial["state"] not in UNFINISHED]
     running = [trial for trial in trials if trial["state"] in LIVE]
     left = max(0, row["budget_trials"] - len(ended))
     mean_s = sum(trial["device_seconds"] or 0.0 for trial in ended) / len(ended) if ended else None
@@ -213,7 +217,7 @@ def status(name: str, *, store: str | None = None) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "study": name,
-        "store": hide_password(store_url(store)),
+        "store": hide_password(url),
         "budget": row["budget_trials"],
         "states": count_states(trials),
         "best": board.best,
@@ -231,9 +235,10 @@ def watch(name: str, *, store: str | None = None, every_s: float = 2.0) -> Itera
 
     Reads the store and nothing else, so that it works wherever the store is reached. Raises UnknownStudyError.
     """
-    with _opened(store_url(store)) as opened:
+    url = store_url(store)
+    with _opened(url) as opened:
         while True:
-            found = status(name, store=store)
+            found = _status(opened, name, url)
             study = opened.study(name)
             trials = [trial for trial in opened.trials(study["id"]) if trial["repeat_of"] is None]
             for trial in trials:
@@ -275,7 +280,7 @@ def logs(name: str, trial: int, *, store: str | None = None, follow: bool = Fals
         file = log_file(run_folder(study["placement"]["folder"], study), trial)
         position = 0
         while True:
-            is_live = opened.trial(study, trial)["state"] in _UNFINISHED
+            is_live = opened.trial(study, trial)["state"] in UNFINISHED
             lines, position = read_log(file, start=position)
             yield from lines
             if not (follow and is_live):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import math
 import socket
 import sys
 import threading
@@ -108,7 +107,7 @@ class Site:
             if path == "/":
                 body = render_index(studies(store=self._store_url)).encode()
             elif path == "/study" and query.get("name"):
-                body = self._study(tuple(query["name"]))
+                body = self._study(tuple(dict.fromkeys(query["name"])))
             elif path == "/plotly.js":
                 kind, more = "text/javascript", ("Cache-Control", "private, max-age=86400")
                 body = plotly_script().encode()
@@ -124,11 +123,12 @@ class Site:
     def _study(self, names: tuple[str, ...]) -> bytes:
         """However many people look at a page, it is drawn once in a while."""
         with self._lock:
-            drawn_at, body = self._drawn.get(names, (-math.inf, b""))
-            if time.monotonic() - drawn_at > DRAW_EVERY_S:
+            now = time.monotonic()
+            self._drawn = {key: kept for key, kept in self._drawn.items() if now - kept[0] < DRAW_EVERY_S}
+            if names not in self._drawn:
                 body = report(*names, store=self._store_url, is_live=True).encode()
-                self._drawn = {**self._drawn, names: (time.monotonic(), body)}
-            return body
+                self._drawn[names] = (time.monotonic(), body)
+            return self._drawn[names][1]
 
 
 class Guard:

@@ -17,9 +17,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hpsearch.ranking import Leaderboard, leaderboard
+from hpsearch.ranking import Leaderboard, leaderboard, param_names
+from hpsearch.space import Range, Space
+from hpsearch.spec import recorded_space
 from hpsearch.store import Row, Store
-from hpsearch.trial import LIVE
+from hpsearch.trial import LIVE, PRUNED, UNFINISHED
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#777777", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7",
@@ -44,7 +46,6 @@ _MOST_POINTS = 40_000
 _TOP = 25
 FEW_TRIALS = 20
 """Below so many finished trials an importance is a guess."""
-_PRUNED = ("overfit", "plateau", "unpromising", "diverged")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class StudyData:
     @cached_property
     def ended(self) -> list[Row]:
         """Trials that have ended, in the order of their ends."""
-        rows = [row for row in self.trials if row["ended_at"] is not None and row["state"] not in LIVE]
-        return sorted(rows, key=lambda row: row["ended_at"])
+        return sorted((row for row in self.trials if row["state"] not in UNFINISHED), key=lambda row: row["ended_at"])
 
     @cached_property
     def settings(self) -> pd.DataFrame:
@@ -96,15 +96,22 @@ class StudyData:
 
     @property
     def params(self) -> list[str]:
-        names = {name: None for row in self.trials for name in row["params"]}
-        return list(names)
+        return param_names(self.trials)
+
+    def is_log(self, setting: str) -> bool:
+        """Whether the study searched a setting by its logarithm."""
+        dimension = self.space.dimensions.get(setting)
+        return isinstance(dimension, Range) and dimension.log
+
+    @cached_property
+    def space(self) -> Space:
+        return recorded_space(self.study["spec"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """A figure, or a table, with what is to be said of it."""
 
-    name: str
     title: str
     says: str
     """What it means, in one sentence."""
@@ -135,7 +142,7 @@ def read_study(store: Store, name: str, importances: dict[str, float] | None = N
 
 def _hover(row: Row) -> str:
     """What the mouse tells of a trial. Plotly reads a little HTML in hovers, so that text is escaped."""
-    settings = "<br>".join(f"{_escaped(name)} {_number(value)}" for name, value in row["params"].items())
+    settings = "<br>".join(f"{_escaped(name)} {_escaped(short(value))}" for name, value in row["params"].items())
     return f"trial {row['number']}: {row['state']}<br>{settings}"
 
 
@@ -143,10 +150,9 @@ def _escaped(text: Any) -> str:
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return _escaped(value)
+def short(value: Any) -> str:
+    """A setting in at most 4 significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _curves(data: StudyData) -> Drawn:
@@ -190,7 +196,7 @@ def _curves(data: StudyData) -> Drawn:
                 name=f"trial {number} best",
                 hovertemplate=f"best checkpoint of trial {number}<br>epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>",
             )  # fmt: skip
-        if row["state"] in _PRUNED:
+        if row["state"] in PRUNED:
             figure.add_scatter(
                 x=[points[-1]["epoch"]], y=[points[-1]["valid_loss"]], mode="markers", showlegend=False,
                 legendgroup=str(number), name=f"trial {number} pruned",
@@ -205,7 +211,7 @@ def _curves(data: StudyData) -> Drawn:
         figure.update_yaxes(range=[low, high])
     drawn = len([points for points in data.points.values() if points])
     return Drawn(
-        name="curves", title="Training against validation loss", figure=figure, n=f"{drawn} trials",
+        title="Training against validation loss", figure=figure, n=f"{drawn} trials",
         says="Dotted is training, solid validation: where the dotted line goes on falling and the solid one rises, the "
         "run overfits. A star marks the best checkpoint, a cross where the run was pruned. Click a trial to hide it.",
     )  # fmt: skip
@@ -254,7 +260,7 @@ def _board(data: StudyData) -> Drawn:
     )
     count = len(data.board.rows)
     return Drawn(
-        name="leaderboard", title="Leaderboard", figure=figure,
+        title="Leaderboard", figure=figure,
         n=f"{len(rows)} of {count} ranked trials" if count > len(rows) else f"{count} ranked trials",
         says="Best on top; a filled dot is a trial that the test split cannot tell from the winner (paired bootstrap).",
     )  # fmt: skip
@@ -285,7 +291,7 @@ def _progress(data: StudyData) -> Drawn:
     figure.update_xaxes(title="device-hours", row=1, col=2)
     figure.update_yaxes(title=data.objective, row=1, col=1)
     return Drawn(
-        name="progress", title="Search progress", figure=figure, n=f"{len(rows)} finished trials with a value",
+        title="Search progress", figure=figure, n=f"{len(rows)} finished trials with a value",
         says="Where the line is flat, further trials have not paid for themselves.",
     )  # fmt: skip
 
@@ -309,7 +315,7 @@ def _importances(data: StudyData) -> Drawn:
     if not found:
         warning = "there are not enough finished trials that differ to compute any"
     return Drawn(
-        name="importances", title="Which settings matter", figure=figure, n=f"{finished} finished trials",
+        title="Which settings matter", figure=figure, n=f"{finished} finished trials",
         warning=warning,
         says="How much of what sets good trials apart each setting explains alone (PED-ANOVA, Watanabe et al. 2023).",
     )  # fmt: skip
@@ -317,7 +323,7 @@ def _importances(data: StudyData) -> Drawn:
 
 def _axis(values: pd.Series[Any], *, is_log: bool) -> tuple[list[float], list[float] | None, list[str] | None]:
     """Values as numbers with their ticks: choices by place, logarithmic ranges by their logarithm."""
-    if values.dtype == object or values.dtype == bool or isinstance(values.dtype, pd.StringDtype):
+    if not _is_number(values):
         names = sorted({str(value) for value in values})
         return [float(names.index(str(value))) for value in values], list(map(float, range(len(names)))), names
     numbers = values.astype(float)
@@ -327,12 +333,8 @@ def _axis(values: pd.Series[Any], *, is_log: bool) -> tuple[list[float], list[fl
     return numbers.tolist(), None, None
 
 
-def _is_log(data: StudyData, name: str) -> bool:
-    """Whether the study searched a setting by its logarithm."""
-    dimension = data.study["spec"].get("search", {}).get(name)
-    return isinstance(dimension, dict) and (
-        dimension.get("scale") == "log" or bool(dimension.get("log")) or "log" in str(dimension.get("distribution", ""))
-    )
+def _is_number(values: pd.Series[Any]) -> bool:
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
 
 
 def _log_axis(values: pd.Series[Any], *, is_log: bool) -> dict[str, Any]:
@@ -361,14 +363,14 @@ def _parallel(data: StudyData) -> Drawn:
     if len(complete):
         dimensions = []
         for name in data.params:
-            values, ticks, labels = _axis(complete[name], is_log=_is_log(data, name))
+            values, ticks, labels = _axis(complete[name], is_log=data.is_log(name))
             dimensions.append({"label": name, "values": values, "tickvals": ticks, "ticktext": labels})
         dimensions.append({"label": data.objective, "values": complete["value"].tolist()})
         line = {"color": complete["value"].tolist(), "showscale": True, **_scale(data, complete["value"].tolist())}
         figure.add_parcoords(dimensions=dimensions, line=line, name="trials")
         figure.update_layout(margin_t=60)
     return Drawn(
-        name="parallel", title="Settings side by side", figure=figure, n=f"{len(complete)} trials with all settings",
+        title="Settings side by side", figure=figure, n=f"{len(complete)} trials with all settings",
         says="A line is a trial, dark ones are good: drag along an axis to see only the trials through that part.",
     )  # fmt: skip
 
@@ -384,23 +386,23 @@ def _slices(data: StudyData) -> Drawn:
     for place, name in enumerate(names):
         row, column = place // columns + 1, place % columns + 1
         part = frame[frame[name].notna()]
-        is_text = part[name].dtype == object or part[name].dtype == bool
+        is_number = _is_number(part[name])
         for state, (colour, symbol) in STATES.items():
             chosen = part[part["state"] == state]
             if len(chosen):
                 figure.add_scatter(
-                    x=[str(value) for value in chosen[name]] if is_text else chosen[name].tolist(),
+                    x=chosen[name].tolist() if is_number else [str(value) for value in chosen[name]],
                     y=chosen["value"].tolist(), mode="markers", name=state, legendgroup=state, showlegend=place == 0,
                     marker={"color": colour, "symbol": symbol, "size": 7}, customdata=chosen["trial"].tolist(),
                     hovertemplate="trial %{customdata}<br>%{x}: %{y:.4f}<extra></extra>", row=row, col=column,
                 )  # fmt: skip
-        is_log = not is_text and _is_log(data, name)
+        is_log = is_number and data.is_log(name)
         figure.update_xaxes(title=name, **_log_axis(part[name], is_log=is_log), row=row, col=column)
         if column == 1:
             figure.update_yaxes(title=data.objective, row=row, col=column)
     figure.update_layout(height=120 + 260 * max(1, math.ceil(len(names) / columns)))
     return Drawn(
-        name="slices", title="Each setting against the result", figure=figure, n=f"{len(frame)} trials with a value",
+        title="Each setting against the result", figure=figure, n=f"{len(frame)} trials with a value",
         says="A setting whose good trials crowd at one end of its range asks for a wider range.",
     )  # fmt: skip
 
@@ -408,8 +410,7 @@ def _slices(data: StudyData) -> Drawn:
 def _contours(data: StudyData) -> Drawn:
     """The learning rate (or the most important number) against the other numbers."""
     frame = data.settings
-    numeric = [name for name in data.params if len(frame) and pd.api.types.is_numeric_dtype(frame[name])]
-    numeric = [name for name in numeric if frame[name].dtype != bool and frame[name].nunique() > 1]
+    numeric = [name for name in data.params if len(frame) and _is_number(frame[name]) and frame[name].nunique() > 1]
     first = "learning_rate" if "learning_rate" in numeric else (numeric[0] if numeric else "")
     others = [name for name in numeric if name != first][:3]
     figure = make_subplots(rows=1, cols=max(1, len(others)), shared_yaxes=True, horizontal_spacing=0.05)
@@ -417,7 +418,7 @@ def _contours(data: StudyData) -> Drawn:
         part = frame[frame[first].notna() & frame[name].notna()]
         common = {"row": 1, "col": place + 1}
         colours = _scale(data, part["value"].tolist())
-        if len(part) >= 10 and part[name].nunique() > 2:
+        if len(part) >= 10 and min(part[name].nunique(), part[first].nunique()) > 2:
             figure.add_contour(**_grid(data, part, name, first, colours), **common)
         figure.add_scatter(
             x=part[name].tolist(), y=part[first].tolist(), mode="markers", name="trials", showlegend=False,
@@ -426,11 +427,10 @@ def _contours(data: StudyData) -> Drawn:
             hovertemplate="trial %{customdata[0]}: %{customdata[1]:.4f}<extra></extra>", **common,
         )  # fmt: skip
         for update, setting in ((figure.update_xaxes, name), (figure.update_yaxes, first)):
-            is_log = _is_log(data, setting)
             title = setting if update == figure.update_xaxes or place == 0 else None
-            update(title=title, **_log_axis(part[setting], is_log=is_log), **common)
+            update(title=title, **_log_axis(part[setting], is_log=data.is_log(setting)), **common)
     return Drawn(
-        name="contours", title=f"{first or 'Settings'} against other settings".replace("_", " ").capitalize(),
+        title=f"{first or 'Settings'} against other settings".replace("_", " ").capitalize(),
         figure=figure, n=f"{len(frame)} trials with a value",
         says=f"Dark is good ({data.objective}); between the trials the colours are interpolated, not measured.",
     )  # fmt: skip
@@ -443,18 +443,16 @@ def _grid(data: StudyData, part: pd.DataFrame, x: str, y: str, colours: dict[str
 
     def forth(name: str) -> Any:
         values = part[name].astype(float)
-        return np.log10(values) if _is_log(data, name) else values
+        return np.log10(values) if data.is_log(name) else values
 
     def back(name: str, values: Any) -> Any:
-        return 10**values if _is_log(data, name) else values
+        return 10**values if data.is_log(name) else values
 
     xs, ys = forth(x).to_numpy(), forth(y).to_numpy()
     grid_x, grid_y = np.linspace(xs.min(), xs.max(), 30), np.linspace(ys.min(), ys.max(), 30)
     try:
-        between = LinearNDInterpolator(
-            np.column_stack([(xs - xs.min()) / np.ptp(xs), (ys - ys.min()) / np.ptp(ys)]), part["value"].to_numpy()
-        )
-        z = between(*np.meshgrid(np.linspace(0, 1, 30), np.linspace(0, 1, 30)))
+        between = LinearNDInterpolator(np.column_stack([xs, ys]), part["value"].to_numpy(), rescale=True)
+        z = between(*np.meshgrid(grid_x, grid_y))
     except QhullError:  # all on a line
         z = np.full((30, 30), np.nan)
     return {
@@ -497,7 +495,7 @@ def _timeline(data: StudyData) -> Drawn:
         barmode="overlay", xaxis_type="date", xaxis_title="time (UTC)", height=180 + 26 * len(set(lanes)),
     )  # fmt: skip
     return Drawn(
-        name="timeline", title="Trials over time", figure=figure, n=f"{len(rows)} trials",
+        title="Trials over time", figure=figure, n=f"{len(rows)} trials",
         says="Gaps are devices that waited; a trial that was taken up again spans its attempts.",
     )  # fmt: skip
 
@@ -510,7 +508,7 @@ def _compute(data: StudyData) -> Drawn:
         hours = (row["device_seconds"] or 0.0) / 3600
         spent[row["state"]] = spent.get(row["state"], 0.0) + hours
         planned, run = row["settings"]["training"]["num_epochs"], row["last_epoch"] or 0.0
-        if row["state"] in _PRUNED and run > 0:
+        if row["state"] in PRUNED and run > 0:
             spared[row["state"]] = spared.get(row["state"], 0.0) + hours * max(0.0, planned / run - 1)
     states = [state for state in STATES if state in spent]
     figure = go.Figure()
@@ -527,7 +525,7 @@ def _compute(data: StudyData) -> Drawn:
     total, saved = sum(spent.values()), sum(spared.values())
     share = 100 * saved / (total + saved) if total + saved else 0.0
     return Drawn(
-        name="compute", title="Compute spent and spared", figure=figure, n=f"{len(data.ended)} finished trials",
+        title="Compute spent and spared", figure=figure, n=f"{len(data.ended)} finished trials",
         says=f"Pruning spared {share:.0f} % of what the planned epochs of these trials would have cost, reckoned at "
         "each trial's own pace.",
     )  # fmt: skip
@@ -556,7 +554,7 @@ def _optimism(data: StudyData) -> Drawn:
     unit = "validation perplexity" if is_perplexity else data.objective
     figure.update_layout(xaxis_title=unit, yaxis_title=f"test {data.board.metric.replace('_', ' ')}")
     return Drawn(
-        name="optimism", title="Validation against test", figure=figure, n=f"{len(rows)} ranked trials",
+        title="Validation against test", figure=figure, n=f"{len(rows)} ranked trials",
         says="The search saw the validation split only: trials that look better there than on the test split had luck.",
     )  # fmt: skip
 
@@ -585,7 +583,7 @@ def _confusion(data: StudyData) -> Drawn | None:
     )  # fmt: skip
     figure.update_layout(xaxis_title="predicted", yaxis_title="true", yaxis_autorange="reversed", height=520)
     return Drawn(
-        name="confusion", title="What the best trial takes for what", figure=figure,
+        title="What the best trial takes for what", figure=figure,
         n=f"{int(counts.sum())} test texts",
         says="Each row is a true label and adds up to one; what is off the diagonal is a mistake.",
     )  # fmt: skip
@@ -597,7 +595,7 @@ def _samples(data: StudyData) -> Drawn | None:
         return None
     rows = [[sample["source"], sample["output"], sample["reference"]] for sample in samples]
     return Drawn(
-        name="samples", title="What the best trial says", n=f"{len(rows)} test sentences",
+        title="What the best trial says", n=f"{len(rows)} test sentences",
         table=(("source", "its translation", "reference"), rows),
         says="Sentences of the test split at even distances, not chosen by how well they went.",
     )  # fmt: skip
@@ -617,7 +615,7 @@ def _comparison(studies: Sequence[StudyData]) -> Drawn | None:
         )  # fmt: skip
     figure.update_layout(xaxis_title="device-hours", yaxis_title=studies[0].objective)
     return Drawn(
-        name="comparison", title="Studies side by side", figure=figure, n=f"{len(studies)} studies",
+        title="Studies side by side", figure=figure, n=f"{len(studies)} studies",
         says="Best so far against what it cost; losses compare only where tokenizer and data are the same.",
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpsearch.store import Row, Store
-from hpsearch.trial import LIVE, RANKED, TrialResult, TrialState
+from hpsearch.trial import RANKED, UNFINISHED, TrialResult, TrialState
 
 _FOLDER = re.compile(r"trial-(\d{5,})(?:-attempt-(\d+))?")
 
@@ -113,7 +113,7 @@ def find_garbage(store: Store, study: Row, *, keep: int) -> list[Garbage]:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if row is None or state is None:
             found.append(Garbage(folder=folder, why="no trial of the store has this number", size=size))
-        elif state in LIVE or state is TrialState.INTERRUPTED:
+        elif state in UNFINISHED:
             continue
         elif str(folder) != row["checkpoint"]:
             why = f"trial {number} has ended ({state}), and this is not its checkpoint"

@@ -19,7 +19,7 @@ from hpsearch.housekeeping import earlier_attempts, find_garbage, remove, run_fo
 from hpsearch.search import OPTUNA_STATE, RecordedTrial, Search, recorded_trials
 from hpsearch.spec import recorded_study
 from hpsearch.store import Row, Store
-from hpsearch.trial import LIVE, RANKED, TrialState
+from hpsearch.trial import LIVE, RANKED, UNFINISHED, TrialState
 
 WATCH_S = 3 * leases.BEAT_S
 """How long a lease whose holder cannot be seen is watched for a beat."""
@@ -110,7 +110,7 @@ def _findings(store: Store, study: _Study, dead_lease: Row | None) -> Iterator[F
 
 
 def _wrong_state(row: Row) -> Iterator[str]:
-    has_ended = row["state"] not in {*(state.value for state in LIVE), TrialState.INTERRUPTED.value}
+    has_ended = row["state"] not in UNFINISHED
     if has_ended != (row["ended_at"] is not None):
         yield f"is {row['state']}, " + ("but has no time of its end" if has_ended else "but has an end")
 

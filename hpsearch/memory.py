@@ -54,7 +54,7 @@ class PeakMemory:
 
     def _estimate(self, size: tuple[float, ...]) -> float:
         """Bytes, margin included."""
-        seen, peaks = np.array([*self._sizes]), np.array(self._peaks)
+        seen, peaks = np.array(self._sizes), np.array(self._peaks)
         scale = seen.max(axis=0)
         # Relative errors count: a small trial that is misjudged by half is as bad as a large one.
         weights, _ = nnls(seen / scale / peaks[:, None], np.ones(len(peaks)))

@@ -6,7 +6,6 @@ within a figure's JSON by escapes that no HTML parser takes for markup.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,34 +17,49 @@ from urllib.parse import urlencode
 
 import plotly.io
 from jinja2 import Environment
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from pydantic import Field, ValidationError, field_validator
 
-from hpsearch.errors import UsageError
-from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData
+from hpsearch.errors import Problem, UsageError
+from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData, short
 from hpsearch.leases import is_held
 from hpsearch.ranking import count_states
+from hpsearch.settings import Strict
+from hpsearch.space import readable
 from hpsearch.store import Row
 from hpsearch.study_file import read_study_file
-from hpsearch.trial import LIVE, TrialState
+from hpsearch.trial import UNFINISHED
 
 _PLACES = (Path(__file__).parents[1] / "dashboards", Path(sys.prefix) / "share" / "hpsearch" / "dashboards")
 """In a checkout, and where a wheel puts them."""
-UNFINISHED = {state.value for state in (*LIVE, TrialState.INTERRUPTED)}
 _TEMPLATE = Path(__file__).with_name("page.html")
-
-
 REFRESH_MS = 5000
 """How often a live page asks for newer numbers, while somebody looks at it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
+class PageSection(Strict):
+    """Figures below a heading."""
+
+    title: str
+    figures: list[str]
+
+    @field_validator("figures")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        known = (*FIGURES, *COMPARISONS)
+        for name in names:
+            if name not in known:
+                raise ValueError(f"there is no figure {name!r}; there are {', '.join(known)}")
+        return names
+
+
+class Page(Strict):
     """What a file of `dashboards/` says."""
 
     title: str
-    sections: list[tuple[str, list[str]]]
-    """Titles with names of figures."""
+    sections: list[PageSection] = Field(min_length=1)
 
 
 @dataclass
@@ -57,34 +71,17 @@ class _Section:
 
 
 def read_page(name: str) -> Page:
-    """A page by name, or by the path of a file of one's own. Raises UsageError."""
-    file = Path(name) if name.endswith((".yaml", ".yml")) else _standard_page(name)
-    if not file.is_file():
-        raise UsageError(f"there is no page {file}; expected a file of {_PLACES[0]}, or the path of one")
-    content = read_study_file(file).content
-    known = {**FIGURES, **COMPARISONS}
-    problems = [f"unknown key '{key}'" for key in content if key not in ("title", "sections")]
-    sections = []
-    given = content.get("sections")
-    if not isinstance(given, list) or not given:
-        problems.append("expected 'sections', a list")
-    for place, section in enumerate(given if isinstance(given, list) else []):
-        if not isinstance(section, dict) or set(section) != {"title", "figures"}:
-            problems.append(f"sections[{place}]: expected title and figures")
-            continue
-        names = section["figures"] if isinstance(section["figures"], list) else []
-        unknown = [str(figure) for figure in names if figure not in known]
-        problems += [f"sections[{place}]: there is no figure {figure!r}" for figure in unknown]
-        sections.append((str(section["title"]), [str(figure) for figure in names]))
-    if problems:
-        raise UsageError(f"{file}: {'; '.join(problems)}; figures are {', '.join(known)}")
-    return Page(title=str(content.get("title", file.stem)), sections=sections)
-
-
-def _standard_page(name: str) -> Path:
-    return next(
-        (place / f"{name}.yaml" for place in _PLACES if (place / f"{name}.yaml").is_file()), _PLACES[0] / f"{name}.yaml"
-    )
+    """A page by name, or by the path of a file of one's own. Raises UsageError, SpecError."""
+    standard = [place / f"{name}.yaml" for place in _PLACES]
+    file = next((file for file in (*standard, Path(name)) if file.is_file()), None)
+    if file is None:
+        raise UsageError(f"there is no page {name}: neither a file of {_PLACES[0]} nor the path of one")
+    document = read_study_file(file)
+    try:
+        return Page.model_validate(document.content)
+    except ValidationError as error:
+        problems = [Problem(path=found["loc"], message=readable(found)) for found in error.errors()]
+        raise document.error(problems) from None
 
 
 def render(page: Page, studies: Sequence[StudyData], *, is_live: bool = False) -> str:
@@ -95,7 +92,7 @@ def render(page: Page, studies: Sequence[StudyData], *, is_live: bool = False) -
     sections = []
     if len(studies) == 1:
         sections.append(_Section(id="study", title="Study", facts=_facts(studies[0])))
-    for title, names in page.sections:
+    for title, names in ((section.title, section.figures) for section in page.sections):
         compared = [figure for name in names if name in COMPARISONS and (figure := COMPARISONS[name](studies))]
         if compared:
             sections.append(_section(len(sections), title, compared))
@@ -179,9 +176,7 @@ def _json(drawn: Drawn) -> Markup:
         figure.update_layout(height=450)
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
-    content = json.loads(plotly.io.to_json(figure, validate=False))
-    text = json.dumps({"data": content["data"], "layout": content["layout"]}, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+    return htmlsafe_json_dumps(figure, dumps=plotly.io.to_json, validate=False)
 
 
 def _facts(data: StudyData) -> list[tuple[str, str]]:
@@ -200,15 +195,11 @@ def _facts(data: StudyData) -> list[tuple[str, str]]:
         score = f"{best['score']:.4g} ({best['score_low']:.4g} to {best['score_high']:.4g})"
         facts += [
             ("best", f"trial {best['trial']}, test {data.board.metric.replace('_', ' ')} {score}"),
-            ("its settings", ", ".join(f"{name} {_short(value)}" for name, value in best["params"].items())),
+            ("its settings", ", ".join(f"{name} {short(value)}" for name, value in best["params"].items())),
         ]
     seconds = sum(row["device_seconds"] or 0.0 for row in data.trials)
     facts.append(("compute", f"{seconds / 3600:.2f} device-hours"))
     return facts
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @cache

@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModu
 
 from hpsearch import migrations
 from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError, UnknownStudyError, hide_password
-from hpsearch.trial import LIVE, Point, TrialConfig, TrialResult, TrialState
+from hpsearch.trial import UNFINISHED, Point, TrialConfig, TrialResult, TrialState
 
 BUSY_TIMEOUT_S = 30
 
@@ -134,7 +134,7 @@ _leaderboard = sa.table(
 )  # fmt: skip
 
 Row = dict[str, Any]
-_UNFINISHED = (*(state.value for state in LIVE), TrialState.INTERRUPTED.value)
+_UNFINISHED = [state.value for state in UNFINISHED]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from hpsearch.trial import (
     PULSE_EVERY_S,
     PULSE_FILE,
     STOP_FILE,
+    UNFINISHED,
     Decision,
     Event,
     Listener,
@@ -166,8 +167,7 @@ class StudyRun:
     @property
     def num_finished(self) -> int:
         """Trials that count against the budget: ended in any state but interrupted."""
-        waiting = {TrialState.INTERRUPTED.value, *(state.value for state in LIVE)}
-        return sum(count for state, count in self.states.items() if state not in waiting)
+        return sum(count for state, count in self.states.items() if state not in UNFINISHED)
 
     @property
     def budget(self) -> int:

@@ -24,7 +24,7 @@ from hpsearch.errors import plain
 from hpsearch.ranking import Leaderboard, param_names
 from hpsearch.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED
 from hpsearch.store import Row
-from hpsearch.trial import LIVE, PRUNED, Event, Listener, TrialState
+from hpsearch.trial import LIVE, PRUNED, UNFINISHED, Event, Listener, TrialState
 
 _COLOURS = {
     TrialState.COMPLETED: "green",
@@ -215,7 +215,7 @@ def log_line(line: dict[str, Any]) -> str:
 def status_report(found: dict[str, Any]) -> str:
     """How far a study is, for a person."""
     best, left = found["best"], found["seconds_left"]
-    ended = sum(count for state, count in found["states"].items() if state not in ("running", "paused", "interrupted"))
+    ended = sum(count for state, count in found["states"].items() if state not in UNFINISHED)
     lines = [
         f"study   {found['study']} in {found['store']}",
         f"trials  {counts(found['states']) or 'none yet'}; {ended} of {found['budget']} have ended",

@@ -29,6 +29,8 @@ class TrialState(StrEnum):
 
 
 LIVE = frozenset({TrialState.RUNNING, TrialState.PAUSED})
+UNFINISHED = LIVE | {TrialState.INTERRUPTED}
+"""Trials that run or wait to go on."""
 RANKED = frozenset({TrialState.COMPLETED, TrialState.OVERFIT, TrialState.PLATEAU})
 """Trials that ended with a checkpoint worth scoring on the test split."""
 PRUNED = frozenset({TrialState.OVERFIT, TrialState.PLATEAU, TrialState.UNPROMISING, TrialState.DIVERGED})

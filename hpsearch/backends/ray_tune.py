@@ -264,7 +264,8 @@ def _place(spec: StudySpec, nodes: Sequence[Mapping[str, float]]) -> Placement:
     needs |= {f"custom_per_trial.{name}": (name, amount) for name, amount in wanted.custom_per_trial.items()}
     is_spread = wanted.across_nodes and processes > 1
     for setting, (name, amount) in needs.items():
-        most = (sum if is_spread else _largest)(node.get(name, 0.0) for node in nodes)
+        there = [node.get(name, 0.0) for node in nodes]
+        most = sum(there) if is_spread else max(there, default=0.0)
         if amount > most:
             given = wanted.accelerator_type if setting == "accelerator_type" else f"{amount:g}"
             has = "all nodes of Ray have no more than" if is_spread else "no node of Ray has more than"
@@ -297,10 +298,6 @@ def _capacity(place: Placement, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many trials could run at once; of those that are packed, if none took more than a crumb of a GPU."""
     bundles = [{**place.bundles[0], "GPU": SMALLEST_SHARE}] if place.is_packed else place.bundles
     return _fit(bundles, nodes, across_nodes=place.across_nodes)
-
-
-def _largest(amounts: Iterable[float]) -> float:
-    return max(amounts, default=0.0)
 
 
 def _advice(setting: str, spec: StudySpec, gpus: float) -> str:

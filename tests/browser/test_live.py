@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser
 
-from tests.browser.test_report import browser, pytestmark
 from tests.conftest import TINY
 
-__all__ = ["browser", "pytestmark"]
+pytestmark = pytest.mark.slow
 
 
 @contextmanager
@@ -49,7 +49,13 @@ def test_a_page_of_a_running_study_changes_by_itself(browser: Browser, tmp_path:
             page.wait_for_function("() => document.querySelector('.drawn').data")
             page.evaluate("drawAll(); window.untouched = true")
             ended = "() => +document.body.innerText.match(/([0-9]+) finished trials with a value/)[1]"
-            before = page.evaluate(ended)
+            hidden = (
+                "() => [...document.querySelectorAll('.drawn')].flatMap(p => p.data)"
+                ".filter(trace => trace.visible === 'legendonly').map(trace => trace.name)"
+            )
+            page.locator(".drawn", has=page.locator("text=finished trials")).locator(".legendtoggle").last.click()
+            page.wait_for_function(f"() => ({hidden})().length > 0")
+            before, chosen = page.evaluate(ended), page.evaluate(hidden)
             drawn = (
                 "() => [...document.querySelectorAll('.drawn')].find(p => p.ariaLabel.startsWith('Search progress'))"
                 ".data.at(-1).x.length"
@@ -57,6 +63,7 @@ def test_a_page_of_a_running_study_changes_by_itself(browser: Browser, tmp_path:
             page.wait_for_function(f"before => ({ended})() > before", arg=before, timeout=90_000)
             page.wait_for_function(f"before => ({drawn})() > before", arg=before, timeout=30_000)
             assert page.evaluate("window.untouched"), "without being loaded again"
+            assert page.evaluate(hidden) == chosen, "what a person has hidden stays so"
             assert troubles == []
             page.goto(f"{address}/optuna/")
             page.wait_for_selector("text=tiny", timeout=60_000)

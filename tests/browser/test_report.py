@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -11,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 import hpsearch as package
-from tests.browser import CHROMIUM
 from tests.conftest import TINY, Run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; `apt-get install chromium`"),
-]
+pytestmark = pytest.mark.slow
 OVERFITTING = """
 training: {schedule: constant}
 search:
@@ -31,16 +26,6 @@ search:
 prune: {unpromising: none}
 """
 HOSTILE = "</script><img src=x onerror=alert(1)><b>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [], timeout=120_000
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ OWNERS = {
     "sklearn": {"tasks.classification"},
     "datasets": {"data"},
     "tokenizers": {"data"},
-    "pydantic": {"settings", "pruning", "spec", "space"},
+    "pydantic": {"settings", "pruning", "spec", "space", "pages"},
     "yaml": {"study_file"},
 }
 
