@@ -46,7 +46,7 @@ def test_a_page_of_a_running_study_changes_by_itself(browser: Browser, tmp_path:
             page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
             page.goto(address)
             page.click("text=tiny")
-            page.wait_for_function("() => document.querySelector('.drawn').data")
+            page.wait_for_function("() => document.querySelector('.drawn')?.data")
             page.evaluate("drawAll(); window.untouched = true")
             ended = "() => +document.body.innerText.match(/([0-9]+) finished trials with a value/)[1]"
             hidden = (
