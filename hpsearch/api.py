@@ -36,9 +36,10 @@ from hpsearch.spec import (
     recorded_space,
     recorded_study,
 )
+from hpsearch.storage import Folder, cached, copied, locate, names
 from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import LIVE, RANKED, UNFINISHED, Event, Listener, TrialState
+from hpsearch.trial import LAST_WORDS, LIVE, RANKED, RESULT, UNFINISHED, Event, Listener, TrialState
 from hpsearch.trial_log import log_file, read_log
 
 if TYPE_CHECKING:
@@ -290,6 +291,34 @@ def logs(name: str, trial: int, *, store: str | None = None, follow: bool = Fals
         raise UsageError(f"trial {trial} has no log at {file}: it has not begun, or ran on other machines")
 
 
+def export_model(
+    name: str, trial: int | None = None, *, folder: str | os.PathLike[str] | None = None, store: str | None = None
+) -> Path:
+    """Copy the model of a trial, the best one by default, to a folder that transformers loads; returns that folder.
+
+    Raises UnknownStudyError, UsageError when the trial has no checkpoint or the folder is there, and RunFolderError.
+    """
+    opened = open_study(name, store=store)
+    if trial is None:
+        best = opened.board(top=1).best
+        if best is None:
+            raise UsageError(f"'{name}' has no ranked trial yet")
+        trial = int(best["trial"])
+    target = Path(folder or f"{name}-trial-{trial}")
+    checkpoint = opened.trial(trial)["checkpoint"]
+    if checkpoint is None:
+        raise UsageError(
+            f"trial {trial} has no checkpoint: it was not ranked, or not among the best limits.keep_checkpoints of them"
+        )
+    if target.exists():
+        raise UsageError(f"{target} is there already; name another folder")
+    source = locate(checkpoint)
+    if "config.json" not in names(source):
+        raise RunFolderError(f"the checkpoint of trial {trial} is not at {source} any more, or not within reach")
+    copied(source, target, without=(LAST_WORDS, RESULT))
+    return target
+
+
 def archive(name: str, *, store: str | None = None) -> str | None:
     """Put a study aside under a name that says when, so that its own is free; returns that name.
 
@@ -506,14 +535,14 @@ def _whole(value: float, integer: bool) -> float:
     return int(value) if integer else value
 
 
-def _prepare_data(spec: StudySpec) -> tuple[Path, DataCard, dict[str, int]]:
+def _prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
     from hpsearch.data import count_cut, prepare
     from hpsearch.tasks import check_model
 
     folder, card = prepare(spec)
     for settings in _corner_models(spec):
         check_model(spec.task, settings, card)
-    return folder, card, count_cut(spec, folder)
+    return folder, card, count_cut(spec, cached(folder))
 
 
 def _existing(spec: StudySpec, *, extend: bool = False) -> dict[str, int] | None:

@@ -6,7 +6,6 @@ header: nothing here is pickled, so a checkpoint cannot run code. A file that wa
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -19,22 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hpsearch import storage
 from hpsearch.errors import DiskFullError, LeaseLostError, RunFolderError
+from hpsearch.storage import Folder
 from hpsearch.trial_log import LOGGER
 
 KEPT = 2
 """Resumable states kept of a run: the last, and the one before it in case the last is damaged."""
-RESULT = "result.json"
-"""How the trial of a folder ended, for a driver that did not live to hear it."""
 _FILE = re.compile(r"(resume|best)-(\d{9})-([0-9a-f]{32})\.safetensors")
-FULL = {errno.ENOSPC, errno.EDQUOT}
-"""Error numbers that say that there is no room."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and JSON."""
 
 
-def write(folder: Path, kind: str, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+def write(folder: Folder, kind: str, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """Write one checkpoint file and return its name. Raises DiskFullError, RunFolderError.
 
     It is on the disk, not in a cache, when this returns.
@@ -48,12 +45,17 @@ def write(folder: Path, kind: str, step: int, tensors: Mapping[str, Tensor], fac
     return name
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_whole(file: Folder, content: bytes) -> None:
     """Write a file so that it has its old content or all of the new, whenever the power fails.
 
     Its folder must be there: one that is gone belonged to an attempt that another has overtaken, and nobody would
     remove what is written there now. Raises DiskFullError, LeaseLostError, RunFolderError.
     """
+    if not isinstance(file, Path):
+        if not storage.names(file.parent):
+            raise LeaseLostError(f"{file.parent} was removed: another launch has taken its trial over")
+        storage.write(file, content)
+        return
     scratch = file.with_name(f".{file.name}")
     try:
         with scratch.open("wb") as stream:
@@ -66,18 +68,17 @@ def write_whole(file: Path, content: bytes) -> None:
         raise LeaseLostError(f"{file.parent} was removed: another launch has taken its trial over") from None
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        if error.errno in FULL:
+        if error.errno in storage.FULL:
             raise DiskFullError(file.parent, len(content)) from error
         raise RunFolderError(f"cannot write {file}: {error.strerror}") from error
 
 
-def newest(folders: Sequence[Path]) -> Iterator[tuple[Path, State]]:
+def newest(folders: Sequence[Folder]) -> Iterator[tuple[Folder, State]]:
     """The resumable states in these folders, newest first, that pass their hash, each with the file it lies in."""
     found = [
         (int(match[2]), -place, folder, file)
         for place, folder in enumerate(folders)
-        if folder.is_dir()
-        for file in os.listdir(folder)
+        for file in storage.names(folder)
         if (match := _FILE.fullmatch(file)) and match[1] == "resume"
     ]
     for _, _, folder, file in sorted(found, reverse=True):
@@ -88,14 +89,11 @@ def newest(folders: Sequence[Path]) -> Iterator[tuple[Path, State]]:
             yield folder / file, state
 
 
-def read(file: Path) -> State | None:
+def read(file: Folder) -> State | None:
     """The content of a checkpoint file; None when it is missing, cut short, changed or none of ours."""
     match = _FILE.fullmatch(file.name)
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return None
-    if match is None or _digest(content) != match[3]:
+    content = storage.read(file)
+    if match is None or content is None or _digest(content) != match[3]:
         return None
     try:
         tensors = load(content)
@@ -105,25 +103,23 @@ def read(file: Path) -> State | None:
         return None
 
 
-def is_whole(file: Path) -> bool:
+def is_whole(file: Folder) -> bool:
     """Whether a checkpoint file passes its hash."""
     match = _FILE.fullmatch(file.name)
-    return match is not None and _digest(file.read_bytes()) == match[3]
+    content = storage.read(file)
+    return match is not None and content is not None and _digest(content) == match[3]
 
 
-def names(folder: Path, kind: str) -> list[str]:
+def names(folder: Folder, kind: str) -> list[str]:
     """Names of the checkpoint files of one kind, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(name for name in os.listdir(folder) if (match := _FILE.fullmatch(name)) and match[1] == kind)
+    return [name for name in storage.names(folder) if (match := _FILE.fullmatch(name)) and match[1] == kind]
 
 
-def forget(folder: Path, *, keep: Sequence[str] = ()) -> None:
+def forget(folder: Folder, *, keep: Sequence[str] = ()) -> None:
     """Remove the checkpoint files of a folder but those to keep."""
-    for kind in ("resume", "best"):
-        for name in names(folder, kind):
-            if name not in keep:
-                (folder / name).unlink(missing_ok=True)
+    for name in storage.names(folder):
+        if _FILE.fullmatch(name) and name not in keep:
+            storage.unlink(folder / name)
 
 
 def _digest(content: bytes) -> str:

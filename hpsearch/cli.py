@@ -616,6 +616,18 @@ def best(study: str, store: str | None, as_json: bool) -> int:
 
 @main.command()
 @click.argument("study")
+@click.argument("trial", type=int, required=False)
+@click.option("--output", "-o", type=click.Path(file_okay=False), help="Folder to write [STUDY-trial-N].")
+@_store_option
+def export(study: str, trial: int | None, output: str | None, store: str | None) -> None:
+    """Copy the model of a trial, the best one by default, to a folder that transformers loads."""
+    from hpsearch import api
+
+    print(f"wrote {plain(api.export_model(study, trial, folder=output, store=store))}", file=sys.stderr)
+
+
+@main.command()
+@click.argument("study")
 @click.option("--keep", type=click.IntRange(min=1), help="Ranked trials whose checkpoint stays [as the study says].")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @_store_option

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch import pretrained
+from hpsearch import pretrained, storage
 from hpsearch.corpora import CORPORA, Example, fold
 from hpsearch.errors import DataError, RunFolderError
 from hpsearch.spec import AlignedFiles, DataSpec, StudySpec, TokenizerSpec
+from hpsearch.storage import Folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,6 +36,8 @@ END_ID, PADDING_ID = 0, 1
 TOKENIZER_FOLDER = "tokenizer"
 LABEL_SEPARATOR = "|"
 """Between the labels of one example, where labels are given as text."""
+_CARD = "card.json"
+"""Written last: data that has it is whole."""
 _FORMAT = 3
 """Of the files on disk; part of the fingerprint."""
 _TARGET_TOKENIZER = "tokenizer-target.json"
@@ -166,16 +169,21 @@ def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, task: str = "caus
     return tokenizer
 
 
-def prepare(spec: StudySpec) -> tuple[Path, DataCard]:
+def prepare(spec: StudySpec) -> tuple[Folder, DataCard]:
     """Token arrays of a study under `folder/data/FINGERPRINT`, made if they are not there yet.
 
-    Returns the folder of the arrays and its card. Raises DataError, or RunFolderError when it cannot be written.
+    Returns the folder of the arrays and its card; a folder in an object store is read by way of `storage.cached`.
+    Raises DataError, or RunFolderError when it cannot be written.
     """
     examples = read_examples(spec)
-    target = Path(spec.folder) / "data" / _fingerprint(examples, spec)
-    if (target / "card.json").is_file():
-        return target, read_card(target)
+    target = storage.locate(spec.folder) / "data" / _fingerprint(examples, spec)
+    if storage.read(target / _CARD) is not None:
+        return target, read_card(storage.cached(target))
     prepared = _Prepared(examples, spec)
+    if not isinstance(target, Path):
+        with storage.filled(target, last=_CARD) as scratch:
+            prepared.write(scratch)
+        return target, prepared.card
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
@@ -224,7 +232,7 @@ def decode(folder: Path, rows: Sequence[Sequence[int]]) -> list[str]:
 
 
 def read_card(folder: Path) -> DataCard:
-    return DataCard(**json.loads((folder / "card.json").read_text()))
+    return DataCard(**json.loads((folder / _CARD).read_text()))
 
 
 def load_split(folder: Path, split: str, field: str = "text") -> TokenSplit:
@@ -387,7 +395,7 @@ class _Prepared:
                 np.save(folder / f"{split}-labels.npy", labels)
         (folder / TOKENIZER_FOLDER).mkdir()
         self._tokenizer.save(folder / TOKENIZER_FOLDER)
-        (folder / "card.json").write_text(json.dumps(asdict(self.card), indent=1))
+        (folder / _CARD).write_text(json.dumps(asdict(self.card), indent=1))
 
 
 def _columns(spec: StudySpec) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ HpsearchError
 ├── StoreError         69   the study store cannot be reached, read or written
 │   └── StoreAwayError      perhaps only for a while
 ├── RunFolderError     74   files of the run (data, checkpoints) cannot be written
-│   └── DiskFullError       there is no room for them
+│   └── DiskFullError       there is no room for them, or their object store stays away
 └── ClusterError       75   Ray could not be started or was lost; launch again to resume
 
 Whatever is not in this tree is a bug of ours and ends in 70.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 EXIT_FINISHED = 0
 EXIT_FOUND = 1
@@ -74,8 +73,8 @@ class RunFolderError(HpsearchError):
 
 
 class DiskFullError(RunFolderError):
-    def __init__(self, folder: Path, needed: int) -> None:
-        super().__init__(f"no room for {needed / 1e6:,.1f} MB in {folder}")
+    def __init__(self, folder: object, needed: int, why: str | None = None) -> None:
+        super().__init__(why or f"no room for {needed / 1e6:,.1f} MB in {folder}")
         self.needed = needed
         """Bytes that did not fit."""
 

@@ -6,44 +6,43 @@ What stays: the best checkpoint of the top ranked trials, and whatever a trial t
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from hpsearch import storage
+from hpsearch.storage import Folder, locate
 from hpsearch.store import Row, Store
 from hpsearch.trial import RANKED, UNFINISHED, TrialResult, TrialState
 
 _FOLDER = re.compile(r"trial-(\d{5,})(?:-attempt-(\d+))?")
 
 
-def run_folder(folder: str, study: Row) -> Path:
+def run_folder(folder: str, study: Row) -> Folder:
     """The folder of a study. Studies of one name in two stores may share `folder`; the time of birth parts them."""
     # The name in the spec stays when a study is archived under another one.
-    return Path(folder).resolve() / f"{study['spec']['name']}-{study['created_at']:%Y%m%d-%H%M%S}"
+    return locate(folder) / f"{study['spec']['name']}-{study['created_at']:%Y%m%d-%H%M%S}"
 
 
-def attempt_folder(run: Path, number: int, attempt: int) -> Path:
+def attempt_folder(run: Folder, number: int, attempt: int) -> Folder:
     """The folder of one attempt at a trial. Each has its own: a worker that was given up may still write."""
     return run / (f"trial-{number:05d}" if attempt == 1 else f"trial-{number:05d}-attempt-{attempt}")
 
 
-def earlier_attempts(run: Path, number: int, attempt: int) -> list[Path]:
+def earlier_attempts(run: Folder, number: int, attempt: int) -> list[Folder]:
     """Folders of the attempts before this one that there are, newest first."""
     found = [(there, folder) for there, folder in trial_folders(run, number) if there < attempt]
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def trial_folders(run: Path, number: int | None = None) -> Iterator[tuple[int, Path]]:
+def trial_folders(run: Folder, number: int | None = None) -> Iterator[tuple[int, Folder]]:
     """Attempt and folder of every attempt at a trial, or at any."""
-    pattern = "trial-*" if number is None else f"trial-{number:05d}*"
-    for folder in run.glob(pattern) if run.is_dir() else ():
-        match = _FOLDER.fullmatch(folder.name)
+    for name in storage.names(run):
+        match = _FOLDER.fullmatch(name)
         if match and (number is None or int(match[1]) == number):
-            yield int(match[2] or 1), folder
+            yield int(match[2] or 1), run / name
 
 
-def trial_of(folder: Path) -> int | None:
+def trial_of(folder: Folder) -> int | None:
     """The trial that a folder belongs to."""
     match = _FOLDER.fullmatch(folder.name)
     return int(match[1]) if match else None
@@ -64,14 +63,14 @@ class CheckpointKeeper:
             if row["checkpoint"] is not None and row["repeat_of"] is None and row["number"] in scores
         )
 
-    def trial_ended(self, row_id: int, number: int, result: TrialResult, run: Path, *, is_repeat: bool) -> None:
+    def trial_ended(self, row_id: int, number: int, result: TrialResult, run: Folder, *, is_repeat: bool) -> None:
         """Remove what the end of a trial has made needless. Its end is on record by now.
 
         The finals measure settings that have a checkpoint already: theirs are not kept.
         """
         for _, folder in trial_folders(run, number):
             if str(folder) != result.checkpoint:
-                shutil.rmtree(folder, ignore_errors=True)
+                storage.remove(folder)
         score = next((score.value for score in result.scores if score.metric == self._metric), None)
         if result.checkpoint is None or score is None:
             return
@@ -85,14 +84,14 @@ class CheckpointKeeper:
 
     def _collect(self, row_id: int, checkpoint: str) -> None:
         self._store.forget_checkpoint(row_id)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        storage.remove(locate(checkpoint))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
     """A folder that nobody needs, and why."""
 
-    folder: Path
+    folder: Folder
     why: str
     size: int
     """Bytes."""
@@ -105,12 +104,14 @@ def find_garbage(store: Store, study: Row, *, keep: int) -> list[Garbage]:
     rows = {row["number"]: row for row in store.trials(study["id"])}
     top = {row["trial"] for row in store.leaderboard(study["name"], top=keep)}
     found = []
-    for _, folder in sorted(trial_folders(run_folder(study["placement"]["folder"], study)), key=lambda f: f[1]):
+    for _, folder in sorted(
+        trial_folders(run_folder(study["placement"]["folder"], study)), key=lambda found: str(found[1])
+    ):
         number = trial_of(folder)
         assert number is not None
         row = rows.get(number)
         state = TrialState(row["state"]) if row else None
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        size = storage.size(folder)
         if row is None or state is None:
             found.append(Garbage(folder=folder, why="no trial of the store has this number", size=size))
         elif state in UNFINISHED:
@@ -128,4 +129,4 @@ def remove(store: Store, garbage: list[Garbage]) -> None:
     for piece in garbage:
         if piece.row_id is not None:
             store.forget_checkpoint(piece.row_id)
-        shutil.rmtree(piece.folder, ignore_errors=True)
+        storage.remove(piece.folder)

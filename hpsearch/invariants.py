@@ -11,13 +11,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 from hpsearch import checkpoints, leases
 from hpsearch.errors import StudyBusyError
 from hpsearch.housekeeping import earlier_attempts, find_garbage, remove, run_folder
 from hpsearch.search import OPTUNA_STATE, RecordedTrial, Search, recorded_trials
 from hpsearch.spec import recorded_study
+from hpsearch.storage import locate
 from hpsearch.store import Row, Store
 from hpsearch.trial import LIVE, RANKED, UNFINISHED, TrialState
 
@@ -150,7 +150,7 @@ def _against_optuna(study: _Study, row: Row, state: TrialState) -> Iterator[Find
 
 def _wrong_files(study: _Study, row: Row, state: TrialState) -> Iterator[Finding]:
     number = row["number"]
-    if row["checkpoint"] is not None and not (Path(row["checkpoint"]) / "config.json").is_file():
+    if row["checkpoint"] is not None and not (locate(row["checkpoint"]) / "config.json").is_file():
         yield study.found(f"its checkpoint {row['checkpoint']} is gone", trial=number)
     if state is not TrialState.INTERRUPTED or study.is_running or study.row["placement"] is None:
         return

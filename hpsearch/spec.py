@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 
+from hpsearch import storage
 from hpsearch.corpora import CORPORA
-from hpsearch.errors import Problem, SpecError
+from hpsearch.errors import Problem, SpecError, hide_password
 from hpsearch.pruning import OverfitRule
 from hpsearch.settings import (
     FIXED_BY_PRETRAINED,
@@ -34,6 +35,7 @@ from hpsearch.settings import (
     split_settings,
 )
 from hpsearch.space import Choice, Range, Space, parse_space, readable
+from hpsearch.storage import locate
 from hpsearch.study_file import KeyPath, StudyDocument, parse_scalar, read_study_file
 
 TARGET_EVALUATIONS = 40
@@ -298,7 +300,10 @@ class StudySpec(Strict):
         "this machine belongs to.",
     )
     store: str = Field(DEFAULT_STORE, description="SQLAlchemy URL; may hold ${NAME} and ${NAME:-default}.")
-    folder: str = Field("hpsearch-runs", description="Folder of checkpoints and tokenized data.")
+    folder: str = Field(
+        "hpsearch-runs",
+        description="Folder of checkpoints and tokenized data, which all nodes reach: a path, or a URI such as s3://BUCKET/PATH.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the sampler, the split of weights and the order of data.")
 
     _space: Space = PrivateAttr(default_factory=lambda: Space(fixed={}, dimensions={}))
@@ -375,7 +380,7 @@ class StudySpec(Strict):
         """Where the study runs and where its files are, as JSON."""
         return {
             **self.model_dump(mode="json", include=_PLACEMENT),
-            "folder": str(Path(self.folder).resolve()),
+            "folder": str(locate(self.folder)),
             "files": self.data.model_dump(mode="json")["files"],
             "pretrained": self.model.pretrained,
         }
@@ -476,6 +481,8 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     spec = _with_pretrained_folder(spec, base, problems)
     spec._space = space
     problems += _cross_checks(spec, content)
+    if (wrong := storage.problem(spec.folder)) is not None:
+        problems.append(Problem(path=("folder",), message=f"{hide_password(spec.folder)}: {wrong}"))
     if problems:
         raise document.error(problems)
     return spec

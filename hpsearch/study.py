@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hpsearch import storage
 from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError
 from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, earlier_attempts, run_folder
 from hpsearch.memory import PeakMemory
@@ -27,6 +27,7 @@ from hpsearch.outbox import Outbox
 from hpsearch.search import Search, Suggestion
 from hpsearch.settings import ModelSettings, RunSettings
 from hpsearch.spec import StudySpec
+from hpsearch.storage import Folder, locate
 from hpsearch.store import Row, Store
 from hpsearch.trial import (
     LAST_WORDS,
@@ -114,7 +115,7 @@ class StudyRun:
         store: Store,
         search: Search,
         outbox: Outbox,
-        data: Path,
+        data: Folder,
         threads: int,
         listen: Listener,
         repeats: Sequence[Repeat] | None = None,
@@ -397,7 +398,7 @@ class StudyRun:
             training = RunSettings(**waiting.settings["training"])
         attempt = waiting.attempt + 1
         folder = attempt_folder(self._folder, suggestion.number, attempt)
-        shutil.rmtree(folder, ignore_errors=True)
+        storage.remove(folder)
         return TrialConfig(
             study=self.spec.name,
             number=suggestion.number,
@@ -516,9 +517,8 @@ class StudyRun:
         if now < self._next_probe:
             return
         self._next_probe = now + _PROBE_EVERY_S
-        self._folder.mkdir(parents=True, exist_ok=True)
         # Twice: the state that is written, and the one that it replaces.
-        if shutil.disk_usage(self._folder).free > 2 * needed:
+        if storage.has_room(self._folder, 2 * needed):
             self._full_disk = None
             self._note("there is room on the disk again; the study goes on")
         elif now - since > DISK_PATIENCE_S:
@@ -559,22 +559,24 @@ def _settings(config: TrialConfig) -> dict[str, Any]:
 
 
 def _ask_to_leave(config: TrialConfig) -> None:
-    folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STOP_FILE).touch()
+    folder = locate(config.folder)
+    storage.make(folder)
+    if isinstance(folder, Path):
+        (folder / STOP_FILE).touch()
+    else:
+        storage.write(folder / STOP_FILE, b"?")
 
 
 def _pulse(config: TrialConfig) -> float | None:
     """When the worker of a trial last said that it is alive; None before it has begun."""
     try:
-        return (Path(config.folder) / PULSE_FILE).stat().st_mtime
-    except OSError:
+        return (locate(config.folder) / PULSE_FILE).stat().st_mtime
+    except Exception:  # of as many kinds as there are object stores
         return None
 
 
 def _last_words(config: TrialConfig) -> str:
-    file = Path(config.folder) / LAST_WORDS
-    return file.read_text(errors="replace").strip() if file.is_file() else ""
+    return (storage.read(locate(config.folder) / LAST_WORDS) or b"").decode(errors="replace").strip()
 
 
 def _first_cause(error: str) -> str:

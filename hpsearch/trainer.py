@@ -15,24 +15,23 @@ from __future__ import annotations
 import io
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpsearch import checkpoints
+from hpsearch import checkpoints, storage
 from hpsearch.errors import DiskFullError, LeaseLostError
 from hpsearch.memory import CONTEXT_BYTES
 from hpsearch.ranks import Ranks
 from hpsearch.settings import Objective, RunSettings
+from hpsearch.storage import Folder, locate
 from hpsearch.tasks import architecture
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
 from hpsearch.trial import Point
@@ -142,9 +141,9 @@ class Trainer:
         *,
         seed: int,
         device: torch.device,
-        folder: Path,
+        folder: Folder,
         objective: Objective = "loss",
-        earlier: Sequence[Path] = (),
+        earlier: Sequence[Folder] = (),
         pulse: Callable[[], Order] = lambda: Order.GO_ON,
         ranks: Ranks | None = None,
     ) -> None:
@@ -157,7 +156,7 @@ class Trainer:
         self.settings = settings
         self.device = device
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make(folder)
         self.objective = objective
         self.best: Point | None = None
         self.curve: list[Point] = []
@@ -324,12 +323,13 @@ class Trainer:
         """
         if self._is_partial:
             architecture.merge_adapters(self.task.model)
-        if not self.folder.is_dir():
+        if not storage.names(self.folder):
             raise LeaseLostError(f"{self.folder} was removed: another launch has taken its trial over")
         try:
             # transformers knows which of two tied weights other heads will look for.
-            self.task.model.save_pretrained(self.folder)
-            self.task.save(str(self.folder))
+            with storage.filled(self.folder) as place:
+                self.task.model.save_pretrained(place)
+                self.task.save(str(place))
         except Exception as error:
             # safetensors has errors of its own, in words.
             if "No space left on device" not in str(error):
@@ -539,7 +539,7 @@ class Trainer:
         if last:
             # Two states of this attempt stand: those of earlier ones have done their service.
             for folder in self._earlier:
-                shutil.rmtree(folder, ignore_errors=True)
+                storage.remove(folder)
             self._earlier = []
         self._saved = time.perf_counter()
         self._save_seconds = self._saved - began
@@ -587,14 +587,14 @@ class Trainer:
         file = self._ranks.tell().decode()
         if not file:
             return
-        state = checkpoints.read(Path(file))
+        state = checkpoints.read(locate(file))
         if state is None:
             raise RuntimeError(f"process {self._ranks.rank} cannot read {file}, which the first one can")
         self._take_up(optimizer, *state, {})
 
     def _shrink_micro_batch(self) -> None:
         """Heed what earlier attempts have learnt about memory. Raises OutOfMemoryError when it is that nothing fits."""
-        learnt = [int(file.read_text()) for place in self._earlier if (file := place / MICRO_BATCH).is_file()]
+        learnt = [int(said) for place in self._earlier if (said := storage.read(place / MICRO_BATCH))]
         self.micro_batch_size = min([self.micro_batch_size, *learnt])
         if not self.micro_batch_size:
             raise OutOfMemoryError(f"on each of {self._ranks.size} devices")

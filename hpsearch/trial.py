@@ -47,6 +47,8 @@ LAST_WORDS = "last-words.txt"
 PULSE_FILE = "pulse.json"
 """File in the folder of an attempt that says which process runs it, and is touched while that one makes steps."""
 PULSE_EVERY_S = 5.0
+RESULT = "result.json"
+"""File in the folder of an attempt: how it ended, for a driver that did not live to hear it."""
 
 
 class Decision(StrEnum):

@@ -31,10 +31,11 @@ import torch
 import transformers
 
 import hpsearch
-from hpsearch import checkpoints, statistics
+from hpsearch import checkpoints, statistics, storage
 from hpsearch.errors import DiskFullError, LeaseLostError
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
 from hpsearch.ranks import Ranks, join, lead
+from hpsearch.storage import Folder, locate
 from hpsearch.tasks import build_task
 from hpsearch.trainer import (
     Order,
@@ -52,6 +53,7 @@ from hpsearch.trial import (
     PREEMPTED,
     PULSE_EVERY_S,
     PULSE_FILE,
+    RESULT,
     STOP_FILE,
     Point,
     Progress,
@@ -71,6 +73,8 @@ _ROOM_TO_BEGIN = 1_000_000
 """Bytes that a trial waits for that could not even make its folder."""
 _LOOK_EVERY_S = 0.25
 """Seconds between two looks for a request to stop."""
+_LOOK_AFAR_EVERY_S = 5.0
+"""The same where each look is a request to an object store."""
 _NEWS_S = 5.0
 """A process that loses another hears of it from the network before the backend knows which one it was and why."""
 _SILENCE = timedelta(minutes=30)
@@ -110,16 +114,18 @@ def run_trial(
     `own_process`, a trial that is silent for its `stall_minutes` ends the process and leaves LAST_WORDS. A `team`
     trains it together with this process.
     """
-    folder = Path(config.folder)
-    for place in map(Path, config.earlier):
-        if (found := _read_result(place)) is not None:
-            result, curve = found
-            yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
-            return result
+    folder = locate(config.folder)
     try:
+        for place in map(locate, config.earlier):
+            if (found := _read_result(place)) is not None:
+                result, curve = found
+                yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
+                return result
         watch = _Watch(config, folder, own_process, team.size if team else 1)
+    except DiskFullError as error:
+        return TrialResult(state=TrialState.INTERRUPTED, reason=str(error), needed_bytes=error.needed)
     except OSError as error:
-        if error.errno not in checkpoints.FULL:
+        if error.errno not in storage.FULL:
             raise
         return TrialResult(state=TrialState.INTERRUPTED, reason=f"no room in {folder}", needed_bytes=_ROOM_TO_BEGIN)
     log = trial_log(log_file(folder.parent, config.number), config.attempt, own_process=own_process)
@@ -221,7 +227,7 @@ def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> T
     seed_everything(config.seed)
     device = pick_device(config.device)
     use_memory(device, config.device_share)
-    task = build_task(config)
+    task = build_task(config.model_copy(update={"data": str(storage.cached(locate(config.data)))}))
     if ranks.rank:
         torch.manual_seed(config.seed + ranks.rank)  # equal weights, but not equal dropout
     return Trainer(
@@ -229,9 +235,9 @@ def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> T
         config.training,
         seed=config.seed,
         device=device,
-        folder=Path(config.folder),
+        folder=locate(config.folder),
         objective=config.objective,
-        earlier=[Path(place) for place in config.earlier],
+        earlier=[locate(place) for place in config.earlier],
         pulse=pulse,
         ranks=ranks,
     )
@@ -349,7 +355,7 @@ def _where() -> dict[str, Any]:
 class _Watch:
     """Tells a run when to stop, and ends the process of one that hangs."""
 
-    def __init__(self, config: TrialConfig, folder: Path, own_process: bool, processes: int) -> None:
+    def __init__(self, config: TrialConfig, folder: Folder, own_process: bool, processes: int) -> None:
         self.trainer: Trainer | None = None
         self._processes = processes
         self._config = config
@@ -358,8 +364,11 @@ class _Watch:
         self._pulse_file = folder / PULSE_FILE
         self._touched = -math.inf
         self.own_process = own_process
-        folder.mkdir(parents=True, exist_ok=True)
-        self._last_words = self._last_words_file.open("w")
+        self._is_remote = storage.is_remote(folder)
+        storage.make(folder)
+        # A process that crashes cannot write to an object store: there, its stack is in Ray's log on its node.
+        own = self._last_words_file if isinstance(self._last_words_file, Path) else None
+        self._last_words = own.open("w") if own else os.fdopen(os.dup(2), "w")
         self._began = self._looked = time.monotonic()
         self._asked = Order.GO_ON
         self._had_sigterm = False
@@ -376,14 +385,15 @@ class _Watch:
         if threading.current_thread() is threading.main_thread() and self.own_process:
             self._before: Any = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._arm()
-        if self.own_process:
-            with suppress(OSError):  # a full disk is noticed where it matters
-                self._pulse_file.write_text(json.dumps(_where()))
+        if self.own_process or self._is_remote:
+            self._beat()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.own_process or self._is_remote:
+            with suppress(Exception):
+                self._pulse_file.unlink(missing_ok=True)
         if self.own_process:
-            self._pulse_file.unlink(missing_ok=True)
             faulthandler.cancel_dump_traceback_later()
             faulthandler.disable()
             if threading.current_thread() is threading.main_thread():
@@ -400,26 +410,41 @@ class _Watch:
 
     def say(self, words: str) -> None:
         """Leave word of why this process will not be there any more."""
+        if self._is_remote:
+            storage.write(self._last_words_file, words.encode())
         self._last_words.write(words)
         self._last_words.flush()
 
     def pulse(self) -> Order:
         """Called while the run is alive; answers what is asked of it."""
         now = time.monotonic()
-        if now - self._looked < _LOOK_EVERY_S:
+        if now - self._looked < (_LOOK_AFAR_EVERY_S if self._is_remote else _LOOK_EVERY_S):
             return self._asked
         self._looked = now
         self._arm()
         if self.own_process and now - self._touched > PULSE_EVERY_S:
             self._touched = now
-            with suppress(OSError):
-                os.utime(self._pulse_file)
-        if self._asked is Order.GO_ON and self._stop_file.exists():
+            if isinstance(self._pulse_file, Path):
+                with suppress(OSError):
+                    os.utime(self._pulse_file)
+            else:
+                self._beat()
+        if self._asked is Order.GO_ON and self._is_asked_to_stop():
             self._asked = Order.PREEMPT
         limit = self._config.max_minutes
         if self._asked is Order.GO_ON and limit is not None and self.seconds > 60 * limit * self._processes:
             self._asked = Order.TIME_UP
         return self._asked
+
+    def _beat(self) -> None:
+        # A full disk, or an object store that is away, is noticed where it matters.
+        with suppress(Exception):
+            self._pulse_file.write_text(json.dumps(_where()))
+
+    def _is_asked_to_stop(self) -> bool:
+        with suppress(Exception):
+            return self._stop_file.exists()
+        return False
 
     def _arm(self) -> None:
         if self.own_process and self._config.stall_minutes is not None:
@@ -430,16 +455,16 @@ class _Watch:
         self._had_sigterm = True
 
 
-def _write_result(folder: Path, result: TrialResult, curve: list[Progress]) -> None:
+def _write_result(folder: Folder, result: TrialResult, curve: list[Progress]) -> None:
     content = {"result": result.to_json(), "curve": [progress.to_json() for progress in curve]}
-    checkpoints.write_whole(folder / checkpoints.RESULT, json.dumps(content).encode())
+    checkpoints.write_whole(folder / RESULT, json.dumps(content).encode())
 
 
-def _read_result(folder: Path) -> tuple[TrialResult, list[Progress]] | None:
-    file = folder / checkpoints.RESULT
-    if not file.is_file():
+def _read_result(folder: Folder) -> tuple[TrialResult, list[Progress]] | None:
+    text = storage.read(folder / RESULT)
+    if text is None:
         return None
-    content = json.loads(file.read_text())
+    content = json.loads(text)
     return TrialResult.from_json(content["result"]), [Progress.from_json(text) for text in content["curve"]]
 
 

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpsearch import storage
 from hpsearch.backends import Placement, auth_environment, reachable_store
 
 # Read by Ray and Tune when they are imported or started.
@@ -53,6 +54,7 @@ from hpsearch.backends.ray_metrics import StudyMetrics
 from hpsearch.errors import ClusterError, HpsearchError, RunFolderError
 from hpsearch.memory import SMALLEST_SHARE
 from hpsearch.spec import StudySpec
+from hpsearch.storage import Folder, locate
 from hpsearch.study import StudyRun
 from hpsearch.trial import LAST_WORDS, PREEMPTED, PULSE_FILE, Decision, Progress, TrialConfig, TrialResult
 
@@ -89,7 +91,7 @@ def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTu
             note(f"{passing} in the job's own folder, which Ray removes in time: give the job others to find it again")
         backend = RayTune(spec, scratch)
         # Tune looks for this folder on every node.
-        with _shared_folder(Path(spec.folder).resolve()) as shared:
+        with _shared_folder(locate(spec.folder)) as shared:
             _check_nodes(shared)
             backend.results = shared
             yield backend
@@ -141,28 +143,31 @@ def _join(address: str) -> None:
 def _in_this_folder(spec: StudySpec) -> str:
     """Which of the things that outlive a launch are kept relative to the current folder."""
     passing = ["the store (HPSEARCH_STORE)"] if reachable_store(spec) is None else []
-    passing += [] if Path(spec.folder).is_absolute() else ["the run folder (HPSEARCH_FOLDER)"]
+    passing += [] if "://" in spec.folder or Path(spec.folder).is_absolute() else ["the run folder (HPSEARCH_FOLDER)"]
     return " and ".join(passing) + (" lie" if len(passing) > 1 else " lies") if passing else ""
 
 
 @contextmanager
-def _shared_folder(folder: Path) -> Iterator[Path]:
+def _shared_folder(folder: Folder) -> Iterator[Folder]:
     """A folder for this launch in the study's own, which all nodes should reach. Raises RunFolderError."""
+    shared = folder / f".tune-{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shared = Path(tempfile.mkdtemp(prefix=".tune-", dir=folder))
+        storage.make(shared)
     except OSError as error:
         raise RunFolderError(f"cannot write {folder}: {error.strerror}") from error
     try:
         yield shared
     finally:
-        shutil.rmtree(shared, ignore_errors=True)
+        storage.remove(shared)
 
 
-def _check_nodes(shared: Path) -> None:
+def _check_nodes(shared: Folder) -> None:
     """Raise ClusterError when a node has another hpsearch or torch than this driver, or does not reach its files."""
     marker = shared / "marker"
-    marker.touch()
+    if isinstance(marker, Path):
+        marker.touch()
+    else:
+        storage.write(marker, b"?")
     ours = _inspect(str(marker))
     problems = []
     looks = []
@@ -187,7 +192,14 @@ def _check_nodes(shared: Path) -> None:
 
 def _inspect(marker: str) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("hpsearch", "torch", "transformers")}
-    return {**versions, "reached": Path(marker).is_file()}
+    return {**versions, "reached": _is_there(marker)}
+
+
+def _is_there(marker: str) -> bool:
+    try:
+        return bool(locate(marker).is_file())
+    except Exception:  # of as many kinds as there are object stores
+        return False
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -197,7 +209,7 @@ def _nodes() -> list[dict[str, Any]]:
 class RayTune:
     def __init__(self, spec: StudySpec, scratch: Path) -> None:
         self.placement = _place(spec, [node["Resources"] for node in _nodes()])
-        self.results = scratch / "results"
+        self.results: Folder = scratch / "results"
         self._scratch = scratch
         self._has_joined = spec.address != "local"
         self._most = math.inf if spec.resources.parallel == "auto" else spec.resources.parallel
@@ -221,7 +233,7 @@ class RayTune:
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=str(self.results),
+                **_tune_storage(self.results),
                 callbacks=[_StopWatch(bridge, self._scratch)],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
@@ -614,7 +626,7 @@ class _Team:
 
 def _end_silent(config: TrialConfig) -> None:
     """End a worker whose process does not run, wherever it is; Tune hears of its death then."""
-    folder = Path(config.folder)
+    folder = locate(config.folder)
     (folder / LAST_WORDS).write_text(
         f"Timeout ({config.stall_minutes:g} minutes)!\nIts process did not run at all: it was ended from outside.\n"
     )
@@ -639,6 +651,15 @@ def _dead_processes() -> list[str]:
 def _end_processes() -> None:
     """End what is left of our own Ray, without asking a head that may be gone."""
     ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def _tune_storage(folder: Folder) -> dict[str, Any]:
+    """Where Tune keeps its own files."""
+    if isinstance(folder, Path):
+        return {"storage_path": str(folder)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_path": folder.path, "storage_filesystem": PyFileSystem(FSSpecHandler(folder.fs))}
 
 
 def _trial_name(trial: Trial) -> str:

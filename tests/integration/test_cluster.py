@@ -22,6 +22,7 @@ import pytest
 
 import hpsearch as package
 from tests.conftest import TINY
+from tests.object_store import BUCKET, ObjectStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 TOKEN = "5ca1ab1e" * 8
@@ -34,6 +35,7 @@ class Cluster:
     """A head and two more nodes on this machine, each with a folder of its own for Ray's files."""
 
     root: Path
+    objects: ObjectStore
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,6 +46,8 @@ class Cluster:
             "RAY_AUTH_TOKEN": TOKEN,
             "RAY_AUTH_MODE": "token",
             "HPSEARCH_FOLDER": str(self.root / "shared"),
+            "HPSEARCH_CACHE": str(self.root / "cache"),
+            **self.objects.environment,
             "COLUMNS": "160",
         }
         head = f"--head --port {self.port} --dashboard-host 127.0.0.1 --dashboard-port {self.http} --num-gpus 2"
@@ -121,13 +125,16 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     root = Path(tempfile.mkdtemp(prefix="hps-c-"))  # short: Ray's sockets live below it
-    made = None
+    made = objects = None
     try:
-        made = Cluster(root)
+        objects = ObjectStore()
+        made = Cluster(root, objects)
         yield made
     finally:
         if made is not None:
             made.end()
+        if objects is not None:
+            objects.end()
         shutil.rmtree(root, ignore_errors=True)
 
 
@@ -155,8 +162,11 @@ def test_one_study_file_runs_everywhere_with_the_same_result(cluster: Cluster, s
     joined = cluster.run("launch", "study.yaml", "--store", store("joined"), "--address", cluster.address, cwd=tmp_path)
     assert joined.returncode == 0, joined.stderr
     assert "on Ray on 3 nodes (6 CPUs, 2 GPUs), 1 at a time" in joined.stderr
-    submitted = cluster.run("submit", "study.yaml", "--store", store("submitted"), cwd=tmp_path)
+    folder = f"{BUCKET}/{tmp_path.name}"
+    submitted = cluster.run("submit", "study.yaml", "--store", store("submitted"), "--folder", folder, cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stderr + submitted.stdout
+    models = [key for key in cluster.objects.keys(tmp_path.name) if key.endswith("model.safetensors")]
+    assert len(models) == 2, "in the object store that the nodes share"
     assert "trial 0 completed" in submitted.stdout
     assert "INFO" not in submitted.stderr
     plain = subprocess.run(

@@ -38,7 +38,7 @@ LAYERS = [
     {"spec"},
     {"corpora", "space", "study_file", "trial"},
     {"pruning"},
-    {"settings", "memory"},
+    {"settings", "memory", "storage"},
     {"errors"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
@@ -58,6 +58,8 @@ OWNERS = {
     "safetensors": {"checkpoints"},
     "transformers": {"worker", "pretrained", *TASK_ROOM},
     "huggingface_hub": {"pretrained"},
+    "fsspec": {"storage"},
+    "upath": {"storage"},
     "peft": {"tasks.architecture"},
     "sacrebleu": {"tasks.translation"},
     "sklearn": {"tasks.classification"},
