@@ -91,16 +91,9 @@ class Study:
             return store.trials(store.study(self.name)["id"])
 
     def trial(self, number: int) -> Row:
-        """One trial with its curve (`points`), `scores` and `decisions`. Raises UnknownStudyError."""
+        """One trial with its curve (`points`), `scores`, `decisions` and `details`. Raises UnknownStudyError."""
         with _opened(self.store) as store:
-            row = store.trial(store.study(self.name), number)
-            return {
-                **row,
-                "points": store.points(row["id"]),
-                "scores": store.scores(row["id"]),
-                "decisions": store.decisions(row["id"]),
-                "details": store.details(row["id"]),
-            }
+            return store.whole_trial(store.trial(store.study(self.name), number))
 
 
 def store_url(store: str | None = None) -> str:
@@ -410,6 +403,7 @@ def launch_spec(
     on_cluster_lost: Callable[[], None] | None = None,
 ) -> Study:
     """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
+    from hpsearch.annotations import Annotator
     from hpsearch.backends import open_backend
     from hpsearch.outbox import Outbox
     from hpsearch.search import Search
@@ -452,6 +446,8 @@ def launch_spec(
             repeats=repeats,
             on_cluster_lost=cluster_lost,
         )
+        annotator = stack.enter_context(closing(Annotator(spec.store, row, search, outbox.put, note)))
+        run.add_listener(annotator.hear)
         lease.on_loss = lambda: run.request_stop("another driver took the study over", EXIT_BUSY, grace_s=0)
         listen(_opening(spec, store, card, backend.placement.where, run))
         if any(truncated.values()):
@@ -463,6 +459,8 @@ def launch_spec(
                 pass
             finally:
                 run.interrupt_live()
+            outbox.flush()
+            annotator.finish()
             outbox.flush()
         code = signals.exit_code or run.stop_code or _verdict(run)
         return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)

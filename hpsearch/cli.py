@@ -532,7 +532,7 @@ def rank(
     1= cannot be told from the winner. Scores that cannot be compared are refused, unless --mixed; perplexities of
     different tokenizers are ranked in bits per byte.
     """
-    from hpsearch import api, terminal
+    from hpsearch import api, terminal, wording
     from hpsearch.ranking import flat_rows
 
     if as_csv + markdown + as_json > 1:
@@ -541,7 +541,7 @@ def rank(
     if as_json:
         print(terminal.to_json(board.to_json()))
     elif markdown:
-        print(terminal.leaderboard_markdown(board))
+        print(wording.leaderboard_markdown(board))
     elif as_csv:
         rows = flat_rows(board)
         writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["test_rank", "trial"], lineterminator="\n")
@@ -600,12 +600,12 @@ def report(studies: tuple[str, ...], output: str | None, page: str | None, store
 @_json_option
 def best(study: str, store: str | None, as_json: bool) -> int:
     """Print the winner: its settings, score and checkpoint."""
-    from hpsearch import api, terminal
+    from hpsearch import api, terminal, wording
 
     opened = api.open_study(study, store=store)
     board = opened.board(top=1)
     if board.best is None:
-        raise click.UsageError(terminal.leaderboard_notes(board)[0])
+        raise click.UsageError(wording.leaderboard_notes(board)[0])
     if as_json:
         print(terminal.to_json({"schema_version": 1, "study": study, **board.best}))
     else:
@@ -699,12 +699,12 @@ def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: b
 
 
 def _print_board(board: Any) -> None:
-    from hpsearch import terminal
+    from hpsearch import terminal, wording
 
     console = _console()
     if board.rows:
         console.print(terminal.leaderboard_table(board, console.width))
-    for line in terminal.leaderboard_notes(board):
+    for line in wording.leaderboard_notes(board):
         console.print(line, style="dim", markup=False, highlight=False)
     if board.finals:
         console.print()

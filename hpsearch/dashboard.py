@@ -23,6 +23,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from hpsearch.annotations import StudyArtifacts
 from hpsearch.api import report, studies
 from hpsearch.errors import HpsearchError, UnknownStudyError, UsageError
 from hpsearch.pages import plotly_script, render_index
@@ -71,7 +72,7 @@ def open_dashboard(
     from optuna_dashboard import wsgi
 
     guard = Guard(
-        Site(store_url, wsgi(open_storage(store_url))),
+        Site(store_url, wsgi(open_storage(store_url), artifact_store=StudyArtifacts(store_url))),
         token=token,
         may_write=may_write,
         names=_LOCAL_NAMES | {name.lower() for name in (host, *names)},

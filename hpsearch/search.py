@@ -9,10 +9,12 @@ ahead of the record by what `write` has not done yet, and each write may be done
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -62,6 +64,10 @@ OPTUNA_STATE = {
 overfit run is COMPLETE with its best value: its best checkpoint is a valid answer, and told as PRUNED it would rank
 behind every complete trial with its last, worst value."""
 
+_NOTE = re.compile(r"dashboard:(\d+):note_ver")
+_ARTIFACT = re.compile(r"dashboard:artifacts:(\d+):[0-9a-fA-F-]+")
+"""Keys of a study's system attributes that hold what the dashboard shows of a trial, by its id in Optuna's tables."""
+
 _MIRRORED_ATTRIBUTES = (_REPEAT, _SEED, "grid_id", "search_space", "completed_rung_")
 """System attributes that a resumed study needs. CMA-ES's pickled optimizer is none of them."""
 
@@ -72,6 +78,17 @@ class Suggestion:
 
     number: int
     params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A file about a trial, in the folder of artifacts under its `id`."""
+
+    trial: int
+    name: str
+    id: str
+    kind: str
+    """MIME type."""
 
 
 class Search:
@@ -184,6 +201,28 @@ class Search:
         if number not in self._repeats and optuna_state.is_finished():
             self._brain._storage.set_trial_state_values(self._trial(number)._trial_id, optuna_state, values)
 
+    def annotated(self) -> tuple[set[int], dict[int, set[str]]]:
+        """Trials that have a note in the dashboard, and the names of the artifacts that trials have."""
+        return self._record.annotated() if self._record else (set(), {})
+
+    def annotate(
+        self,
+        *,
+        notes: Mapping[int, str],
+        study_note: str,
+        replaces: str,
+        figures: Mapping[str, str],
+        artifacts: Sequence[Artifact],
+        without: Collection[int],
+    ) -> None:
+        """Write what the dashboard shows beside the numbers, in one transaction. Raises StoreAwayError.
+
+        `notes` are of trials that have none; `study_note` replaces what begins with `replaces` and nothing else;
+        `figures` are plotly JSON by id; the artifacts of the trials in `without` are taken off.
+        """
+        if self._record:
+            self._record.annotate(notes, study_note, replaces, figures, artifacts, without)
+
     def _tell_record(self, number: int, state: OptunaState, values: list[float] | None, notes: dict[str, Any]) -> None:
         if self._record:
             record = self._record
@@ -289,6 +328,65 @@ class _Record:
                 self.storage.set_trial_system_attr(trial_id, key, attribute)
             self.storage.set_trial_state_values(trial_id, state, values)
 
+    def annotated(self) -> tuple[set[int], dict[int, set[str]]]:
+        with _away(self._url):
+            attributes = self.storage.get_study_system_attrs(self._study._study_id)
+        numbers = {trial_id: number for number, trial_id in self._ids.items()}
+        artifacts: dict[int, set[str]] = {}
+        for _, number, value in _numbered(_ARTIFACT, attributes, numbers):
+            if (there := json.loads(value)) is not None:
+                artifacts.setdefault(number, set()).add(there["filename"])
+        return {number for _, number, _ in _numbered(_NOTE, attributes, numbers)}, artifacts
+
+    def annotate(
+        self,
+        notes: Mapping[int, str],
+        study_note: str,
+        replaces: str,
+        figures: Mapping[str, str],
+        artifacts: Sequence[Artifact],
+        without: Collection[int],
+    ) -> None:
+        with _away(self._url):
+            there = self.storage.get_study_system_attrs(self._study._study_id)
+            wanted = _study_note(there, study_note, replaces)
+            for number, text in notes.items():
+                key = f"dashboard:{self._ids[number]}:note"
+                wanted |= {f"{key}_ver": 1, f"{key}_str:0": text}
+            wanted |= {f"dashboard:plot_data:{name}:0": content for name, content in figures.items()}
+            for file in artifacts:
+                about = {"artifact_id": file.id, "filename": file.name, "mimetype": file.kind, "encoding": None}
+                wanted[f"dashboard:artifacts:{self._ids[file.trial]}:{file.id}"] = json.dumps(about)
+            numbers = {trial_id: number for number, trial_id in self._ids.items()}
+            gone = [match[0] for match, number, _ in _numbered(_ARTIFACT, there, numbers) if number in without]
+            wanted |= dict.fromkeys(gone, "null")
+            self._write_attributes({key: value for key, value in wanted.items() if there.get(key) != value})
+
+    def _write_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """In one transaction: Optuna and its dashboard commit each piece, and a reader can see half a figure."""
+        row: Any = models.StudySystemAttributeModel
+        study_id = self._study._study_id
+        session = self.storage.scoped_session()
+        known = session.query(row).filter(row.study_id == study_id, row.key.in_(attributes))
+        rows = {found.key: found for found in known}
+        for key, value in attributes.items():
+            if key in rows:
+                rows[key].value_json = json.dumps(value)
+            else:
+                session.add(row(study_id=study_id, key=key, value_json=json.dumps(value)))
+        session.commit()
+        self.storage.remove_session()
+
+
+def _study_note(there: Mapping[str, Any], note: str, replaces: str) -> dict[str, Any]:
+    """The attributes that make this the study's note, unless a person has written another."""
+    keys = [key for place in range(len(there)) if (key := f"dashboard:note_str:{place}") in there]
+    written = "".join(there[key] for key in keys)
+    if written == note or (written and not written.startswith(replaces)):
+        return {}
+    version = int(there.get("dashboard:note_ver", 0)) + 1
+    return {**dict.fromkeys(keys, ""), "dashboard:note_ver": version, "dashboard:note_str:0": note}
+
 
 @contextmanager
 def _away(url: str) -> Iterator[None]:
@@ -359,6 +457,11 @@ def importances(url: str, study: str) -> dict[str, float] | None:
             return None
 
 
+def artifact_not_found(artifact: str) -> Exception:
+    """What Optuna's dashboard hears of an artifact that is not there any more."""
+    return optuna.artifacts.exceptions.ArtifactNotFound(artifact)
+
+
 def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
     """The settings that a new study would try first, without touching a store."""
     search = Search(spec, None)
@@ -367,6 +470,14 @@ def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
         suggestion = search.ask()
         suggestions.append(suggestion.params)
     return suggestions
+
+
+def _numbered(pattern: re.Pattern[str], attributes: Mapping[str, Any], numbers: Mapping[int, int]) -> Iterator[Any]:
+    """Matches of the keys that name one of these trials, with its number and the attribute."""
+    for key, value in attributes.items():
+        match = pattern.fullmatch(key)
+        if match and int(match[1]) in numbers:
+            yield match, numbers[int(match[1])], value
 
 
 def open_storage(url: str) -> RDBStorage:

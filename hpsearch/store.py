@@ -399,6 +399,16 @@ class Store:
             raise UnknownStudyError(f"study '{study['name']}' has no trial {number}; {there}")
         return rows[0]
 
+    def whole_trial(self, row: Row) -> Row:
+        """The row of a trial with its curve (`points`), `scores`, `decisions` and `details`."""
+        return {
+            **row,
+            "points": self.points(row["id"]),
+            "scores": self.scores(row["id"]),
+            "decisions": self.decisions(row["id"]),
+            "details": self.details(row["id"]),
+        }
+
     def points(self, trial_id: int) -> list[Row]:
         return self._rows(sa.select(_points).where(_points.c.trial_id == trial_id).order_by(_points.c.evaluation))
 

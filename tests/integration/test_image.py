@@ -62,7 +62,6 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
             shutil.copy(ROOT / name, context / name)
         build(
             "bud", "--pull-never", "--isolation", "chroot", "--volume", f"{wheels}:/wheels:ro",
-            "--env", "PIP_NO_INDEX=1", "--env", "PIP_FIND_LINKS=/wheels",
             "-f", str(context / "docker" / "Dockerfile"), "-t", "hpsearch:test", str(context),
         )  # fmt: skip
         build("from", "--pull-never", "--name", "hpsearch", "localhost/hpsearch:test")
@@ -85,7 +84,9 @@ def _make_base(build: Buildah, folder: Path) -> None:
     (folder / "usr" / "local" / "bin" / "python").symlink_to("/usr/bin/python3.11")
     build("from", "--name", "base", "scratch")
     build("copy", "-q", "base", str(folder), "/")
-    build("config", "--env", f"PATH={os.defpath}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "base")
+    # Where the steps of the Dockerfile find packages.
+    path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    build("config", "--env", path, "--env", "PIP_NO_INDEX=1", "--env", "PIP_FIND_LINKS=/wheels", "base")
     build("commit", "-q", "--rm", "base", BASE)
     shutil.rmtree(folder)
 

@@ -1,0 +1,132 @@
+"""Text about studies and trials that terminals, notes and files share: numbers, a curve, a leaderboard."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hpsearch.errors import plain
+from hpsearch.ranking import Leaderboard, param_names
+from hpsearch.store import Row
+from hpsearch.trial import PRUNED
+
+
+def score_text(metric: str, value: float) -> str:
+    """A score with the digits that a person compares: 3 behind the point of a fraction, 2 of anything else."""
+    return f"{value:.3f}" if metric.startswith(("f1", "precision", "recall", "accuracy", "bits")) else f"{value:.2f}"
+
+
+def number(value: Any) -> str:
+    """A setting or a figure in at most 4 significant digits, whole numbers whole."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return plain(value) if value is not None else "-"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}"
+
+
+def counts(states: dict[str, int]) -> str:
+    """`12 trials: 5 completed, 7 pruned (4 overfit, 3 unpromising)`; empty when there are none."""
+    there = {state: count for state, count in states.items() if count}
+    if not there:
+        return ""
+    pruned = {state: there.pop(state) for state in list(there) if state in PRUNED}
+    parts = [f"{count} {state}" for state, count in there.items()]
+    if pruned:
+        detail = ", ".join(f"{count} {state}" for state, count in pruned.items())
+        parts.append(f"{sum(pruned.values())} pruned ({detail})")
+    total = sum(there.values()) + sum(pruned.values())
+    return f"{total} trial{'s' if total != 1 else ''}: {', '.join(parts)}"
+
+
+def ended_line(trial: Row) -> str:
+    """One line on a trial that has ended."""
+    pruned = " (pruned)" if trial["state"] in PRUNED else ""
+    return f"trial {trial['number']} {trial['state']}{pruned}: {plain(trial['reason'] or '')}"
+
+
+def leaderboard_notes(board: Leaderboard) -> list[str]:
+    """What stands under the table."""
+    if board.best is None:
+        return [f"no trial of '{board.study}' can be ranked yet ({counts(board.states) or 'none has ended'})"]
+    notes = [board.note] if board.note else []
+    choice = board.validation_choice
+    if choice is not None:
+        same = choice["trial"] == board.best["trial"]
+        notes.append(
+            f"* validation would have chosen trial {choice['trial']}"
+            + (", the winner" if same else f", ranked {choice['test_rank']} on the test split")
+        )
+    if any(row["tie"] == "1=" for row in board.rows):
+        notes.append(
+            "1= cannot be told from the winner on this test split (paired bootstrap, corrected for the choice)"
+        )
+    return [
+        *notes,
+        f"{board.metric}: on the test split; epoch: best/last, the best one's checkpoint is scored",
+        f"{counts(board.states)}",
+    ]
+
+
+def leaderboard_markdown(board: Leaderboard) -> str:
+    names = param_names(board.rows)
+    valid = f"valid {board.objective}"
+    headers = ["rank", "trial", f"test {board.metric}", "95 % interval", valid, "best epoch", "state", *names]
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    for row in board.rows:
+        cells = [
+            row["tie"], row["trial"], score_text(board.metric, row["score"]), interval(row), valid_text(board, row),
+            f"{row['best_epoch']:.3g}", row["state"], *(number(row["params"].get(name)) for name in names),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(markdown(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def markdown(value: Any) -> str:
+    """Text for a cell of a Markdown table: no mark-up, neither Markdown's nor HTML's, which Markdown lets through."""
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", html.escape(plain(value), quote=False))
+
+
+def curve_plot(points: Sequence[Row], *, width: int = 80, height: int = 14, best: int | None = None) -> str:
+    """Training (`.`) and validation (`o`) loss against epochs as text; `*` marks the best checkpoint."""
+    finite = [point[name] for point in points for name in ("train_loss", "valid_loss") if is_finite(point[name])]
+    if not finite:
+        return "no finite loss to draw"
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+    columns = max(10, width - 10)
+    first, last = points[0]["epoch"], points[-1]["epoch"]
+    grid = [[" "] * columns for _ in range(height)]
+    for name, sign in (("train_loss", "."), ("valid_loss", "o")):
+        for point in points:
+            if not is_finite(point[name]):
+                continue
+            column = round((point["epoch"] - first) / ((last - first) or 1.0) * (columns - 1))
+            row = round((high - point[name]) / span * (height - 1))
+            grid[row][column] = "*" if name == "valid_loss" and point["evaluation"] == best else sign
+    lines = []
+    for index, row in enumerate(grid):
+        label = high - span * index / (height - 1)
+        lines.append(f"{label:8.3f} |{''.join(row).rstrip()}")
+    left, right = f"{first:.3g}", f"epoch {last:.3g}"
+    lines.append(" " * 9 + "+" + "-" * columns)
+    lines.append(" " * 10 + left + right.rjust(max(0, columns - len(left))))
+    lines.append(" " * 10 + "o validation, . training loss (nats per token), * best checkpoint")
+    return "\n".join(lines)
+
+
+def valid_text(board: Leaderboard, row: Row) -> str:
+    if board.objective == "loss" or row["valid_score"] is None:
+        return f"{row['valid_loss']:.4f}"
+    return score_text(board.objective, row["valid_score"])
+
+
+def interval(row: Row) -> str:
+    return f"{score_text(row['metric'], row['score_low'])}-{score_text(row['metric'], row['score_high'])}"
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
