@@ -43,37 +43,49 @@ def artifact_folder(folder: str) -> Folder:
     return locate(folder) / "artifacts"
 
 
+def trial_facts(trial: Row) -> list[tuple[str, str]]:
+    """What a trial came to, by name, as text; `trial` has its `scores` and `decisions`."""
+    pruned = " (pruned)" if trial["state"] in PRUNED else ""
+    facts = [("outcome", f"{trial['state']}{pruned}" + (f": {trial['reason']}" if trial["reason"] else ""))]
+    for score in trial["scores"]:
+        value, low, high = (score_text(score["metric"], score[key]) for key in ("value", "low", "high"))
+        facts.append((f"test {score['metric'].replace('_', ' ')}", f"{value} (95 %: {low} to {high}, n={score['n']})"))
+    if trial["best_valid_loss"] is not None:
+        at = "" if trial["best_epoch"] is None else f" at epoch {trial['best_epoch']:.3g}"
+        facts.append(("best validation loss", f"{trial['best_valid_loss']:.4f}{at}"))
+    if trial["best_valid_score"] is not None:
+        facts.append(("validation score", f"{trial['best_valid_score']:.4f}, which chose the checkpoint"))
+    if pruned and trial["decisions"]:
+        evidence = trial["decisions"][-1]["evidence"]
+        facts.append(("evidence", ", ".join(f"{key} {number(it)}" for key, it in evidence.items() if it is not None)))
+    if trial["repeat_of"] is not None:
+        facts.append(("repeats", f"trial {trial['repeat_of']}, from seed {trial['seed']}"))
+    where = f"{trial['host'] or 'an unknown host'} ({trial['device'] or 'unknown device'})"
+    facts.append(("ran on", f"{where}, {trial['device_seconds'] or 0:.1f} device-seconds, attempt {trial['attempt']}"))
+    return facts
+
+
+def trial_commands(study: Row, trial: Row) -> list[tuple[str, str]]:
+    """What a person can do with a trial that has ended, and the commands for it."""
+    commands = [("The same settings again", reproduction(study, trial))]
+    this = f"{shlex.quote(study['name'])} {trial['number']}"
+    if trial["state"] in RANKED:
+        commands.append(("Its model, as a folder that transformers loads", f"hpsearch export {this}"))
+    return [*commands, ("The whole story", f"hpsearch show {this}"), ("Its log", f"hpsearch logs {this}")]
+
+
 def trial_note(study: Row, trial: Row) -> str:
     """Markdown on a trial that has ended: verdict, evidence, scores, curve, and the commands that go on from here.
 
     `trial` has its `points`, `scores` and `decisions`.
     """
-    pruned = " (pruned)" if trial["state"] in PRUNED else ""
-    lines = [f"**{trial['state']}**{pruned}: {markdown(trial['reason'] or '')}", ""]
-    rows = []
-    for score in trial["scores"]:
-        value, low, high = (score_text(score["metric"], score[key]) for key in ("value", "low", "high"))
-        rows.append((f"test {score['metric'].replace('_', ' ')}", f"{value} (95 %: {low} to {high}, n={score['n']})"))
-    if trial["best_valid_loss"] is not None:
-        at = "" if trial["best_epoch"] is None else f" at epoch {trial['best_epoch']:.3g}"
-        rows.append(("best validation loss", f"{trial['best_valid_loss']:.4f}{at}"))
-    if trial["best_valid_score"] is not None:
-        rows.append(("validation score", f"{trial['best_valid_score']:.4f}, which chose the checkpoint"))
-    if pruned and trial["decisions"]:
-        evidence = trial["decisions"][-1]["evidence"]
-        rows.append(("evidence", ", ".join(f"{key} {number(it)}" for key, it in evidence.items() if it is not None)))
-    if trial["repeat_of"] is not None:
-        rows.append(("repeats", f"trial {trial['repeat_of']}, from seed {trial['seed']}"))
-    where = f"{trial['host'] or 'an unknown host'} ({trial['device'] or 'unknown device'})"
-    rows.append(("ran on", f"{where}, {trial['device_seconds'] or 0:.1f} device-seconds, attempt {trial['attempt']}"))
-    lines += ["| | |", "| --- | --- |", *(f"| {name} | {markdown(value)} |" for name, value in rows), ""]
+    (_, outcome), *facts = trial_facts(trial)
+    state, colon, why = outcome.partition(":")
+    lines = [f"**{state}**{colon}{markdown(why)}", "", "| | |", "| --- | --- |"]
+    lines += [*(f"| {name} | {markdown(value)} |" for name, value in facts), ""]
     if trial["points"]:
         lines += [*_code(curve_plot(trial["points"], width=78, best=trial["best_evaluation"])), ""]
-    commands = [("The same settings again", reproduction(study, trial))]
-    this = f"{shlex.quote(study['name'])} {trial['number']}"
-    if trial["state"] in RANKED:
-        commands.append(("Its model, as a folder that transformers loads", f"hpsearch export {this}"))
-    commands.append(("The whole story", f"hpsearch show {this}"))
+    commands = trial_commands(study, trial)
     return "\n".join([*lines, *(line for what, command in commands for line in (f"{what}:", "", *_code(command), ""))])
 
 
@@ -108,7 +120,7 @@ def figures(data: StudyData) -> dict[str, str]:
         if drawn is None or drawn.figure is None or not drawn.figure.data:
             continue
         figure = drawn.figure
-        figure.update_layout(title={"text": f"{drawn.title} ({drawn.n})"}, margin={"t": 60})
+        figure.update_layout(title={"text": f"{drawn.title} ({drawn.n})"}, margin={"t": 60}, height=None)
         content = figure.to_json()
         if len(content) > _FIGURE_BYTES:
             figure.data = [trace for trace in figure.data if trace.hoverinfo != "skip"]

@@ -187,6 +187,16 @@ def report(*names: str, store: str | None = None, page: str | None = None, is_li
     return render(chosen, studies, is_live=is_live)
 
 
+def trial_page(name: str, trial: int, *, store: str | None = None) -> str:
+    """The page of one trial, for the server of `hpsearch dashboard`. Raises UnknownStudyError."""
+    from hpsearch.figures import read_study
+    from hpsearch.pages import render_trial
+
+    with _opened(store_url(store)) as opened:
+        data = read_study(opened, name)
+        return render_trial(data, opened.whole_trial(opened.trial(data.study, trial)))
+
+
 def status(name: str, *, store: str | None = None) -> dict[str, Any]:
     """How far a study is: trials by state, the best, who runs it, and about how long the rest will take.
 

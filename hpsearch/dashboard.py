@@ -24,7 +24,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from hpsearch.annotations import StudyArtifacts
-from hpsearch.api import report, studies
+from hpsearch.api import report, studies, trial_page
 from hpsearch.errors import HpsearchError, UnknownStudyError, UsageError
 from hpsearch.pages import plotly_script, render_index
 from hpsearch.search import open_storage
@@ -89,13 +89,13 @@ def open_dashboard(
 
 
 class Site:
-    """`/` lists the studies, `/study?name=` shows one or several, `/optuna/` leads to the Optuna dashboard."""
+    """`/` lists studies, `/study?name=` and `/trial?study=&number=` show them, `/optuna/` is the Optuna dashboard."""
 
     def __init__(self, store_url: str, optuna: Application) -> None:
         self._store_url = store_url
         self._optuna = optuna
         self._lock = threading.Lock()
-        self._drawn: dict[tuple[str, ...], tuple[float, bytes]] = {}
+        self._drawn: dict[tuple[Any, ...], tuple[float, bytes]] = {}
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")
@@ -108,7 +108,11 @@ class Site:
             if path == "/":
                 body = render_index(studies(store=self._store_url)).encode()
             elif path == "/study" and query.get("name"):
-                body = self._study(tuple(dict.fromkeys(query["name"])))
+                names = tuple(dict.fromkeys(query["name"]))
+                body = self._drawn_once(names, lambda: report(*names, store=self._store_url, is_live=True))
+            elif path == "/trial" and query.get("study") and query.get("number", [""])[0].isdecimal():
+                study, number = query["study"][0], int(query["number"][0])
+                body = self._drawn_once((study, number), lambda: trial_page(study, number, store=self._store_url))
             elif path == "/plotly.js":
                 kind, more = "text/javascript", ("Cache-Control", "private, max-age=86400")
                 body = plotly_script().encode()
@@ -121,15 +125,15 @@ class Site:
         start_response(status, [("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))), more])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
-    def _study(self, names: tuple[str, ...]) -> bytes:
+    def _drawn_once(self, key: tuple[Any, ...], draw: Callable[[], str]) -> bytes:
         """However many people look at a page, it is drawn once in a while."""
         with self._lock:
             now = time.monotonic()
-            self._drawn = {key: kept for key, kept in self._drawn.items() if now - kept[0] < DRAW_EVERY_S}
-            if names not in self._drawn:
-                body = report(*names, store=self._store_url, is_live=True).encode()
-                self._drawn[names] = (time.monotonic(), body)
-            return self._drawn[names][1]
+            self._drawn = {page: kept for page, kept in self._drawn.items() if now - kept[0] < DRAW_EVERY_S}
+            if key not in self._drawn:
+                body = draw().encode()
+                self._drawn[key] = (time.monotonic(), body)
+            return self._drawn[key][1]
 
 
 class Guard:

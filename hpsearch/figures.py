@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from hpsearch.space import Range, Space
 from hpsearch.spec import recorded_space
 from hpsearch.store import Row, Store
 from hpsearch.trial import LIVE, PRUNED, UNFINISHED
+from hpsearch.wording import score_text
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#777777", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7",
@@ -120,6 +121,8 @@ class Drawn:
     figure: go.Figure | None = None
     table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
     """Heads and rows, as text."""
+    lists_trials: bool = False
+    """Whether the first cell of each row is the number of a trial."""
     warning: str | None = None
 
 
@@ -568,6 +571,59 @@ def _shown_validation(row: Row, is_perplexity: bool) -> float | None:
     return math.exp(min(loss, 700.0)) if is_perplexity else float(loss)
 
 
+def _trials(data: StudyData) -> Drawn:
+    scores = {row["trial"]: row for row in data.board.rows}
+    metric = data.board.metric.replace("_", " ")
+    rows = []
+    for row in data.trials:
+        value, score = data.value(row), scores.get(row["number"])
+        last = next((f"{point['epoch']:.4g}" for point in data.points[row["number"]][-1:]), "0")
+        rows.append(
+            [
+                str(row["number"]),
+                row["state"] + (" (pruned)" if row["state"] in PRUNED else ""),
+                score_text(data.board.metric, score["score"]) if score else "-",
+                "-" if value is None else f"{value:.4f}",
+                last,
+                ", ".join(f"{name} {short(it)}" for name, it in row["params"].items()),
+                row["reason"] or "",
+            ]
+        )
+    return Drawn(
+        title="Every trial", n=f"{len(rows)} trials", lists_trials=True,
+        table=(("trial", "state", f"test {metric}", data.objective, "epochs", "settings", "why it ended"), rows),
+        says="Pruned are the trials that were ended before their last epoch, each with its reason.",
+    )  # fmt: skip
+
+
+def trial_figures(data: StudyData, trial: Row) -> list[Drawn]:
+    """Figures of one trial (a row of `Store.whole_trial`): its curve, and what its task kept of it."""
+    number = trial["number"]
+    alone = replace(data, trials=[trial], points={number: trial["points"]}, details=trial["details"])
+    found = [
+        (_curves(alone), "Training against validation loss"),
+        (_confusion(alone), "What it takes for what"),
+        (_samples(alone), "What it says"),
+    ]
+    drawn = [replace(figure, title=title) for figure, title in found if figure is not None]
+    verdicts = [
+        [
+            str(one["evaluation"]), one["verdict"], one["action"],
+            ", ".join(f"{name} {short(it)}" for name, it in one["evidence"].items() if it is not None),
+        ]
+        for one in trial["decisions"]
+    ]  # fmt: skip
+    if verdicts:
+        drawn.append(
+            Drawn(
+                title="Verdicts on its curve", n=f"{len(verdicts)} verdicts, each where it changed",
+                table=(("evaluation", "verdict", "action", "evidence"), verdicts),
+                says="What the overfitting rule saw after an evaluation, and what was done.",
+            )
+        )  # fmt: skip
+    return drawn
+
+
 def _confusion(data: StudyData) -> Drawn | None:
     confusion = data.details.get("confusion")
     if not confusion:
@@ -633,6 +689,7 @@ FIGURES: dict[str, Callable[[StudyData], Drawn | None]] = {
     "optimism": _optimism,
     "confusion": _confusion,
     "samples": _samples,
+    "trials": _trials,
 }
 """Figures of one study. Those that a task has nothing for are None."""
 COMPARISONS: dict[str, Callable[[Sequence[StudyData]], Drawn | None]] = {"comparison": _comparison}

@@ -22,8 +22,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from pydantic import Field, ValidationError, field_validator
 
+from hpsearch.annotations import trial_commands, trial_facts
 from hpsearch.errors import Problem, UsageError
-from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData, short
+from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData, short, trial_figures
 from hpsearch.leases import is_held
 from hpsearch.ranking import count_states
 from hpsearch.settings import Strict
@@ -66,7 +67,8 @@ class Page(Strict):
 class _Section:
     id: str
     title: str
-    facts: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[tuple[str, Any]] = field(default_factory=list)
+    """Names and values; a value can be a link, `{text, href}`."""
     figures: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -100,7 +102,7 @@ def render(page: Page, studies: Sequence[StudyData], *, is_live: bool = False) -
         for data in studies if of_one else ():
             figures = [figure for name in of_one if (figure := FIGURES[name](data))]
             shown = title if len(studies) == 1 else data.name
-            section = _section(len(sections), shown, figures)
+            section = _section(len(sections), shown, figures, links_from=data.name if is_live else None)
             if len(studies) > 1:
                 section.facts = _facts(data)
             sections.append(section)
@@ -129,6 +131,35 @@ def render_index(studies: Sequence[Row]) -> str:
     return _document("hpsearch", [section], is_live=True)
 
 
+def render_trial(data: StudyData, trial: Row) -> str:
+    """The live page of one trial (a row of `Store.whole_trial`)."""
+    name, number = data.name, trial["number"]
+    link = {"text": name, "href": f"/study?{urlencode({'name': name})}"}
+    facts = _Section(id="trial", title="Trial", facts=[("study", link), *_trial_facts(data, trial)])
+    sections = [facts, _section(1, "Training", trial_figures(data, trial))]
+    if trial["error"]:
+        sections.append(_Section(id="error", title="Error", facts=[("traceback", trial["error"])]))
+    sections.append(_Section(id="on", title="Go on from here", facts=trial_commands(data.study, trial)))
+    return _document(f"Trial {number} of {name}", sections, is_live=True)
+
+
+def _trial_link(study: str, number: str) -> dict[str, str]:
+    return {"text": number, "href": f"/trial?{urlencode({'study': study, 'number': number})}"}
+
+
+def _trial_facts(data: StudyData, trial: Row) -> list[tuple[str, Any]]:
+    settings = {**trial["settings"]["model"], **trial["settings"]["training"]}
+    fixed = {name: value for name, value in settings.items() if name not in trial["params"] and value not in (None, {})}
+    rank = next((row["tie"] for row in data.board.rows if row["trial"] == trial["number"]), None)
+    return [
+        *trial_facts(trial),
+        *([("rank", rank)] if rank else []),
+        ("sampled", ", ".join(f"{name} {short(value)}" for name, value in trial["params"].items()) or "nothing"),
+        ("fixed", ", ".join(f"{name} {short(value)}" for name, value in fixed.items())),
+        ("checkpoint", trial["checkpoint"] or "none is kept"),
+    ]
+
+
 def plotly_script() -> str:
     """What live pages load once."""
     return str(_plotly())
@@ -147,16 +178,21 @@ def _document(title: str, sections: Sequence[_Section], *, is_live: bool) -> str
     return document
 
 
-def _section(number: int, title: str, figures: Sequence[Drawn]) -> _Section:
+def _section(number: int, title: str, figures: Sequence[Drawn], *, links_from: str | None = None) -> _Section:
+    """A section; trials that a table lists are links to their pages when the study is named that they are of."""
     section = _Section(id=f"s{number}", title=title)
     for place, drawn in enumerate(figures):
+        table: Any = drawn.table
+        if drawn.table is not None and drawn.lists_trials and links_from is not None:
+            heads, rows = drawn.table
+            table = heads, [[_trial_link(links_from, row[0]), *row[1:]] for row in rows]
         section.figures.append(
             {
                 "id": f"f{number}-{place}",
                 "title": drawn.title,
                 "says": drawn.says,
                 "n": drawn.n,
-                "table": drawn.table,
+                "table": table,
                 "warning": drawn.warning,
                 "json": _json(drawn) if drawn.figure is not None else None,
             }

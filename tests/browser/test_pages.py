@@ -1,30 +1,26 @@
-"""A report in a real browser: every figure drawn, nothing asked of the network, nothing run that came from a study."""
+"""Pages in a real browser, reports as files and the dashboard live: all is drawn, nothing of a study is run."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from playwright.sync_api import Browser, Page
 
 import hpsearch as package
-from tests.conftest import TINY, Run
+from hpsearch.annotations import trial_note
+from hpsearch.dashboard import open_dashboard
+from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
-OVERFITTING = """
-training: {schedule: constant}
-search:
-  learning_rate: {min: 8e-3, max: 2e-2, scale: log}
-  batch_size: 8
-  num_layers: [1, 2]
-  num_epochs: 30
-prune: {unpromising: none}
-"""
+IMAGE = "<img src=x onerror=alert(1)>"
 HOSTILE = "</script><img src=x onerror=alert(1)><b>"
 
 
@@ -58,19 +54,6 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Page]]:
     assert troubles == []
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> package.Study:
-    """Real trials on real text; a few of them overfit."""
-    folder = tmp_path_factory.mktemp("study")
-    head = TINY.split("training:")[0]
-    file = folder / "study.yaml"
-    file.write_text(
-        f"{head}{OVERFITTING}budget: {{trials: 5}}\nresources: {{gpus_per_trial: 0}}\nbackend: inline\n"
-        f"store: sqlite:///{folder}/studies.db\nfolder: {folder}/runs\n".replace("hidden_size: 32", "hidden_size: 64")
-    )
-    return package.launch(file)
-
-
 def traces(page: Page, title: str) -> list[dict[str, Any]]:
     """What plotly has drawn under a title: name, kind and numbers of each trace."""
     found = page.evaluate(
@@ -90,7 +73,7 @@ def test_every_figure_of_a_study_is_drawn_with_its_trials(study: package.Study, 
     assert titles == [
         "Leaderboard", "Validation against test", "Training against validation loss", "Search progress",
         "Which settings matter", "Each setting against the result", "Learning rate against other settings",
-        "Settings side by side", "Compute spent and spared", "Trials over time",
+        "Settings side by side", "Compute spent and spared", "Trials over time", "Every trial",
     ]  # fmt: skip
     assert page.locator(".drawn").count() == len(titles)
     assert page.locator(".drawn svg.main-svg").count() >= len(titles)
@@ -197,3 +180,106 @@ def test_the_command_writes_one_file_and_says_what_is_wrong(tiny: Path, tmp_path
     assert done.returncode == 2
     assert "nope" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# The dashboard
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[[str, str], Page]]:
+    """Open a path of the dashboard of a store; in the end nothing may have gone wrong in a page."""
+    troubles: list[str] = []
+    pages: list[Page] = []
+    servers = []
+
+    def open_path(store: str, path: str) -> Page:
+        opened = open_dashboard(store, port=0)
+        server = opened.__enter__()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append((opened, server))
+        page = browser.new_page()
+        pages.append(page)
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("dialog", lambda dialog: (troubles.append(f"ran: {dialog.message}"), dialog.dismiss()))
+        page.goto(f"http://127.0.0.1:{server.server_port}{path}")
+        return page
+
+    yield open_path
+    for page in pages:
+        page.close()
+    for opened, server in servers:
+        server.shutdown()
+        opened.__exit__(None, None, None)
+    assert troubles == []
+
+
+def test_a_trial_has_a_page_that_its_study_leads_to(study: package.Study, visit: Callable[..., Page]) -> None:
+    page = visit(study.store, "/")
+    page.click(f'td a >> text="{study.name}"')
+    overfit = next(trial for trial in study.trials() if trial["state"] == "overfit")
+    page.click(f'td a >> text="{overfit["number"]}"')
+    page.wait_for_url("**/trial?*")
+    assert page.inner_text("h1") == f"Trial {overfit['number']} of {study.name}"
+    text = page.inner_text("main")
+    assert overfit["reason"] in text
+    assert "overfitting" in text
+    assert f"hpsearch export {study.name} {overfit['number']}" in text
+    page.evaluate("drawAll()")
+    drawn = page.evaluate("document.querySelector('.drawn').data.map(trace => ({name: trace.name, y: trace.y}))")
+    points = study.trial(overfit["number"])["points"]
+    assert [trace["y"] for trace in drawn if trace["name"].endswith("training")] == [
+        [one["train_loss"] for one in points]
+    ]
+    assert [trace["y"] for trace in drawn if trace["name"].endswith("pruned")] == [[points[-1]["valid_loss"]]]
+    page.click(f'td a >> text="{study.name}"')
+    page.wait_for_url("**/study?*")
+
+
+def test_a_trial_that_is_not_there_is_not_found(study: package.Study, visit: Callable[..., Page]) -> None:
+    page = visit(study.store, "/healthz")
+    answer = page.request.get(page.url.replace("/healthz", f"/trial?study={study.name}&number=99"))
+    assert answer.status == 404
+    assert "has no trial 99" in answer.text()
+
+
+def test_the_optuna_dashboard_shows_our_curves_notes_and_artifacts(
+    study: package.Study, visit: Callable[..., Page]
+) -> None:
+    page = visit(study.store, "/dashboard/studies/1")
+    page.wait_for_selector("text=Training against validation loss")
+    page.wait_for_selector("text=test perplexity with its 95 % interval")
+    assert page.locator("text=(overfit)").count() >= 1
+    overfit = next(trial for trial in study.trials() if trial["state"] == "overfit")
+    page.goto(f"{page.url.rpartition('/dashboard')[0]}/dashboard/studies/1/trials?numbers={overfit['number']}")
+    page.wait_for_selector(f"text={overfit['reason']}")
+    page.wait_for_selector("text=o validation, . training loss")
+    best = study.board().rows[0]["trial"]
+    page.goto(f"{page.url.rpartition('/dashboard')[0]}/dashboard/studies/1/trials?numbers={best}")
+    page.wait_for_selector("text=model-card.md")
+    page.goto(f"{page.url.rpartition('/dashboard')[0]}/dashboard/studies/1/note")
+    page.wait_for_selector("text=validation would have chosen")
+    assert page.locator("table tbody tr").count() == len(study.board().rows)
+
+
+def test_nothing_of_a_study_runs_in_the_optuna_dashboard_or_our_pages(
+    study: package.Study, visit: Callable[..., Page], tmp_path: Path
+) -> None:
+    file = tmp_path / "hostile.db"
+    shutil.copy(study.store.removeprefix("sqlite:///"), file)
+    evil = f"{IMAGE}</script>[x](javascript:alert(1))"
+    trial = {**study.trial(0), "reason": evil, "host": evil, "params": {evil: evil}}
+    note = json.dumps(trial_note({"name": evil, "overrides": []}, trial))
+    with sqlite3.connect(file) as database:
+        database.execute("UPDATE studies SET study_name = ?", (evil,))
+        database.execute("UPDATE trial_user_attributes SET value_json = ?", (json.dumps(evil),))
+        database.execute("UPDATE study_system_attributes SET value_json = ? WHERE key LIKE '%:note_str:0'", (note,))
+        database.execute("UPDATE hpsearch_studies SET name = ?", (evil,))
+        database.execute("UPDATE hpsearch_trials SET reason = ?, error = ?, host = ?", (evil, evil, evil))
+    page = visit(f"sqlite:///{file}", "/dashboard/studies/1/trials?numbers=0")
+    page.wait_for_selector("text=The whole story")
+    home = page.url.rpartition("/dashboard")[0]
+    for path in ("/dashboard/studies/1/note", "/dashboard", f"/trial?{urlencode({'study': evil, 'number': 0})}", "/"):
+        page.goto(f"{home}{path}")
+        page.wait_for_selector(f"text={IMAGE}")
+        assert page.locator("img[src='x'], a[href^='javascript']").count() == 0
