@@ -235,7 +235,7 @@ def _status(opened: Store, name: str, url: str) -> dict[str, Any]:
 
 
 def watch(name: str, *, store: str | None = None, every_s: float = 2.0) -> Iterator[dict[str, Any]]:
-    """How far a study is, again and again until it is finished: `status` with the trials, each with its last point.
+    """How far a study is, again and again until it is finished: `status` with the trials; the running have `points`.
 
     Reads the store and nothing else, so that it works wherever the store is reached. Raises UnknownStudyError.
     """
@@ -246,9 +246,7 @@ def watch(name: str, *, store: str | None = None, every_s: float = 2.0) -> Itera
             study = opened.study(name)
             trials = [trial for trial in opened.trials(study["id"]) if trial["repeat_of"] is None]
             for trial in trials:
-                is_live = trial["state"] in LIVE
-                points = opened.points(trial["id"]) if is_live else []
-                trial["last_point"] = points[-1] if points else None
+                trial["points"] = opened.points(trial["id"]) if trial["state"] in LIVE else []
             yield {**found, "trials": trials}
             if found["is_finished"]:
                 return

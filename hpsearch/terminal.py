@@ -186,8 +186,13 @@ def status_report(found: dict[str, Any]) -> str:
     return "\n".join(plain(line) for line in lines)
 
 
-def watch_report(found: dict[str, Any], width: int) -> Group:
-    """How far a study is and what runs, for a person who looks on."""
+_CURVE_ROWS = 10
+_ROWS_BELOW_A_CURVE = 13
+"""Of a screen that shows one: the report above it, its axis, the lines between."""
+
+
+def watch_report(found: dict[str, Any], width: int, height: int) -> Group:
+    """How far a study is and what runs, for a person who looks on; a running trial's curve, too, if there is room."""
     running = [trial for trial in found["trials"] if trial["state"] in LIVE]
     ended = sorted(
         (trial for trial in found["trials"] if trial["ended_at"] and trial["state"] not in LIVE),
@@ -195,7 +200,7 @@ def watch_report(found: dict[str, Any], width: int) -> Group:
     )
     table = _table("trial", "epoch", "train", "valid", "settings")
     for trial in running:
-        point, epochs = trial["last_point"], trial["settings"]["training"]["num_epochs"]
+        point, epochs = (trial["points"] or [None])[-1], trial["settings"]["training"]["num_epochs"]
         values = (
             [f"{point['epoch']:.4g}/{epochs}", _loss(point["train_loss"]), _loss(point["valid_loss"])] if point else []
         )
@@ -203,7 +208,16 @@ def watch_report(found: dict[str, Any], width: int) -> Group:
         table.add_row(str(trial["number"]), *(values or [f"0/{epochs}", "-", "-"]), plain(settings))
     parts: list[Any] = [Text(status_report(found)), Text("")]
     parts += [table, Text("")] if running else []
-    return Group(*parts, *(Text(ended_line(trial)[:width]) for trial in ended[-8:]))
+    last = [Text(ended_line(trial)[:width]) for trial in ended[-8:]]
+    longest = max(running, key=lambda trial: len(trial["points"]), default=None)
+    if (
+        longest
+        and len(longest["points"]) > 1
+        and height >= _ROWS_BELOW_A_CURVE + _CURVE_ROWS + len(running) + len(last)
+    ):
+        parts += [Text(f"trial {longest['number']}")]
+        parts += [Text(curve_plot(longest["points"], width=min(width, 100), height=_CURVE_ROWS)), Text("")]
+    return Group(*parts, *last)
 
 
 def _loss(value: float | None) -> str:
@@ -215,7 +229,7 @@ def watch_study(states: Iterator[dict[str, Any]], console: Console) -> None:
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             for found in states:
-                live.update(watch_report(found, console.width), refresh=True)
+                live.update(watch_report(found, console.width, console.height), refresh=True)
         return
     told: set[tuple[int, int]] = set()
     for found in states:

@@ -1,0 +1,44 @@
+"""What a person sees in a terminal, at several sizes."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hpsearch.terminal import watch_report
+
+
+def running(number: int, points: int) -> dict[str, Any]:
+    curve = [
+        {"evaluation": n, "epoch": float(n), "train_loss": 4.0 / n, "valid_loss": 4.0 / n + n / 9}
+        for n in range(1, points + 1)
+    ]
+    settings = {"model": {}, "training": {"num_epochs": 12}}
+    return {
+        "number": number, "state": "running", "points": curve, "settings": settings, "params": {"learning_rate": 0.01},
+        "ended_at": None, "reason": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "height", "is_drawn"), [(80, 24, False), (80, 40, True), (200, 60, True)])
+def test_looking_on_draws_the_longest_running_curve_where_there_is_room(
+    width: int, height: int, is_drawn: bool
+) -> None:
+    ended = {"number": 0, "state": "overfit", "reason": "validation loss rises " * 20, "ended_at": datetime.now(UTC)}
+    found = {
+        "study": "tiny", "store": "sqlite:///x.db", "states": {"running": 2, "overfit": 1}, "budget": 5, "best": None,
+        "metric": "perplexity", "holder": None, "is_finished": False, "seconds_left": None,
+        "trials": [ended, running(1, 3), running(2, 9)],
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+    console.print(watch_report(found, width, height))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = said.splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert len(lines) <= height
+    assert "9/12" in said
+    assert ("trial 2\n" in said and "o validation, . training loss" in said) == is_drawn
