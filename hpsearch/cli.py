@@ -534,6 +534,7 @@ def rank(
     """
     from hpsearch import api, terminal, wording
     from hpsearch.ranking import flat_rows
+    from hpsearch.tables import spreadsheet_text
 
     if as_csv + markdown + as_json > 1:
         raise click.UsageError("give one of --csv, --markdown and --json")
@@ -546,7 +547,7 @@ def rank(
         rows = flat_rows(board)
         writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["test_rank", "trial"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: spreadsheet_text(value) for name, value in row.items()} for row in rows)
     else:
         _print_board(board)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -76,5 +77,13 @@ def write_table(table: pd.DataFrame, file: Path) -> Path:
     elif file.suffix == ".json":
         table.to_json(file, orient="records", date_format="iso", indent=1)
     else:
-        table.to_csv(file, index=False, lineterminator="\n")
+        table.map(spreadsheet_text).to_csv(file, index=False, lineterminator="\n")
     return file
+
+
+def spreadsheet_text(value: Any) -> Any:
+    """A value for a CSV file; text that a spreadsheet would run as a formula gets an apostrophe before it.
+
+    As OWASP's page on CSV injection advises.
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
 import hpsearch as package
 from hpsearch.errors import SpecError
 from hpsearch.spec import load_study
+from hpsearch.tables import write_table
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -162,3 +164,13 @@ def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: 
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "canary" not in wrong.stdout + wrong.stderr
+
+
+def test_no_spreadsheet_runs_what_a_study_says(tmp_path: Path) -> None:
+    evil = ["=HYPERLINK(0)", "+1", "-1", "@SUM(0)", "\tx", "plain", "a=b"]
+    table = pd.DataFrame({"text": evil, "number": [-float(number) for number in range(7)]})
+    written = pd.read_csv(write_table(table, tmp_path / "table.csv"))
+    assert [text[0] == "'" for text in written["text"]] == [True] * 5 + [False] * 2
+    assert list(written["number"]) == list(table["number"])
+    same = pd.read_json(write_table(table, tmp_path / "table.json"), dtype=False)
+    assert list(same["text"]) == evil
