@@ -126,6 +126,7 @@ def launch(
     address: str | None = None,
     folder: str | None = None,
     extend: bool = False,
+    track: Sequence[str] = (),
     listen: Listener | None = None,
     on_cluster_lost: Callable[[], None] | None = None,
 ) -> Study:
@@ -139,7 +140,7 @@ def launch(
     options = {"name": name, "trials": trials, "store": store, "backend": backend, "address": address, "folder": folder}
     spec = load_study(study, overrides=overrides, **options)  # type: ignore[arg-type]
     recorded = _recorded(overrides, **options)
-    return launch_spec(spec, recorded, listen or _silent, extend=extend, on_cluster_lost=on_cluster_lost)
+    return launch_spec(spec, recorded, listen or _silent, extend=extend, track=track, on_cluster_lost=on_cluster_lost)
 
 
 def submit(
@@ -153,6 +154,7 @@ def submit(
     store: str | None = None,
     folder: str | None = None,
     extend: bool = False,
+    track: Sequence[str] = (),
 ) -> str:
     """Launch a study as a job of the Ray cluster at an http `address`; returns the job's id.
 
@@ -165,9 +167,8 @@ def submit(
     arguments = [f"--set={override}" for override in overrides]
     options = {"name": name, "trials": trials, "folder": folder}
     arguments += [f"--{option}={value}" for option, value in options.items() if value is not None]
-    return Cluster(address).submit(
-        Path(study), spec, arguments=[*arguments, *(["--extend"] if extend else [])], job_id=job_id
-    )
+    arguments += [*(["--extend"] if extend else []), *(f"--track={tracker}" for tracker in track)]
+    return Cluster(address).submit(Path(study), spec, arguments=arguments, job_id=job_id)
 
 
 def report(*names: str, store: str | None = None, page: str | None = None, is_live: bool = False) -> str:
@@ -408,6 +409,7 @@ def launch_spec(
     repeats: Sequence[Repeat] | None = None,
     *,
     extend: bool = False,
+    track: Sequence[str] = (),
     on_cluster_lost: Callable[[], None] | None = None,
 ) -> Study:
     """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
@@ -416,11 +418,13 @@ def launch_spec(
     from hpsearch.outbox import Outbox
     from hpsearch.search import Search
     from hpsearch.study import StopRequestedError, StudyRun
+    from hpsearch.trackers import check_trackers, tracked
 
     def note(text: str) -> None:
         listen(Event(kind="note", facts={"text": text}))
 
     _existing(spec, extend=extend)
+    check_trackers(track, locate(spec.folder))
     with ThreadPoolExecutor(1) as helper, ExitStack() as stack:
         # Ray needs seconds to start; the text is read and tokenized meanwhile.
         preparing = helper.submit(_prepare_data, spec)
@@ -456,6 +460,8 @@ def launch_spec(
         )
         annotator = stack.enter_context(closing(Annotator(spec.store, row, search, outbox.put, note)))
         run.add_listener(annotator.hear)
+        for listener in stack.enter_context(tracked(track, row, run_folder(spec.folder, row), note)):
+            run.add_listener(listener)
         lease.on_loss = lambda: run.request_stop("another driver took the study over", EXIT_BUSY, grace_s=0)
         listen(_opening(spec, store, card, backend.placement.where, run))
         if any(truncated.values()):

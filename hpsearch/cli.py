@@ -134,7 +134,11 @@ def _study_options(command: Command) -> Command:
         click.option(
             "--address", metavar="HOST:PORT", help="The Ray to join, or auto; local starts one [RAY_ADDRESS]."
         ),
-        click.option("--folder", metavar="PATH", help="Folder of checkpoints and data [HPSEARCH_FOLDER]."),
+        click.option(
+            "--folder",
+            metavar="PATH",
+            help="Folder (or s3://...) of checkpoints and data [HPSEARCH_FOLDER].",
+        ),
         click.option("--store", metavar="URL", help="The study store, over HPSEARCH_STORE and the file's."),
         click.option("--name", help="Another name for the study."),
         click.option("--trials", type=click.IntRange(min=1), help="Another number of trials."),
@@ -163,12 +167,22 @@ def main(debug: bool) -> None:
     """
 
 
+def _track_option(command: Command) -> Command:
+    return click.option(
+        "--track",
+        multiple=True,
+        type=click.Choice(["tensorboard", "mlflow", "wandb"]),
+        help="Copy curves and results live to this tool, too; each is an extra.",
+    )(command)
+
+
 @main.command()
 @_study_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as `check`.")
 @click.option("--extend", is_flag=True, help="Accept a larger budget or a wider space than the study has.")
 @click.option("--restart", is_flag=True, help="Put the study of this name aside, under another name, and begin anew.")
 @click.option("--yes", is_flag=True, help="Do not ask before --restart.")
+@_track_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
 @click.option(
@@ -183,6 +197,7 @@ def launch(
     quiet: bool,
     as_json: bool,
     top: int,
+    track: tuple[str, ...],
     **options: Any,
 ) -> int:
     """Run a study to the end of its budget, or go on with one that was stopped.
@@ -201,6 +216,7 @@ def launch(
             study_file,
             **options,
             extend=extend,
+            track=track,
             listen=terminal.json_lines(sys.stdout) if as_json else listen,
             on_cluster_lost=_start_over,
         )
@@ -267,7 +283,8 @@ def _cluster_option(command: Command) -> Command:
 @click.option("--job-id", help="Name of the job [study and time].")
 @click.option("--detach", is_flag=True, help="Do not wait for the end.")
 @click.option("--extend", is_flag=True, help="Accept a larger budget or a wider space than the study has.")
-@click.option("--folder", metavar="PATH", help="Folder of checkpoints and data, on every node of the cluster.")
+@_track_option
+@click.option("--folder", metavar="PATH", help="Folder (or s3://...) of checkpoints and data that all nodes reach.")
 @click.option("--store", metavar="URL", help="The study store, as the cluster reaches it.")
 @click.option("--name", help="Another name for the study.")
 @click.option("--trials", type=click.IntRange(min=1), help="Another number of trials.")
@@ -471,6 +488,7 @@ def studies(store: str | None, as_json: bool) -> None:
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Settings to run again.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="New seeds for each.")
 @_store_option
+@_track_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
 def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_json: bool) -> int:
