@@ -18,7 +18,7 @@ WIDTH = 1000
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    name = studies()[0]["name"]
+    name, best = studies()[0]["name"], studies()[0]["best"]["trial"]
     with open_dashboard(store_url(), port=0) as server, sync_playwright() as playwright:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = playwright.chromium.launch(
@@ -32,8 +32,19 @@ def main() -> None:
         page.wait_for_function("() => [...document.querySelectorAll('.drawn')].every((place) => place.data)")
         page.wait_for_timeout(1000)
         page.screenshot(path=FOLDER / "study.png")
+        page.click("td a >> nth=0")
+        page.wait_for_url("**/trial?*")
+        page.evaluate("drawAll()")
+        page.wait_for_timeout(1000)
+        page.screenshot(path=FOLDER / "trial.png")
+        page.goto(f"http://127.0.0.1:{server.server_port}/study?name={name}")
+        page.evaluate("drawAll()")
+        page.wait_for_timeout(1000)
         figure = page.locator("figure", has=page.locator("text=Training against validation loss"))
         figure.screenshot(path=FOLDER / "curves.png")
+        page.goto(f"http://127.0.0.1:{server.server_port}/dashboard/studies/1/trials?numbers={best}")
+        page.wait_for_selector("text=The same settings again")
+        page.screenshot(path=FOLDER / "optuna.png")
         browser.close()
         server.shutdown()
 
