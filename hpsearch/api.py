@@ -21,6 +21,7 @@ from hpsearch.errors import (
     EXIT_SIGTERM,
     EXIT_TOO_MANY_FAILED,
     RunFolderError,
+    UnknownStudyError,
     UsageError,
     hide_password,
 )
@@ -425,6 +426,7 @@ def launch_spec(
 
     _existing(spec, extend=extend)
     check_trackers(track, locate(spec.folder))
+    starts = [] if repeats is not None else _starts(spec)
     with ThreadPoolExecutor(1) as helper, ExitStack() as stack:
         # Ray needs seconds to start; the text is read and tokenized meanwhile.
         preparing = helper.submit(_prepare_data, spec)
@@ -438,7 +440,7 @@ def launch_spec(
         store.fence(row["id"], lease.token)
         outbox = stack.enter_context(closing(Outbox(note)))
         search = stack.enter_context(
-            closing(Search(spec, spec.store, lease=(row["id"], lease.token), write=outbox.put))
+            closing(Search(spec, spec.store, starts=starts, lease=(row["id"], lease.token), write=outbox.put))
         )
 
         def cluster_lost() -> None:
@@ -495,7 +497,7 @@ def check(spec: StudySpec, *, extend: bool = False) -> dict[str, Any]:
     if card:
         for settings in _corner_models(spec):
             check_model(spec.task, settings, card)
-    suggestions = first_suggestions(spec, 3)
+    suggestions = first_suggestions(spec, 3, _starts(spec))
     return {
         "schema_version": 1,
         "study": spec.model_dump(mode="json", exclude={"store"}),
@@ -541,6 +543,40 @@ def _corner_models(spec: StudySpec) -> Iterator[Any]:
     architectures = spec.space.dimensions.get("architecture")
     for name in architectures.values if isinstance(architectures, Choice) else (None,):
         yield spec.settings_for({**first, **({"architecture": name} if name else {})})[0]
+
+
+TRANSFERRED = 3
+"""Settings that a study takes over from each that it starts from."""
+
+
+def _starts(spec: StudySpec) -> list[dict[str, Any]]:
+    """Settings to try first: `enqueue`, the priors together, the best of earlier studies. Raises UsageError."""
+    starts = [*(spec.space.overlap(start) for start in spec.enqueue), spec.space.priors]
+    if spec.transfer_from:
+        if Store.preflight(spec.store) == "new":
+            raise UsageError(f"transfer_from: the store is new, and has no study '{spec.transfer_from[0]}'")
+        with _opened(spec.store) as store:
+            starts += [start for name in spec.transfer_from for start in _transferred(store, name, spec)]
+    return [start for index, start in enumerate(starts) if start and start not in starts[:index]]
+
+
+def _transferred(store: Store, name: str, spec: StudySpec) -> list[dict[str, Any]]:
+    """The best settings of an earlier study, as far as the space of this one holds them."""
+    try:
+        earlier = store.study(name)
+    except UnknownStudyError as error:
+        raise UsageError(f"transfer_from: {error}") from error
+    if name == spec.name or earlier["task"] != spec.task:
+        what = "this study itself" if name == spec.name else f"of another task, {earlier['task']}"
+        raise UsageError(f"transfer_from: '{name}' is {what}")
+    rows = leaderboard(store, name, top=TRANSFERRED).rows
+    # What it fixed, it has found good, too.
+    fixed = recorded_space(earlier["spec"]).fixed
+    found = [spec.space.overlap({**fixed, **row["params"]}) for row in rows]
+    if not any(found):
+        why = "has no ranked trial yet" if not rows else "has found no setting that lies in this search space"
+        raise UsageError(f"transfer_from: '{name}' {why}")
+    return found
 
 
 def _whole(value: float, integer: bool) -> float:

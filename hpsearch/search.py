@@ -14,6 +14,7 @@ import math
 import re
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from hpsearch.store import configure_engine, fence
 from hpsearch.trial import TrialState
 
 VALUE_NAMES = {"loss": "validation loss (nats per token)", "bleu": "validation BLEU", "f1": "validation F1"}
+_START = "hpsearch:start"
+"""System attribute of a trial whose settings a person or an earlier study gave: these settings, as JSON."""
 _REPEAT = "hpsearch:repeat_of"
 _SEED = "hpsearch:seed"
 """System attributes of a trial of the finals: the trial that it repeats, and its seed."""
@@ -64,11 +67,14 @@ OPTUNA_STATE = {
 overfit run is COMPLETE with its best value: its best checkpoint is a valid answer, and told as PRUNED it would rank
 behind every complete trial with its last, worst value."""
 
+_PRIOR_SHARE = 2 / 3
+_PRIOR_WIDTH = 0.25
+
 _NOTE = re.compile(r"dashboard:(\d+):note_ver")
 _ARTIFACT = re.compile(r"dashboard:artifacts:(\d+):[0-9a-fA-F-]+")
 """Keys of a study's system attributes that hold what the dashboard shows of a trial, by its id in Optuna's tables."""
 
-_MIRRORED_ATTRIBUTES = (_REPEAT, _SEED, "grid_id", "search_space", "completed_rung_")
+_MIRRORED_ATTRIBUTES = (_START, _REPEAT, _SEED, "grid_id", "search_space", "completed_rung_")
 """System attributes that a resumed study needs. CMA-ES's pickled optimizer is none of them."""
 
 
@@ -99,11 +105,13 @@ class Search:
         spec: StudySpec,
         store_url: str | None,
         *,
+        starts: Sequence[Mapping[str, Any]] = (),
         lease: tuple[int, int] | None = None,
         write: Callable[[Callable[[], None]], None] = lambda write: write(),
     ) -> None:
         """Open the study in the store, taking up what it holds; without a store, decide in memory only.
 
+        `starts` are settings to try first, those that the study has not tried yet; the sampler completes them.
         With a `lease` (study id and fencing token) nothing is written without it. Writes go through `write`, which may
         do them later but does them in order.
         """
@@ -126,9 +134,11 @@ class Search:
             study_name=spec.name,
             storage=InMemoryStorage(),
             direction=direction,
-            sampler=_make_sampler(spec.sampler, spec.space, _seed_after(spec.seed, len(history))),
+            sampler=_with_priors(spec, _seed_after(spec.seed, len(history))),
             pruner=_make_pruner(spec.prune.unpromising, spec.max_epochs),
         )
+        tried = {trial.system_attrs.get(_START) for trial in history}
+        self._starts = deque(start for start in starts if _start_key(start) not in tried)
         for trial in history:
             self._brain.add_trial(_untold(trial) if trial.number in self._repeats else _running(trial))
 
@@ -141,8 +151,13 @@ class Search:
         return len(taken) >= self._space.size
 
     def ask(self) -> Suggestion:
-        """Propose settings; the trial is RUNNING from here on."""
+        """Propose settings, those that were given first; the trial is RUNNING from here on."""
+        start = self._starts.popleft() if self._starts else None
+        if start is not None:
+            self._brain.enqueue_trial(dict(start))
         trial = self._brain.ask()
+        if start is not None:
+            self._brain._storage.set_trial_system_attr(trial._trial_id, _START, _start_key(start))
         for name, dimension in self._space.dimensions.items():
             if self._space.is_active(name, trial.params):
                 _suggest(trial, name, dimension)
@@ -462,9 +477,9 @@ def artifact_not_found(artifact: str) -> Exception:
     return optuna.artifacts.exceptions.ArtifactNotFound(artifact)
 
 
-def first_suggestions(spec: StudySpec, count: int) -> list[dict[str, Any]]:
+def first_suggestions(spec: StudySpec, count: int, starts: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """The settings that a new study would try first, without touching a store."""
-    search = Search(spec, None)
+    search = Search(spec, None, starts=starts)
     suggestions: list[dict[str, Any]] = []
     while len(suggestions) < count and not search.is_exhausted:
         suggestion = search.ask()
@@ -552,6 +567,16 @@ def _make_sampler(spec: SamplerSpec, space: Space, seed: int) -> BaseSampler:
     return samplers[spec.name]()
 
 
+def _with_priors(spec: StudySpec, seed: int) -> BaseSampler:
+    sampler = _make_sampler(spec.sampler, spec.space, seed)
+    startup = None if spec.sampler.name == "random" else spec.sampler.startup_trials
+    return _Prior(sampler, spec.space, seed, startup) if spec.space.priors else sampler
+
+
+def _start_key(start: Mapping[str, Any]) -> str:
+    return json.dumps(start, sort_keys=True)
+
+
 def _grid_values(dimension: Dimension) -> Sequence[Any]:
     if isinstance(dimension, Choice):
         return dimension.values
@@ -582,6 +607,70 @@ def _make_pruner(spec: UnpromisingSpec, max_epochs: int) -> optuna.pruners.BaseP
 
 def _mirrored(trial: FrozenTrial) -> dict[str, Any]:
     return {key: value for key, value in trial.system_attrs.items() if key.startswith(_MIRRORED_ATTRIBUTES)}
+
+
+class _Prior(BaseSampler):
+    """A sampler whose random draws gather around the values that a person believes in, as long as it knows little.
+
+    Two of three trials are drawn around the priors, by a normal distribution of a quarter of the (scaled) range, the
+    third is not: a prior that is wrong costs some trials and cannot mislead for long. After the start the sampler has
+    data. The draws are those of PriorBand: Mallik et al., NeurIPS 2023.
+    """
+
+    def __init__(self, inner: BaseSampler, space: Space, seed: int, startup: int | None) -> None:
+        self._inner = inner
+        self._space = space
+        self._seed = seed
+        self._startup = startup
+
+    def reseed_rng(self) -> None:
+        self._inner.reseed_rng()
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        drawn = self._inner.sample_independent(study, trial, param_name, param_distribution)
+        dimension = self._space.dimensions[param_name]
+        random = np.random.default_rng([self._seed, trial.number])
+        if dimension.prior is None or random.random() >= _PRIOR_SHARE or not self._is_early(study):
+            return drawn
+        random = np.random.default_rng([self._seed, trial.number, *param_name.encode()])
+        return _around(dimension, random, drawn)
+
+    def _is_early(self, study: optuna.Study) -> bool:
+        if self._startup is None:
+            return True
+        ended = study._get_trials(deepcopy=False, states=(OptunaState.COMPLETE, OptunaState.PRUNED), use_cache=True)
+        return len(ended) < self._startup
+
+
+def _around(dimension: Dimension, random: np.random.Generator, otherwise: Any) -> Any:
+    """A value near a dimension's prior; of choices the prior itself or, as often, `otherwise`."""
+    assert dimension.prior is not None
+    if isinstance(dimension, Choice):
+        return dimension.prior if random.random() < 0.5 else otherwise
+    forth, back = (math.log, math.exp) if dimension.log else (float, float)
+    low, high, centre = forth(dimension.low), forth(dimension.high), forth(dimension.prior)
+    drawn = math.inf
+    while not low <= drawn <= high:
+        drawn = random.normal(centre, _PRIOR_WIDTH * (high - low))
+    value = min(dimension.high, max(dimension.low, back(drawn)))
+    if dimension.integer or dimension.step is not None:
+        step = dimension.step or 1
+        last = math.floor((dimension.high - dimension.low) / step + 1e-9)
+        value = dimension.low + step * min(last, round((value - dimension.low) / step))
+    return int(value) if dimension.integer else value
 
 
 class _Clipped(BaseSampler):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,6 +25,8 @@ class Choice:
     """One of a few values."""
 
     values: tuple[Scalar, ...]
+    prior: Scalar | None = None
+    """Where a person believes the best value to be."""
     when: tuple[tuple[str, Choice | Range], ...] = ()
 
     def __contains__(self, value: object) -> bool:
@@ -40,6 +42,8 @@ class Range:
     integer: bool = False
     log: bool = False
     step: float | None = None
+    prior: float | None = None
+    """Where a person believes the best value to be."""
     when: tuple[tuple[str, Choice | Range], ...] = ()
 
     def __contains__(self, value: object) -> bool:
@@ -70,6 +74,19 @@ class Space:
             len(dimension.values) if isinstance(dimension, Choice) else dimension.size
             for dimension in self.dimensions.values()
         )
+
+    @property
+    def priors(self) -> dict[str, Scalar]:
+        """The values that a person believes in, of the settings that have one."""
+        return {name: there.prior for name, there in self.dimensions.items() if there.prior is not None}
+
+    def overlap(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Of settings from elsewhere, those that this space can take, as it takes them."""
+        return {
+            name: _as_taken(there, params[name])
+            for name, there in self.dimensions.items()
+            if name in params and params[name] in there
+        }
 
     def is_active(self, name: str, values: Mapping[str, Any]) -> bool:
         """True if the `when:` of this dimension holds for the values sampled so far."""
@@ -111,6 +128,12 @@ def parse_space(raw: Any, path: KeyPath = ("search",)) -> tuple[Space, list[Prob
             fixed[name] = parsed
     ordered, order_problems = _ordered(dimensions, fixed, path)
     return Space(fixed=fixed, dimensions=ordered), problems + order_problems
+
+
+def _as_taken(dimension: Dimension, value: Any) -> Any:
+    if isinstance(dimension, Choice):
+        return next(own for own in dimension.values if value in Choice(values=(own,)))
+    return int(value) if dimension.integer else float(value)
 
 
 def narrowed(old: Space, new: Space) -> list[str]:
@@ -159,7 +182,7 @@ class _WrongError(Exception):
         self.message, self.path, self.at_key = message, path, at_key
 
 
-_RANGE_KEYS = ("min", "max", "scale", "step", "when", "values", "value", "distribution", "q", "log")
+_RANGE_KEYS = ("min", "max", "scale", "step", "prior", "when", "values", "value", "distribution", "q", "log")
 
 
 def _parse_entry(name: str, raw: Any) -> Scalar | Dimension:
@@ -172,9 +195,12 @@ def _parse_entry(name: str, raw: Any) -> Scalar | Dimension:
             near = difflib.get_close_matches(str(key), _RANGE_KEYS, n=1, cutoff=0.5)
             synonyms = {"low": "min", "lower": "min", "high": "max", "upper": "max", "choices": "values"}
             best = synonyms.get(str(key)) or (near[0] if near else None)
-            hint = f"; did you mean '{best}'?" if best else f"; known keys: {', '.join(_RANGE_KEYS[:6])}"
+            hint = f"; did you mean '{best}'?" if best else f"; known keys: {', '.join(_RANGE_KEYS[:7])}"
             raise _WrongError(f"unknown key '{key}'{hint}", key, at_key=True)
     raw = dict(raw)
+    if "prior" in raw:
+        prior = raw.pop("prior")
+        return _with_prior(_parse_entry(name, raw), prior)
     when = _parse_when(raw.pop("when")) if "when" in raw else ()
     if "value" in raw:
         _only(raw, "value", "distribution")
@@ -184,6 +210,21 @@ def _parse_entry(name: str, raw: Any) -> Scalar | Dimension:
         _only(raw, "values", "distribution")
         return Choice(values=_values(name, raw["values"], ("values",)), when=when)
     return _parse_range(name, raw, when)
+
+
+def _with_prior(parsed: Scalar | Dimension, prior: Any) -> Dimension:
+    if not isinstance(parsed, Choice | Range):
+        raise _WrongError("a fixed value needs no prior", "prior", at_key=True)
+    if prior not in parsed:
+        expected = (
+            f"one of {', '.join(map(str, parsed.values))}"
+            if isinstance(parsed, Choice)
+            else f"a number from {parsed.low:g} to {parsed.high:g}"
+        )
+        raise _WrongError(f"expected {expected}, got {_shown(prior)}", "prior")
+    if isinstance(parsed, Range) and parsed.integer and prior != int(prior):
+        raise _WrongError(f"expected a whole number, got {prior}", "prior")
+    return replace(parsed, prior=_as_taken(parsed, prior))
 
 
 _DISTRIBUTIONS = {

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,7 +42,7 @@ TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the overfitting rule are made for."""
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
-_PLACEMENT = {"folder", "resources", "backend", "address", "limits"}
+_PLACEMENT = {"folder", "resources", "backend", "address", "limits", "enqueue", "transfer_from"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
@@ -251,6 +251,7 @@ _DIMENSION_SCHEMA: dict[str, Any] = {
                 "scale": {"enum": ["log", "linear"]},
                 "log": {"type": "boolean"},
                 "step": {"type": "number", "exclusiveMinimum": 0},
+                "prior": {"type": ["number", "string", "boolean"]},
                 "q": {"type": "number", "exclusiveMinimum": 0},
                 "value": {"type": ["number", "string", "boolean"]},
                 "values": {"type": "array", "minItems": 1},
@@ -288,6 +289,16 @@ class StudySpec(Strict):
         "score (bleu, f1) is taken at the end of each epoch; runs are still judged to overfit by their losses.",
     )
     search: Annotated[dict[str, Any], WithJsonSchema(_SEARCH_SCHEMA)] = Field(default_factory=dict)
+    enqueue: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Settings to try first, each a mapping from searched settings to values; the sampler fills in what "
+        "one leaves open. May grow while a study goes on.",
+    )
+    transfer_from: list[str] = Field(
+        default_factory=list,
+        description="Earlier studies of the same store and task, whose best settings are tried first, as far as this "
+        "space holds them.",
+    )
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     sampler: SamplerSpec = Field(default_factory=SamplerSpec, description="A sampler's name, or a mapping.")
     prune: PruneSpec = Field(default_factory=PruneSpec)
@@ -679,6 +690,17 @@ def _names(paths: Any) -> Any:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+def _wrong_start(space: Space, start: dict[str, Any], path: KeyPath) -> Iterator[Problem]:
+    if not start:
+        yield Problem(path=path, message="expected a mapping from searched settings to values")
+    for name, value in start.items():
+        if name not in space.dimensions:
+            known = ", ".join(space.dimensions)
+            yield Problem(path=(*path, name), message=f"'{name}' is not searched; searched are {known}", at_key=True)
+        elif not space.overlap({name: value}):
+            yield Problem(path=(*path, name), message=f"{value!r} is not in the search space")
+
+
 def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
     """Mistakes that only show when two parts of the file are seen together."""
     problems = []
@@ -715,6 +737,12 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
                         path=(section, name), message=f"'{name}' stands under 'search' as well; keep one", at_key=True
                     )
                 )
+    for index, start in enumerate(spec.enqueue):
+        problems += _wrong_start(space, start, ("enqueue", index))
+    if spec.sampler.name == "grid" and (spec.enqueue or spec.transfer_from or space.priors):
+        what = "enqueue" if spec.enqueue else "transfer_from" if spec.transfer_from else "search"
+        message = "the grid sampler tries every setting once, in no order; expected another sampler"
+        problems.append(Problem(path=(what,), message=message, at_key=True))
     if spec.sampler.name == "grid":
         for name, dimension in space.dimensions.items():
             if isinstance(dimension, Range) and dimension.size == float("inf"):

@@ -16,6 +16,7 @@ import ray
 
 import hpsearch
 from hpsearch.errors import StudyBusyError, UsageError
+from hpsearch.spec import load_study
 from hpsearch.store import Store
 from hpsearch.trial import Event
 from tests.faults.harness import Study as Suffering
@@ -376,6 +377,28 @@ def test_a_study_is_extended_by_a_wider_space_and_keeps_its_history(tiny: Path) 
     ):
         with pytest.raises(UsageError, match=r"larger budget or a wider space only:\n(?s:.*)" + problem):
             hpsearch.launch(tiny, overrides=change, extend=True)
+
+
+def test_a_study_starts_from_what_it_is_given_and_from_earlier_studies(tiny: Path) -> None:
+    earlier = hpsearch.launch(tiny, name="earlier", overrides=["search.num_layers=[1, 2]"])
+    ranked = earlier.board(top=3).rows
+    given = ["enqueue=[{learning_rate: 0.02, batch_size: 32, num_epochs: 3}]", "transfer_from=[earlier]"]
+    told = hpsearch.check(load_study(tiny, overrides=given))
+    assert told["first_settings"][0] == {"learning_rate": 0.02, "batch_size": 32, "num_epochs": 3}
+    study = hpsearch.launch(tiny, overrides=given, trials=3)
+    tried = [trial["params"] for trial in study.trials()]
+    assert tried[0] == {"learning_rate": 0.02, "batch_size": 32, "num_epochs": 3}
+    wanted = [{name: value for name, value in row["params"].items() if name != "num_layers"} for row in ranked]
+    assert tried[1:] == wanted[:2]
+    # One more known setting may come at any time, and what was tried is not tried again.
+    more = [given[0].replace("]", ", {learning_rate: 0.05, num_epochs: 2}]"), given[1]]
+    study = hpsearch.launch(tiny, overrides=more, trials=5, extend=True)
+    last = [trial["params"] for trial in study.trials()][3:]
+    assert (last[0]["learning_rate"], last[0]["num_epochs"]) == (0.05, 2)
+    assert last[1] == wanted[2]
+    with pytest.raises(UsageError, match="transfer_from: no study named 'nope'"):
+        hpsearch.launch(tiny, name="other", overrides=["transfer_from=[nope]"])
+    assert [row["name"] for row in hpsearch.studies(store=study.store)] == ["earlier", "tiny"]
 
 
 def test_a_trial_has_a_time_limit(tiny: Path) -> None:

@@ -243,3 +243,72 @@ def test_no_pickle_reaches_the_store(tmp_path: Path) -> None:
     optimise(Search(spec(tmp_path, "sampler=cmaes"), url), 14)
     attributes = {key for one in optuna.load_study(study_name="s", storage=url).trials for key in one.system_attrs}
     assert not any(key.startswith("cma") for key in attributes)
+
+
+def test_given_settings_are_tried_first_and_once_over_launches(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = spec(tmp_path)
+    starts = [{"learning_rate": 0.003, "num_layers": 2, "num_epochs": 5}, {"learning_rate": 0.01}, {"num_layers": 4}]
+    first = optimise(Search(study, url, starts=starts), 2)
+    assert first[0] == starts[0]
+    assert first[1]["learning_rate"] == 0.01
+    assert set(first[1]) == set(starts[0]), "what was left open is sampled"
+    later = optimise(Search(study, url, starts=[*starts, {"num_epochs": 9}]), 4)
+    assert later[0]["num_layers"] == 4
+    assert later[1]["num_epochs"] == 9
+    assert not any(params["learning_rate"] in (0.003, 0.01) for params in later)
+    there = optuna.load_study(study_name="s", storage=url)
+    assert [trial.params for trial in there.trials] == [*first, *later]
+
+
+def best_loss(study: StudySpec, trials: int) -> float:
+    return min(loss_of(params) for params in optimise(Search(study, None, starts=[study.space.priors]), trials))
+
+
+def with_prior(tmp_path: Path, seed: int, prior: float, sampler: str = "tpe") -> StudySpec:
+    rate = f"search.learning_rate={{min: 1e-4, max: 1e-1, scale: log, prior: {prior}}}"
+    return spec(tmp_path, rate, f"seed={seed}", f"sampler={sampler}")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+def test_early_draws_gather_around_a_prior_and_some_do_not(tmp_path: Path, sampler: str) -> None:
+    near, draws = 0, []
+    for seed in range(20):
+        draws += optimise(Search(with_prior(tmp_path, seed, 1e-3, sampler), None), 8)
+    distances = [abs(math.log10(params["learning_rate"]) + 3) for params in draws]
+    near = sum(distance < 0.75 for distance in distances) / len(distances)
+    assert 0.5 < near < 0.85, "half of them by the prior alone; chance would have half as many"
+    assert max(distances) > 1.8
+    assert sum(params["num_layers"] >= 3 for params in draws) / len(draws) == pytest.approx(0.5, abs=0.12)
+
+
+def test_a_good_prior_helps_early_and_a_bad_one_does_not_last(tmp_path: Path) -> None:
+    seeds = range(12)
+    good = [best_loss(with_prior(tmp_path, seed, 3e-3), 8) for seed in seeds]
+    none = [
+        min(loss_of(params) for params in optimise(Search(spec(tmp_path, f"seed={seed}"), None), 8)) for seed in seeds
+    ]
+    assert sum(good) < sum(none)
+    bad = [best_loss(with_prior(tmp_path, seed, 1e-1), 40) for seed in seeds]
+    late = [
+        min(loss_of(params) for params in optimise(Search(spec(tmp_path, f"seed={seed}"), None), 40)) for seed in seeds
+    ]
+    assert sum(bad) / len(bad) < sum(late) / len(late) + 0.02
+
+
+def test_priors_of_whole_numbers_steps_and_choices_stay_in_the_space(tmp_path: Path) -> None:
+    study = spec(
+        tmp_path,
+        "search.num_layers={min: 1, max: 4, prior: 4}",
+        "search.num_epochs={min: 1, max: 8, step: 3, prior: 7}",
+        "search.batch_size={values: [8, 16, 32], prior: 16}",
+        "search.dropout={min: 0.0, max: 0.35, step: 0.1, prior: 0.3}",
+    )
+    drawn = optimise(Search(study, None, starts=[study.space.priors]), 30)
+    assert {name: drawn[0][name] for name in study.space.priors} == {
+        "num_layers": 4, "num_epochs": 7, "batch_size": 16, "dropout": 0.3,
+    }  # fmt: skip
+    assert {params["num_epochs"] for params in drawn} <= {1, 4, 7}
+    assert {params["batch_size"] for params in drawn} <= {8, 16, 32}
+    assert all(isinstance(params["num_layers"], int) and 1 <= params["num_layers"] <= 4 for params in drawn)
+    assert all(any(math.isclose(params["dropout"], step / 10) for step in range(4)) for params in drawn)
