@@ -488,7 +488,6 @@ def studies(store: str | None, as_json: bool) -> None:
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Settings to run again.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="New seeds for each.")
 @_store_option
-@_track_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
 def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_json: bool) -> int:
