@@ -200,10 +200,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--store", choices=["SQLite", "PostgreSQL"], nargs="+", default=["SQLite", "PostgreSQL"])
     options = parser.parse_args()
-    print(
-        "| store | trials | CPU ms a trial | ms a trial | SQL a trial | take up, s | rank --top 20, s | show, s | report, s |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    heads = ["store", "trials", "CPU ms a trial", "ms a trial", "SQL a trial", "take up, s"]
+    heads += ["rank --top 20, s", "show, s", "report, s"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     folder = Path(tempfile.mkdtemp(prefix="hps-growth-"))
     try:
         file = folder / "growth.yaml"

@@ -261,6 +261,13 @@ def _rating(metric: str, entry: _Entry) -> Row:
 
 def _p_values(store: Store, metric: str, rated: Sequence[_Entry]) -> dict[int, float]:
     """By trial id; none for trials whose answers were not kept."""
+    bounds: dict[int, float] = {}
+    if len(rated) > _MANY_TRIALS:
+        columns = ("score", "score_low", "score_high")
+        values, low, high = (np.array([entry.row[name] for entry in rated]) for name in columns)
+        found = statistics.clearly_worse(values, low, high, higher_is_better=HIGHER_IS_BETTER[metric])
+        bounds = {entry.id: float(bound) for entry, bound in zip(rated, found, strict=True) if bound <= SIGNIFICANCE}
+        rated = [entry for entry in rated if entry.id not in bounds]
     kept = store.examples([entry.id for entry in rated])
     tested = [entry for entry in rated if entry.id in kept]
     if not tested or tested[0] is not rated[0]:
@@ -274,7 +281,7 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry]) -> dict[int, f
     p_values = statistics.tie_p_values(
         observed, resampled, tested[0].row["score_n"], higher_is_better=HIGHER_IS_BETTER[metric]
     )
-    return {entry.id: float(p_value) for entry, p_value in zip(tested, p_values, strict=True)}
+    return bounds | {entry.id: float(p_value) for entry, p_value in zip(tested, p_values, strict=True)}
 
 
 def _finals(study: Row, trials: Sequence[Row], scores: dict[int, dict[str, Row]]) -> list[Row]:

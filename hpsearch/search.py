@@ -9,6 +9,7 @@ ahead of the record by what `write` has not done yet, and each write may be done
 from __future__ import annotations
 
 import copy
+import heapq
 import json
 import math
 import re
@@ -67,6 +68,9 @@ OPTUNA_STATE = {
 overfit run is COMPLETE with its best value: its best checkpoint is a valid answer, and told as PRUNED it would rank
 behind every complete trial with its last, worst value."""
 
+LATEST_SEEN = 750
+BEST_SEEN = 250
+_BLOCK = 100
 _PRIOR_SHARE = 2 / 3
 _PRIOR_WIDTH = 0.25
 
@@ -682,6 +686,7 @@ class _Clipped(BaseSampler):
 
     def __init__(self, inner: BaseSampler) -> None:
         self._inner = inner
+        self._history = _History()
 
     def reseed_rng(self) -> None:
         self._inner.reseed_rng()
@@ -690,28 +695,61 @@ class _Clipped(BaseSampler):
         self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._inner.infer_relative_search_space(_clipped_view(study), trial)
+        return self._inner.infer_relative_search_space(self._view(study), trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._inner.sample_relative(_clipped_view(study), trial, search_space)
+        return self._inner.sample_relative(self._view(study), trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._inner.sample_independent(_clipped_view(study), trial, param_name, param_distribution)
+        return self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+
+    def _view(self, study: optuna.Study) -> optuna.Study:
+        return _ClippedStudy(study, self._history)  # type: ignore[return-value]
 
 
-def _clipped_view(study: optuna.Study) -> optuna.Study:
-    return _ClippedStudy(study)  # type: ignore[return-value]
+class _History:
+    """Which trials of a large study a sampler learns from: the latest, the best before them, and those that still run.
+
+    TPE tells the best 25 from the rest, and a sample of the rest says as much; a Gaussian process takes the cube of
+    their number in time. So asking costs no more after ten thousand trials than after one thousand.
+    """
+
+    def __init__(self) -> None:
+        self._older = 0
+        self._kept: list[int] = []
+
+    def seen(self, trials: list[FrozenTrial], *, maximise: bool) -> list[FrozenTrial]:
+        older = max(0, len(trials) - LATEST_SEEN) // _BLOCK * _BLOCK
+        if older == 0:
+            return trials
+        if older != self._older:
+            # What has ended stays as it is: the choice among them holds until there are many more.
+            self._older = older
+            self._kept = self._chosen(trials[:older], maximise=maximise)
+        return [*(trials[number] for number in self._kept), *trials[older:]]
+
+    @staticmethod
+    def _chosen(trials: list[FrozenTrial], *, maximise: bool) -> list[int]:
+        sign = -1.0 if maximise else 1.0
+        ended = [
+            (sign * trial.value, trial.number)
+            for trial in trials
+            if trial.state is OptunaState.COMPLETE and trial.value is not None
+        ]
+        open_ones = [trial.number for trial in trials if not trial.state.is_finished()]
+        return sorted([*open_ones, *(number for _, number in heapq.nsmallest(BEST_SEEN, ended))])
 
 
 class _ClippedStudy:
     """A study whose trials read clipped; everything else is the study's."""
 
-    def __init__(self, study: optuna.Study) -> None:
+    def __init__(self, study: optuna.Study, history: _History) -> None:
         self._inner_study = study
+        self._history = history
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner_study, name)
@@ -720,7 +758,8 @@ class _ClippedStudy:
         self, deepcopy: bool = True, states: Container[OptunaState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         maximise = self._inner_study.direction is StudyDirection.MAXIMIZE
-        trials = clip_at_median(self._inner_study._get_trials(deepcopy=False, use_cache=use_cache), maximise=maximise)
+        every = self._inner_study._get_trials(deepcopy=False, use_cache=use_cache)
+        trials = clip_at_median(self._history.seen(every, maximise=maximise), maximise=maximise)
         chosen = [trial for trial in trials if states is None or trial.state in states]
         return copy.deepcopy(chosen) if deepcopy else chosen
 

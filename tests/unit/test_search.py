@@ -12,7 +12,15 @@ import pytest
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
-from hpsearch.search import OPTUNA_STATE, Search, clip_at_median, first_suggestions
+from hpsearch.search import (
+    BEST_SEEN,
+    LATEST_SEEN,
+    OPTUNA_STATE,
+    Search,
+    _History,
+    clip_at_median,
+    first_suggestions,
+)
 from hpsearch.spec import StudySpec, load_study
 from hpsearch.trial import TrialState
 
@@ -312,3 +320,34 @@ def test_priors_of_whole_numbers_steps_and_choices_stay_in_the_space(tmp_path: P
     assert {params["batch_size"] for params in drawn} <= {8, 16, 32}
     assert all(isinstance(params["num_layers"], int) and 1 <= params["num_layers"] <= 4 for params in drawn)
     assert all(any(math.isclose(params["dropout"], step / 10) for step in range(4)) for params in drawn)
+
+
+@pytest.mark.parametrize("objective", ["loss", "bleu"])
+def test_a_sampler_of_a_large_study_sees_the_best_the_latest_and_the_open(objective: str) -> None:
+    history = _History()
+    trials = []
+    for number in range(3000):
+        value = float((number * 7919) % 3001)
+        state = (
+            OptunaState.RUNNING
+            if number in (5, 2999)
+            else OptunaState.FAIL
+            if number % 50 == 0
+            else OptunaState.COMPLETE
+        )
+        trial = create_trial(state=state, value=value if state is OptunaState.COMPLETE else None)
+        trial.number = number
+        trials.append(trial)
+        if number in (100, LATEST_SEEN, 2500, 2999):
+            seen = history.seen(list(trials), maximise=objective == "bleu")
+            assert [trial.number for trial in seen] == sorted({trial.number for trial in seen})
+            assert [trial.number for trial in seen][-LATEST_SEEN:] == list(range(len(trials)))[-LATEST_SEEN:]
+            assert len(seen) <= LATEST_SEEN + BEST_SEEN + 102
+    ended = [trial for trial in trials if trial.state is OptunaState.COMPLETE]
+    best = sorted(ended, key=lambda trial: trial.value or 0.0, reverse=objective == "bleu")[:25]
+    assert {trial.number for trial in best} <= {trial.number for trial in seen}, "TPE's own choice of the best is whole"
+    assert 5 in {trial.number for trial in seen}
+    trials[5] = create_trial(state=OptunaState.COMPLETE, value=1.5)
+    trials[5].number = 5
+    (again,) = [trial for trial in history.seen(list(trials), maximise=objective == "bleu") if trial.number == 5]
+    assert again.value == 1.5, "one that ends late is seen as it is"

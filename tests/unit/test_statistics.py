@@ -128,3 +128,16 @@ def test_blocks_of_a_large_test_split_give_the_same_interval() -> None:
     mean = losses.sum() / tokens.sum()
     error = np.sqrt(((losses - mean * tokens) ** 2).sum()) / tokens.sum()
     assert np.log(high / low) == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whoever_is_clearly_worse_by_intervals_is_worse_by_the_paired_test(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    trials = likelihoods(rng, [*rng.normal(0, 1.0, 20), *rng.normal(60, 30, 20)])
+    observed, p_values = ties(trials)
+    bounds = np.array([statistics.interval("perplexity", trial, {}) for trial in trials])
+    upper = statistics.clearly_worse(observed, bounds[:, 0], bounds[:, 1], higher_is_better=False)
+    assert (p_values[upper <= 0.05] <= 0.05).all()
+    assert (upper[p_values > 0.05] > 0.05).all()
+    assert (upper <= 0.05).sum() > 5, "and there are some to be found so"
+    assert upper[np.argmin(observed)] == 1.0
