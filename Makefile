@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-report bench-verdict clean
+.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-report bench-verdict clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,10 +41,13 @@ format: .venv/.dev ## Format the code and sort imports
 screenshots: .venv/.dev ## The README's pictures of pages, from the store of `make demo` (needs chromium)
 	$(BIN)/python -m tests.browser.screenshots
 
-bench: bench-verdict bench-faults bench-report ## Every benchmark that the README quotes
+bench: bench-verdict bench-faults bench-growth bench-report ## Every benchmark that the README quotes
 
 bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
 	$(BIN)/python benchmarks/faults.py
+
+bench-growth: .venv/.dev ## What a trial and the reading commands cost at 100, 1,000 and 10,000 trials (ten minutes)
+	$(BIN)/python benchmarks/growth.py
 
 bench-report: .venv/.demo ## How long a report takes and how large it is, up to 1,000 trials
 	$(BIN)/python benchmarks/report.py

@@ -803,7 +803,9 @@ def _untold(trial: FrozenTrial) -> FrozenTrial:
 
 
 def _at(trial: FrozenTrial, value: float) -> FrozenTrial:
-    clipped = copy.copy(trial)
+    # What copy.copy does, at a tenth of its cost: half of a history is clipped for every question.
+    clipped = object.__new__(FrozenTrial)
+    clipped.__dict__.update(trial.__dict__)
     clipped.state = OptunaState.COMPLETE
     clipped.value = value
     return clipped
