@@ -23,6 +23,8 @@ the output and of the reference, then matching and all n-grams of order 1 to 4; 
 ZERO_DIVISION = 0.0
 """Precision, recall and F1 of a class that nothing was predicted as, or that does not occur."""
 RESAMPLES = 2000
+MOST_PAIRED = 1000
+"""Trials of which each is compared with each, within seconds."""
 _NORMAL_95 = 1.959964
 _MOST_BLOCKS = 2000
 """Test splits with more examples than this are resampled in so many random blocks of examples: the same spread, and a
@@ -117,10 +119,13 @@ def tie_p_values(observed: Floats, resampled: Floats, examples: int, *, higher_i
     ones stands for chance) of studentised differences. The winner was chosen among many, so a difference from it is
     held against the largest difference between any two trials in each resample: a single-step max-T correction (Romano
     & Wolf, Econometrica 2005), of which Tukey's range test is the normal case. Equal trials are all tied in 95 of 100
-    test splits, however many there are.
+    test splits, however many there are. The pairs of more than MOST_PAIRED trials are not formed: Bonferroni's
+    correction for their number takes the place of the largest difference, and ties some more of them.
     """
     errors = resampled - observed[:, None]
     winner = int(np.argmax(observed) if higher_is_better else np.argmin(observed))
+    if len(observed) > MOST_PAIRED:
+        return _bonferroni(observed, errors, winner, examples)
     covariance = np.cov(errors) if len(observed) > 1 else np.zeros((1, 1))
     variance = np.diag(covariance)
     spread = np.sqrt(np.maximum(variance[:, None] + variance[None, :] - 2 * covariance, 0))
@@ -135,6 +140,16 @@ def tie_p_values(observed: Floats, resampled: Floats, examples: int, *, higher_i
     largest += (largest**3 + largest) / (4 * max(1, examples - 1))
     distance = np.abs(observed - observed[winner]) / spread[winner]
     return np.asarray((1 + (largest[None, :] >= distance[:, None]).sum(axis=1)) / (1 + len(largest)))
+
+
+def _bonferroni(observed: Floats, errors: Floats, winner: int, examples: int) -> Floats:
+    from scipy.special import stdtr
+
+    spread = (errors - errors[winner]).std(axis=1, ddof=1) * math.sqrt(examples / max(1, examples - 1))
+    spread[spread <= 1e-9 * np.abs(observed).max(initial=1e-300)] = np.inf
+    distance = np.abs(observed - observed[winner]) / spread
+    pairs = len(observed) * (len(observed) - 1) / 2
+    return np.asarray(np.minimum(1.0, pairs * 2 * stdtr(max(1, examples - 1), -distance)))
 
 
 def clearly_worse(observed: Floats, low: Floats, high: Floats, *, higher_is_better: bool) -> Floats:

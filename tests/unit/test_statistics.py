@@ -141,3 +141,15 @@ def test_whoever_is_clearly_worse_by_intervals_is_worse_by_the_paired_test(seed:
     assert (upper[p_values > 0.05] > 0.05).all()
     assert (upper <= 0.05).sum() > 5, "and there are some to be found so"
     assert upper[np.argmin(observed)] == 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_very_many_trials_none_is_worse_that_the_paired_test_ties(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = likelihoods(np.random.default_rng(seed), [*np.zeros(20), *np.linspace(3, 12, 20)])
+    _, exact = ties(trials, resamples=2000)
+    monkeypatch.setattr(statistics, "MOST_PAIRED", 10)
+    _, quick = ties(trials, resamples=2000)
+    assert (quick[exact > 0.05] > 0.05).all()
+    assert (quick <= 0.05).sum() >= 0.7 * (exact <= 0.05).sum() > 5
