@@ -219,6 +219,7 @@ class Annotator:
         self._search = search
         self._put = put
         self._known: _Known | None = None
+        self._has_told = False
         self._dirty = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="hpsearch-annotations", daemon=True)
@@ -256,7 +257,8 @@ class Annotator:
         except Exception as error:
             # A study does not end for its pictures: the next look, or the next launch, finds what this one has left.
             self._known = None
-            if not isinstance(error, StoreAwayError):
+            if not isinstance(error, StoreAwayError) and not self._has_told:
+                self._has_told = True
                 self._note(f"what the Optuna dashboard shows beside the numbers was not written: {error}")
 
     def _draw(self) -> None:

@@ -14,13 +14,14 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hpsearch import storage
-from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError
+from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFolderError
 from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, earlier_attempts, run_folder
 from hpsearch.memory import PeakMemory
 from hpsearch.outbox import Outbox
@@ -564,7 +565,9 @@ def _ask_to_leave(config: TrialConfig) -> None:
     if isinstance(folder, Path):
         (folder / STOP_FILE).touch()
     else:
-        storage.write(folder / STOP_FILE, b"?")
+        # A worker that cannot be asked is ended when its grace is over, and goes on from its last checkpoint.
+        with suppress(RunFolderError):
+            storage.write(folder / STOP_FILE, b"?")
 
 
 def _pulse(config: TrialConfig) -> float | None:
