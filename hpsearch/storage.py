@@ -50,6 +50,9 @@ def locate(name: str | os.PathLike[str]) -> Folder:
 
     # Another process may have written since a listing was kept.
     options: dict[str, Any] = {} if text.startswith("file:") else {"use_listings_cache": False}
+    if text.startswith(("s3:", "s3a:")):
+        # By default one that hangs is waited for five times a minute.
+        options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 1}}
     place: Folder = UPath(text.rstrip("/"), **options)
     return place
 

@@ -159,10 +159,10 @@ def test_a_study_waits_for_an_object_store_that_is_away(
     monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
     trial = run_trial(config)
     next(trial)
-    with monkeypatch.context() as away:
-        with socket.socket() as nobody:
-            nobody.bind(("127.0.0.1", 0))
-            away.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+    # A port that is taken and listened to by nobody refuses all, and no other process gets it meanwhile.
+    with monkeypatch.context() as away, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        away.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
         _forget_connections()
         _, result = drain(trial)
         assert result.state is TrialState.INTERRUPTED
