@@ -272,7 +272,8 @@ def test_trials_share_gpus_and_go_where_their_resources_are(cluster: Cluster, st
     assert "1 at a time" in done.stderr
 
 
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_a_trial_on_several_gpus_has_a_process_for_each(
     cluster: Cluster, study: Path, tmp_path: Path, nodes: int
 ) -> None:
