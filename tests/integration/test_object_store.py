@@ -78,7 +78,7 @@ def drain(trial: Any) -> tuple[list[Progress], TrialResult]:
 def test_a_study_in_an_object_store_is_run_read_exported_and_tidied_there(
     s3: ObjectStore, tmp_path: Path, hpsearch: Run
 ) -> None:
-    study(tmp_path, backend="ray")
+    study(tmp_path)
     launched = hpsearch("launch", "study.yaml", "--set", "limits.keep_checkpoints=2")
     assert launched.returncode == 0, launched.stderr
     ranked = json.loads(hpsearch("rank", "tiny", "--json", "--store", f"sqlite:///{tmp_path}/studies.db").stdout)
