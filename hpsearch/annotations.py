@@ -20,7 +20,7 @@ from hpsearch import storage
 from hpsearch.errors import StoreAwayError, plain
 from hpsearch.figures import FIGURES, StudyData, read_study
 from hpsearch.housekeeping import run_folder
-from hpsearch.search import Artifact, Search, artifact_not_found
+from hpsearch.search import Annotations, Artifact, Search, artifact_not_found
 from hpsearch.storage import Folder, locate
 from hpsearch.store import Row, Store
 from hpsearch.trial import PRUNED, RANKED, UNFINISHED, Event
@@ -28,8 +28,11 @@ from hpsearch.trial_log import log_file
 from hpsearch.wording import curve_plot, leaderboard_markdown, leaderboard_notes, markdown, number, score_text
 
 EVERY_S = 20.0
+"""Seconds between two looks at a study, at least."""
 SHARE = 0.05
+"""Of a core, at most."""
 _TOP = 10
+"""Rows of the leaderboard in a study's note."""
 _FIGURES = ("curves", "leaderboard")
 _FIGURE_BYTES = 100_000
 """The dashboard fetches a study's figures with each of its updates."""
@@ -287,11 +290,10 @@ class Annotator:
             store.close()
         drawn, said = figures(data), study_note(data)
         search = self._search
-        self._put(
-            lambda: search.annotate(
-                notes=notes, study_note=said, replaces=_STUDY_NOTE, figures=drawn, artifacts=added, without=gone
-            )
+        annotations = Annotations(
+            notes=notes, study_note=said, replaces=_STUDY_NOTE, figures=drawn, artifacts=added, without=gone
         )
+        self._put(lambda: search.annotate(annotations))
         known.notes |= notes.keys()
         for trial in gone:
             for name in known.artifacts.pop(trial):

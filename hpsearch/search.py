@@ -70,9 +70,12 @@ behind every complete trial with its last, worst value."""
 
 LATEST_SEEN = 750
 BEST_SEEN = 250
+"""Trials of a large study that its sampler sees; see `_History`."""
 _BLOCK = 100
+"""Trials after which the best of the older ones are chosen anew."""
 _PRIOR_SHARE = 2 / 3
 _PRIOR_WIDTH = 0.25
+"""See `_Prior`."""
 
 _NOTE = re.compile(r"dashboard:(\d+):note_ver")
 _ARTIFACT = re.compile(r"dashboard:artifacts:(\d+):[0-9a-fA-F-]+")
@@ -99,6 +102,22 @@ class Artifact:
     id: str
     kind: str
     """MIME type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """What the Optuna dashboard is to show of a study beside its numbers."""
+
+    notes: Mapping[int, str]
+    """Markdown, of trials that have none."""
+    study_note: str
+    replaces: str
+    """How a note of the study begins that `study_note` may replace; no other is touched."""
+    figures: Mapping[str, str]
+    """plotly JSON by id."""
+    artifacts: Sequence[Artifact]
+    without: Collection[int]
+    """Trials whose artifacts are taken off."""
 
 
 class Search:
@@ -224,23 +243,10 @@ class Search:
         """Trials that have a note in the dashboard, and the names of the artifacts that trials have."""
         return self._record.annotated() if self._record else (set(), {})
 
-    def annotate(
-        self,
-        *,
-        notes: Mapping[int, str],
-        study_note: str,
-        replaces: str,
-        figures: Mapping[str, str],
-        artifacts: Sequence[Artifact],
-        without: Collection[int],
-    ) -> None:
-        """Write what the dashboard shows beside the numbers, in one transaction. Raises StoreAwayError.
-
-        `notes` are of trials that have none; `study_note` replaces what begins with `replaces` and nothing else;
-        `figures` are plotly JSON by id; the artifacts of the trials in `without` are taken off.
-        """
+    def annotate(self, annotations: Annotations) -> None:
+        """Write what the dashboard shows beside the numbers, in one transaction. Raises StoreAwayError."""
         if self._record:
-            self._record.annotate(notes, study_note, replaces, figures, artifacts, without)
+            self._record.annotate(annotations)
 
     def _tell_record(self, number: int, state: OptunaState, values: list[float] | None, notes: dict[str, Any]) -> None:
         if self._record:
@@ -350,35 +356,33 @@ class _Record:
     def annotated(self) -> tuple[set[int], dict[int, set[str]]]:
         with _away(self._url):
             attributes = self.storage.get_study_system_attrs(self._study._study_id)
-        numbers = {trial_id: number for number, trial_id in self._ids.items()}
         artifacts: dict[int, set[str]] = {}
+        numbers = self._numbers()
         for _, number, value in _numbered(_ARTIFACT, attributes, numbers):
             if (there := json.loads(value)) is not None:
                 artifacts.setdefault(number, set()).add(there["filename"])
         return {number for _, number, _ in _numbered(_NOTE, attributes, numbers)}, artifacts
 
-    def annotate(
-        self,
-        notes: Mapping[int, str],
-        study_note: str,
-        replaces: str,
-        figures: Mapping[str, str],
-        artifacts: Sequence[Artifact],
-        without: Collection[int],
-    ) -> None:
+    def _numbers(self) -> dict[int, int]:
+        """Numbers of trials by their ids. Another thread may be adding one."""
+        return {trial_id: number for number, trial_id in dict(self._ids).items()}
+
+    def annotate(self, annotations: Annotations) -> None:
         with _away(self._url):
             there = self.storage.get_study_system_attrs(self._study._study_id)
-            wanted = _study_note(there, study_note, replaces)
-            for number, text in notes.items():
+            wanted = _study_note(there, annotations.study_note, annotations.replaces)
+            # A trial that Optuna's tables have lost, as `doctor` would find, has no place for a note.
+            for number in annotations.notes.keys() & self._ids.keys():
                 key = f"dashboard:{self._ids[number]}:note"
-                wanted |= {f"{key}_ver": 1, f"{key}_str:0": text}
-            wanted |= {f"dashboard:plot_data:{name}:0": content for name, content in figures.items()}
-            for file in artifacts:
-                about = {"artifact_id": file.id, "filename": file.name, "mimetype": file.kind, "encoding": None}
-                wanted[f"dashboard:artifacts:{self._ids[file.trial]}:{file.id}"] = json.dumps(about)
-            numbers = {trial_id: number for number, trial_id in self._ids.items()}
-            gone = [match[0] for match, number, _ in _numbered(_ARTIFACT, there, numbers) if number in without]
-            wanted |= dict.fromkeys(gone, "null")
+                wanted |= {f"{key}_ver": 1, f"{key}_str:0": annotations.notes[number]}
+            wanted |= {f"dashboard:plot_data:{name}:0": content for name, content in annotations.figures.items()}
+            for file in annotations.artifacts:
+                if file.trial in self._ids:
+                    about = {"artifact_id": file.id, "filename": file.name, "mimetype": file.kind, "encoding": None}
+                    wanted[f"dashboard:artifacts:{self._ids[file.trial]}:{file.id}"] = json.dumps(about)
+            for match, number, _ in _numbered(_ARTIFACT, there, self._numbers()):
+                if number in annotations.without:
+                    wanted[match[0]] = "null"
             self._write_attributes({key: value for key, value in wanted.items() if there.get(key) != value})
 
     def _write_attributes(self, attributes: Mapping[str, Any]) -> None:

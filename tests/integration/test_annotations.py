@@ -19,7 +19,7 @@ from optuna_dashboard.artifact._backend import list_trial_artifacts
 
 import hpsearch as package
 from hpsearch.annotations import StudyArtifacts, trial_note
-from hpsearch.search import Artifact, Search
+from hpsearch.search import Annotations, Artifact, Search
 from hpsearch.spec import load_study
 from tests.conftest import Run
 
@@ -116,9 +116,13 @@ def test_what_is_shown_costs_one_transaction_however_large(tiny: Path, tmp_path:
     assert search._record is not None
     sa.event.listen(search._record.storage.engine, "commit", commits.append)
     artifact = Artifact(trial=asked.number, name="log.jsonl", id="0a", kind="application/jsonl")
+    lost = asked.number + 7
     search.annotate(
-        notes={asked.number: "n" * 50_000}, study_note="## Leaderboard\n", replaces="## Leaderboard\n",
-        figures={"curves": json.dumps({"data": ["x" * 90_000]})}, artifacts=[artifact], without=[],
+        Annotations(
+            notes={asked.number: "n" * 50_000, lost: "of a trial that Optuna's tables have not"},
+            study_note="## Leaderboard\n", replaces="## Leaderboard\n", artifacts=[artifact], without=[],
+            figures={"curves": json.dumps({"data": ["x" * 90_000]})},
+        )
     )  # fmt: skip
     written = [commit for commit in commits if commit is not None]
     assert len(written) <= 2, "one that reads and one that writes"
