@@ -22,7 +22,7 @@ test-fast: .venv/.dev ## The tests that take seconds
 test-faults: .venv/.dev ## Kill, stop, starve and corrupt a study in every way, and print what became of it (half an hour)
 	$(BIN)/pytest tests/faults tests/integration/test_cluster.py
 
-test-nightly: .venv/.dev ## What `make test` leaves out but for the fault suite (a quarter of an hour)
+test-nightly: .venv/.dev ## What `make test` leaves out but for the fault suite (many minutes)
 	$(BIN)/pytest -m nightly
 
 test-pretrained: .venv/.dev ## Fine-tune a real pretrained encoder (downloads 84 MB, minutes on 2 cores)

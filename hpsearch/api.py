@@ -569,7 +569,7 @@ def _transferred(store: Store, name: str, spec: StudySpec) -> list[dict[str, Any
     if name == spec.name or earlier["task"] != spec.task:
         what = "this study itself" if name == spec.name else f"of another task, {earlier['task']}"
         raise UsageError(f"transfer_from: '{name}' is {what}")
-    rows = leaderboard(store, name, top=TRANSFERRED).rows
+    rows = list(finalists(leaderboard(store, name), TRANSFERRED))
     # What it fixed, it has found good, too.
     fixed = recorded_space(earlier["spec"]).fixed
     found = [spec.space.overlap({**fixed, **row["params"]}) for row in rows]

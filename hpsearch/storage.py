@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -130,11 +131,13 @@ def read(file: Folder) -> bytes | None:
 
 
 def write(file: Folder, content: bytes) -> None:
-    """Write a file of an object store. Raises RunFolderError when that refuses, DiskFullError when it stays away."""
+    """Write a file. Raises DiskFullError when there is no room or an object store stays away, else RunFolderError."""
     try:
         _patiently(file, lambda: file.write_bytes(content))
-    except _DEFINITE as error:
-        raise RunFolderError(f"cannot write {file}: {error}") from error
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFullError(file.parent, len(content)) from error
+        raise RunFolderError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def has_room(folder: Folder, needed: int) -> bool:
@@ -176,9 +179,9 @@ def copied(source: Folder, target: Path, *, without: Collection[str] = ()) -> No
 
     Raises RunFolderError.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".copying-", dir=target.parent))
+    scratch = target.with_name(f".copying-{secrets.token_hex(4)}")
     try:
+        scratch.mkdir(parents=True)
         if isinstance(source, Path):
             shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*without))
         else:
@@ -188,9 +191,7 @@ def copied(source: Folder, target: Path, *, without: Collection[str] = ()) -> No
                     continue
                 file.parent.mkdir(parents=True, exist_ok=True)
                 _patiently(source, partial(source.fs.get_file, there, str(file)))
-        os.chmod(scratch, 0o777 & ~_umask())
-        with suppress(OSError):  # another process was faster
-            os.rename(scratch, target)
+        scratch.rename(target)
     except OSError as error:
         raise RunFolderError(f"cannot copy {source} to {target}: {error.strerror or error}") from error
     finally:
@@ -238,9 +239,3 @@ def _patiently(place: Folder, action: Callable[[], _T]) -> _T:
                 raise DiskFullError(place, _PROBE, why) from error
         time.sleep(wait)
         wait = min(2 * wait, 10.0)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

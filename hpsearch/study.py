@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from hpsearch import storage
@@ -562,12 +561,9 @@ def _settings(config: TrialConfig) -> dict[str, Any]:
 def _ask_to_leave(config: TrialConfig) -> None:
     folder = locate(config.folder)
     storage.make(folder)
-    if isinstance(folder, Path):
-        (folder / STOP_FILE).touch()
-    else:
-        # A worker that cannot be asked is ended when its grace is over, and goes on from its last checkpoint.
-        with suppress(RunFolderError):
-            storage.write(folder / STOP_FILE, b"?")
+    # A worker that cannot be asked is ended when its grace is over, and goes on from its last checkpoint.
+    with suppress(RunFolderError):
+        storage.write(folder / STOP_FILE, b"")
 
 
 def _pulse(config: TrialConfig) -> float | None:

@@ -176,12 +176,13 @@ _TRACKERS: dict[str, tuple[str, Callable[[Row, Folder], Tracker]]] = {
     "wandb": ("wandb", _WandB),
 }
 """What to import, and what to make, by name."""
-NAMES = tuple(_TRACKERS)
 
 
 def check_trackers(names: Sequence[str], folder: Folder) -> None:
     """Raise UsageError when a tracker cannot be used."""
     for name in names:
+        if name not in _TRACKERS:
+            raise UsageError(f"there is no tracker {name!r}; there are {', '.join(_TRACKERS)}")
         if find_spec(_TRACKERS[name][0]) is None:
             raise UsageError(f"--track {name} is an extra: pip install 'hpsearch[{name}]'")
     if "tensorboard" in names and is_remote(folder):

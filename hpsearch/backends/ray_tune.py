@@ -164,10 +164,7 @@ def _shared_folder(folder: Folder) -> Iterator[Folder]:
 def _check_nodes(shared: Folder) -> None:
     """Raise ClusterError when a node has another hpsearch or torch than this driver, or does not reach its files."""
     marker = shared / "marker"
-    if isinstance(marker, Path):
-        marker.touch()
-    else:
-        storage.write(marker, b"?")
+    storage.write(marker, b"")
     ours = _inspect(str(marker))
     problems = []
     looks = []

@@ -156,6 +156,8 @@ def test_what_cannot_be_tracked_is_said_before_anything_starts(
     assert refused.returncode == 2
     assert "finds no API key: `wandb login`" in refused.stderr
     assert not (tmp_path / "runs").exists()
+    with pytest.raises(UsageError, match="no tracker 'aim'; there are tensorboard, mlflow, wandb"):
+        check_trackers(["aim"], tmp_path)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'hpsearch\[mlflow\]'"):
         check_trackers(["mlflow"], tmp_path)
