@@ -7,7 +7,6 @@ transaction each time. A note that a person has written is left alone.
 from __future__ import annotations
 
 import io
-import json
 import shlex
 import threading
 import time
@@ -25,7 +24,15 @@ from hpsearch.storage import Folder, locate
 from hpsearch.store import Row, Store
 from hpsearch.trial import PRUNED, RANKED, UNFINISHED, Event
 from hpsearch.trial_log import log_file
-from hpsearch.wording import curve_plot, leaderboard_markdown, leaderboard_notes, markdown, number, score_text
+from hpsearch.wording import (
+    curve_plot,
+    leaderboard_markdown,
+    leaderboard_notes,
+    markdown,
+    number,
+    trial_commands,
+    trial_facts,
+)
 
 EVERY_S = 20.0
 """Seconds between two looks at a study, at least."""
@@ -46,37 +53,6 @@ def artifact_folder(folder: str) -> Folder:
     return locate(folder) / "artifacts"
 
 
-def trial_facts(trial: Row) -> list[tuple[str, str]]:
-    """What a trial came to, by name, as text; `trial` has its `scores` and `decisions`."""
-    pruned = " (pruned)" if trial["state"] in PRUNED else ""
-    facts = [("outcome", f"{trial['state']}{pruned}" + (f": {trial['reason']}" if trial["reason"] else ""))]
-    for score in trial["scores"]:
-        value, low, high = (score_text(score["metric"], score[key]) for key in ("value", "low", "high"))
-        facts.append((f"test {score['metric'].replace('_', ' ')}", f"{value} (95 %: {low} to {high}, n={score['n']})"))
-    if trial["best_valid_loss"] is not None:
-        at = "" if trial["best_epoch"] is None else f" at epoch {trial['best_epoch']:.3g}"
-        facts.append(("best validation loss", f"{trial['best_valid_loss']:.4f}{at}"))
-    if trial["best_valid_score"] is not None:
-        facts.append(("validation score", f"{trial['best_valid_score']:.4f}, which chose the checkpoint"))
-    if pruned and trial["decisions"]:
-        evidence = trial["decisions"][-1]["evidence"]
-        facts.append(("evidence", ", ".join(f"{key} {number(it)}" for key, it in evidence.items() if it is not None)))
-    if trial["repeat_of"] is not None:
-        facts.append(("repeats", f"trial {trial['repeat_of']}, from seed {trial['seed']}"))
-    where = f"{trial['host'] or 'an unknown host'} ({trial['device'] or 'unknown device'})"
-    facts.append(("ran on", f"{where}, {trial['device_seconds'] or 0:.1f} device-seconds, attempt {trial['attempt']}"))
-    return facts
-
-
-def trial_commands(study: Row, trial: Row) -> list[tuple[str, str]]:
-    """What a person can do with a trial that has ended, and the commands for it."""
-    commands = [("The same settings again", reproduction(study, trial))]
-    this = f"{shlex.quote(study['name'])} {trial['number']}"
-    if trial["state"] in RANKED:
-        commands.append(("Its model, as a folder that transformers loads", f"hpsearch export {this}"))
-    return [*commands, ("The whole story", f"hpsearch show {this}"), ("Its log", f"hpsearch logs {this}")]
-
-
 def trial_note(study: Row, trial: Row) -> str:
     """Markdown on a trial that has ended: verdict, evidence, scores, curve, and the commands that go on from here.
 
@@ -85,22 +61,14 @@ def trial_note(study: Row, trial: Row) -> str:
     (_, outcome), *facts = trial_facts(trial)
     state, colon, why = outcome.partition(":")
     lines = [f"**{state}**{colon}{markdown(why)}", "", "| | |", "| --- | --- |"]
+    if trial["state"] in PRUNED and trial["decisions"]:
+        evidence = trial["decisions"][-1]["evidence"]
+        facts.append(("evidence", ", ".join(f"{key} {number(it)}" for key, it in evidence.items() if it is not None)))
     lines += [*(f"| {name} | {markdown(value)} |" for name, value in facts), ""]
     if trial["points"]:
         lines += [*_code(curve_plot(trial["points"], width=78, best=trial["best_evaluation"])), ""]
     commands = trial_commands(study, trial)
     return "\n".join([*lines, *(line for what, command in commands for line in (f"{what}:", "", *_code(command), ""))])
-
-
-def reproduction(study: Row, trial: Row) -> str:
-    """The command that runs the settings of a trial again, given its study file as STUDY.yaml."""
-    # On record are other options, too, which are about the study and not about one trial.
-    given = [override.removeprefix("--set ") for override in study["overrides"] if override.startswith("--set ")]
-    overrides = [*given, *(f"search.{name}={json.dumps(it)}" for name, it in trial["params"].items())]
-    again = f"{study['name']}-trial-{trial['number']}"
-    seed = [f"seed={trial['seed']}"] if trial["seed"] is not None else []
-    parts = ["hpsearch", "launch", "STUDY.yaml", "--name", again, "--trials", "1"]
-    return shlex.join([*parts, *(f"--set={override}" for override in [*overrides, *seed])])
 
 
 def study_note(data: StudyData) -> str:

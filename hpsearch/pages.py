@@ -22,7 +22,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from pydantic import Field, ValidationError, field_validator
 
-from hpsearch.annotations import trial_commands, trial_facts
 from hpsearch.errors import Problem, UsageError
 from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData, short, trial_figures
 from hpsearch.leases import is_held
@@ -32,6 +31,7 @@ from hpsearch.space import readable
 from hpsearch.store import Row
 from hpsearch.study_file import read_study_file
 from hpsearch.trial import UNFINISHED
+from hpsearch.wording import trial_commands, trial_facts
 
 _PLACES = (Path(__file__).parents[1] / "dashboards", Path(sys.prefix) / "share" / "hpsearch" / "dashboards")
 """In a checkout, and where a wheel puts them."""

@@ -30,6 +30,7 @@ from hpsearch.wording import (
     interval,
     number,
     score_text,
+    trial_facts,
     valid_text,
 )
 
@@ -290,30 +291,12 @@ def _cut(found: dict[str, Any]) -> str:
 def trial_report(trial: Row, width: int) -> Group:
     """Settings, curve, verdict with its evidence, and test score of one trial."""
     facts = _table("", "", header=False)
-    pruned = " (pruned)" if trial["state"] in PRUNED else ""
     settings = {**trial["settings"]["model"], **trial["settings"]["training"]}
     rows: list[tuple[str, Any]] = [
-        ("state", f"{trial['state']}{pruned}: {trial['reason'] or 'in progress'}"),
+        *trial_facts(trial),
         ("sampled", ", ".join(f"{name}={number(value)}" for name, value in trial["params"].items()) or "nothing"),
         ("fixed", _fixed(settings, trial["params"])),
-        (
-            "attempt",
-            f"{trial['attempt']}" + (f", its worker died {trial['losses']} times" if trial["losses"] else ""),
-        ),
-        ("ran on", f"{trial['host'] or '?'} ({trial['device'] or '?'}), {trial['device_seconds'] or 0:.1f} s"),
     ]
-    if trial["best_valid_loss"] is not None:
-        at = f" at epoch {trial['best_epoch']:.3g}" if trial["best_epoch"] is not None else ""
-        rows.append(("best validation", f"{trial['best_valid_loss']:.4f} nats/token{at}"))
-    if trial["best_valid_score"] is not None:
-        rows.append(("validation score", f"{trial['best_valid_score']:.4f}, which chose the checkpoint"))
-    if trial["repeat_of"] is not None:
-        rows.append(("repeats", f"trial {trial['repeat_of']}, from seed {trial['seed']}"))
-    for score in trial["scores"]:
-        name = score["metric"].replace("_", " ")
-        rows.append(
-            (f"test {name}", f"{score['value']:.4f} (95 %: {score['low']:.4f} - {score['high']:.4f}, n={score['n']})")
-        )
     if trial["checkpoint"]:
         rows.append(("checkpoint", trial["checkpoint"]))
     for name, value in rows:

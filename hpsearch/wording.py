@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from hpsearch.errors import plain
 from hpsearch.ranking import Leaderboard, param_names
 from hpsearch.store import Row
-from hpsearch.trial import PRUNED
+from hpsearch.trial import PRUNED, RANKED
 
 
 def score_text(metric: str, value: float) -> str:
@@ -40,6 +42,47 @@ def counts(states: dict[str, int]) -> str:
         parts.append(f"{sum(pruned.values())} pruned ({detail})")
     total = sum(there.values()) + sum(pruned.values())
     return f"{total} trial{'s' if total != 1 else ''}: {', '.join(parts)}"
+
+
+def trial_facts(trial: Row) -> list[tuple[str, str]]:
+    """What a trial came to, by name, as text; `trial` has its `scores`."""
+    pruned = " (pruned)" if trial["state"] in PRUNED else ""
+    facts = [("outcome", f"{trial['state']}{pruned}: {trial['reason'] or 'in progress'}")]
+    for score in trial["scores"]:
+        value, low, high = (score_text(score["metric"], score[key]) for key in ("value", "low", "high"))
+        facts.append((f"test {score['metric'].replace('_', ' ')}", f"{value} (95 %: {low} to {high}, n={score['n']})"))
+    if trial["best_valid_loss"] is not None:
+        at = "" if trial["best_epoch"] is None else f" at epoch {trial['best_epoch']:.3g}"
+        facts.append(("best validation loss", f"{trial['best_valid_loss']:.4f}{at}"))
+    if trial["best_valid_score"] is not None:
+        facts.append(("validation score", f"{trial['best_valid_score']:.4f}, which chose the checkpoint"))
+    if trial["repeat_of"] is not None:
+        facts.append(("repeats", f"trial {trial['repeat_of']}, from seed {trial['seed']}"))
+    where = f"{trial['host'] or 'an unknown host'} ({trial['device'] or 'unknown device'})"
+    died = f", its worker died {trial['losses']} times" if trial["losses"] else ""
+    took = f"{trial['device_seconds'] or 0:.1f} device-seconds, attempt {trial['attempt']}{died}"
+    facts.append(("ran on", f"{where}, {took}"))
+    return facts
+
+
+def trial_commands(study: Row, trial: Row) -> list[tuple[str, str]]:
+    """What a person can do with a trial that has ended, and the commands for it."""
+    commands = [("The same settings again", reproduction(study, trial))]
+    this = f"{shlex.quote(study['name'])} {trial['number']}"
+    if trial["state"] in RANKED:
+        commands.append(("Its model, as a folder that transformers loads", f"hpsearch export {this}"))
+    return [*commands, ("The whole story", f"hpsearch show {this}"), ("Its log", f"hpsearch logs {this}")]
+
+
+def reproduction(study: Row, trial: Row) -> str:
+    """The command that runs the settings of a trial again, given its study file as STUDY.yaml."""
+    # On record are other options, too, which are about the study and not about one trial.
+    given = [override.removeprefix("--set ") for override in study["overrides"] if override.startswith("--set ")]
+    overrides = [*given, *(f"search.{name}={json.dumps(it)}" for name, it in trial["params"].items())]
+    again = f"{study['name']}-trial-{trial['number']}"
+    seed = [f"seed={trial['seed']}"] if trial["seed"] is not None else []
+    parts = ["hpsearch", "launch", "STUDY.yaml", "--name", again, "--trials", "1"]
+    return shlex.join([*parts, *(f"--set={override}" for override in [*overrides, *seed])])
 
 
 def ended_line(trial: Row) -> str:
