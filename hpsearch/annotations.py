@@ -29,7 +29,7 @@ from hpsearch.wording import (
     leaderboard_markdown,
     leaderboard_notes,
     markdown,
-    number,
+    short,
     trial_commands,
     trial_facts,
 )
@@ -63,7 +63,7 @@ def trial_note(study: Row, trial: Row) -> str:
     lines = [f"**{state}**{colon}{markdown(why)}", "", "| | |", "| --- | --- |"]
     if trial["state"] in PRUNED and trial["decisions"]:
         evidence = trial["decisions"][-1]["evidence"]
-        facts.append(("evidence", ", ".join(f"{key} {number(it)}" for key, it in evidence.items() if it is not None)))
+        facts.append(("evidence", ", ".join(f"{key} {short(it)}" for key, it in evidence.items() if it is not None)))
     lines += [*(f"| {name} | {markdown(value)} |" for name, value in facts), ""]
     if trial["points"]:
         lines += [*_code(curve_plot(trial["points"], width=78, best=trial["best_evaluation"])), ""]
@@ -108,7 +108,7 @@ def model_card(study: Row, trial: Row) -> str:
         ("task", study["task"]),
         ("parameters", f"{trial['num_parameters']:,}" if trial["num_parameters"] else "unknown"),
         ("data", ", ".join(f"{name} {value}" for name, value in data.items() if isinstance(value, str))),
-        ("settings", ", ".join(f"{name}={number(it)}" for name, it in settings.items() if it not in (None, {}))),
+        ("settings", ", ".join(f"{name}={short(it)}" for name, it in settings.items() if it not in (None, {}))),
         ("checkpoint", trial["checkpoint"]),
     ]
     title = f"# Trial {trial['number']} of {markdown(study['name'])}"

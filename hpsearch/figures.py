@@ -22,7 +22,7 @@ from hpsearch.space import Range, Space
 from hpsearch.spec import recorded_space
 from hpsearch.store import Row, Store
 from hpsearch.trial import LIVE, PRUNED, UNFINISHED
-from hpsearch.wording import score_text
+from hpsearch.wording import score_text, short
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#777777", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7",
@@ -151,11 +151,6 @@ def _hover(row: Row) -> str:
 
 def _escaped(text: Any) -> str:
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def short(value: Any) -> str:
-    """A setting in at most 4 significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _curves(data: StudyData) -> Drawn:

@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 from pydantic import Field, ValidationError, field_validator
 
 from hpsearch.errors import Problem, UsageError
-from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData, short, trial_figures
+from hpsearch.figures import COMPARISONS, FIGURES, Drawn, StudyData, trial_figures
 from hpsearch.leases import is_held
 from hpsearch.ranking import count_states
 from hpsearch.settings import Strict
@@ -31,7 +31,7 @@ from hpsearch.space import readable
 from hpsearch.store import Row
 from hpsearch.study_file import read_study_file
 from hpsearch.trial import UNFINISHED
-from hpsearch.wording import trial_commands, trial_facts
+from hpsearch.wording import short, trial_commands, trial_facts
 
 _PLACES = (Path(__file__).parents[1] / "dashboards", Path(sys.prefix) / "share" / "hpsearch" / "dashboards")
 """In a checkout, and where a wheel puts them."""

@@ -28,8 +28,8 @@ from hpsearch.wording import (
     curve_plot,
     ended_line,
     interval,
-    number,
     score_text,
+    short,
     trial_facts,
     valid_text,
 )
@@ -54,12 +54,10 @@ _LEADERBOARD_WIDTH = 80
 def leaderboard_table(board: Leaderboard, width: int) -> Table:
     """The leaderboard; a terminal that is too narrow for a column per setting gets them in one."""
     names = param_names(board.rows)
-    settings = [[number(row["params"].get(name)) for name in names] for row in board.rows]
+    settings = [[short(row["params"].get(name)) for name in names] for row in board.rows]
     columns = sum(2 + max(len(cell) for cell in column) for column in zip(names, *settings, strict=True))
     if columns + _LEADERBOARD_WIDTH > width:
-        settings = [
-            [" ".join(f"{name}={number(value)}" for name, value in row["params"].items())] for row in board.rows
-        ]
+        settings = [[" ".join(f"{name}={short(value)}" for name, value in row["params"].items())] for row in board.rows]
         names = ["settings"]
     choice = board.validation_choice
     several = len(board.studies) > 1
@@ -101,7 +99,7 @@ def finals_table(rows: Sequence[Row]) -> Table:
             score_text(metric, row["mean"]),
             "-" if spread is None else f"±{score_text(metric, spread)}",
             score_text(metric, row["sank"]),
-            plain(", ".join(f"{name}={number(value)}" for name, value in row["params"].items())),
+            plain(", ".join(f"{name}={short(value)}" for name, value in row["params"].items())),
         )
     return table
 
@@ -205,7 +203,7 @@ def watch_report(found: dict[str, Any], width: int, height: int) -> Group:
         values = (
             [f"{point['epoch']:.4g}/{epochs}", _loss(point["train_loss"]), _loss(point["valid_loss"])] if point else []
         )
-        settings = ", ".join(f"{name}={number(value)}" for name, value in trial["params"].items())
+        settings = ", ".join(f"{name}={short(value)}" for name, value in trial["params"].items())
         table.add_row(str(trial["number"]), *(values or [f"0/{epochs}", "-", "-"]), plain(settings))
     parts: list[Any] = [Text(status_report(found)), Text("")]
     parts += [table, Text("")] if running else []
@@ -257,7 +255,7 @@ def check_report(found: dict[str, Any]) -> str:
     ]
     for index, params in enumerate(found["first_settings"]):
         label = "first tries" if index == 0 else ""
-        lines.append(f"{label:<12} {', '.join(f'{name}={number(value)}' for name, value in params.items())}")
+        lines.append(f"{label:<12} {', '.join(f'{name}={short(value)}' for name, value in params.items())}")
     if data:
         lines += [
             f"data         {data['documents']['train']:,} / {data['documents']['validation']:,} / "
@@ -294,7 +292,7 @@ def trial_report(trial: Row, width: int) -> Group:
     settings = {**trial["settings"]["model"], **trial["settings"]["training"]}
     rows: list[tuple[str, Any]] = [
         *trial_facts(trial),
-        ("sampled", ", ".join(f"{name}={number(value)}" for name, value in trial["params"].items()) or "nothing"),
+        ("sampled", ", ".join(f"{name}={short(value)}" for name, value in trial["params"].items()) or "nothing"),
         ("fixed", _fixed(settings, trial["params"])),
     ]
     if trial["checkpoint"]:
@@ -308,7 +306,7 @@ def trial_report(trial: Row, width: int) -> Group:
     parts += _details(trial["details"])
     for decision in trial["decisions"]:
         evidence = ", ".join(
-            f"{key}={number(value)}" for key, value in decision["evidence"].items() if value is not None
+            f"{key}={short(value)}" for key, value in decision["evidence"].items() if value is not None
         )
         line = f"evaluation {decision['evaluation']:>3}: {decision['verdict']} -> {decision['action']} ({evidence})"
         parts.append(Text(plain(line)))
@@ -384,7 +382,7 @@ def describe(event: Event) -> str:
             f"{data['tokens']['train']:,} training tokens; store {facts['store']}"
         )
     if event.kind == "trial_started":
-        params = ", ".join(f"{name}={number(value)}" for name, value in facts["params"].items())
+        params = ", ".join(f"{name}={short(value)}" for name, value in facts["params"].items())
         again = f", trial {facts['repeat_of']} with a new seed" if facts["repeat_of"] is not None else ""
         again += f", attempt {facts['attempt']}" if facts["attempt"] > 1 else ""
         return f"trial {event.trial} started{again}: {plain(params)}"
@@ -453,7 +451,7 @@ class _LiveView:
                 f"{point.train_loss:.3f}" if point else "-",
                 f"{point.valid_loss:.3f}" if point else "-",
                 facts["verdict"],
-                plain(", ".join(f"{name}={number(value)}" for name, value in facts.get("params", {}).items())),
+                plain(", ".join(f"{name}={short(value)}" for name, value in facts.get("params", {}).items())),
             )
         return Group(table, Text(self._summary(), style="bold"))
 
@@ -484,7 +482,7 @@ def _state(state: str) -> Text:
 def _fixed(settings: dict[str, Any], params: dict[str, Any]) -> str:
     meaningless = FIXED_BY_PRETRAINED if settings.get("pretrained") else FOR_PRETRAINED
     return ", ".join(
-        f"{name}={number(value)}"
+        f"{name}={short(value)}"
         for name, value in settings.items()
         if name not in params and name not in meaningless and value is not None and value != {}
     )

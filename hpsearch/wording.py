@@ -1,4 +1,4 @@
-"""Text about studies and trials that terminals, notes and files share: numbers, a curve, a leaderboard."""
+"""Text about studies and trials that terminals, notes and pages share: numbers, a curve, a leaderboard, an outcome."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def score_text(metric: str, value: float) -> str:
     return f"{value:.3f}" if metric.startswith(("f1", "precision", "recall", "accuracy", "bits")) else f"{value:.2f}"
 
 
-def number(value: Any) -> str:
+def short(value: Any) -> str:
     """A setting or a figure in at most 4 significant digits, whole numbers whole."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return plain(value) if value is not None else "-"
@@ -122,7 +122,7 @@ def leaderboard_markdown(board: Leaderboard) -> str:
     for row in board.rows:
         cells = [
             row["tie"], row["trial"], score_text(board.metric, row["score"]), interval(row), valid_text(board, row),
-            f"{row['best_epoch']:.3g}", row["state"], *(number(row["params"].get(name)) for name in names),
+            f"{row['best_epoch']:.3g}", row["state"], *(short(row["params"].get(name)) for name in names),
         ]  # fmt: skip
         lines.append("| " + " | ".join(markdown(cell) for cell in cells) + " |")
     return "\n".join(lines)
