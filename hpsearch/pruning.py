@@ -38,8 +38,16 @@ class Verdict(StrEnum):
     DIVERGING = "diverging"
 
 
+TARGET_EVALUATIONS = 40
+"""Evaluations of the longest run of a study: what the windows of the rule are made for."""
+
+
 class OverfitRule(Strict):
-    """The windows and thresholds of the verdict; all windows count evaluations."""
+    """The windows and thresholds of the verdict.
+
+    Windows count evaluations of a run that has some 40 of them. In one with many more, neighbours are averaged: seven
+    of three hundred values say little of where a run is going.
+    """
 
     window: int = Field(7, ge=4, description="Validation losses looked at for a rising trend.")
     z: float = Field(1.64, gt=0, description="Mann-Kendall z above which the trend counts as rising (1.64: p < 0.05).")
@@ -102,10 +110,12 @@ def judge(
     train = [point.train_loss for point in curve]
     best = best_evaluation(curve)
     finite = all(math.isfinite(loss) for loss in (*valid, *train))
-    rising = mann_kendall_z(valid[-rule.window :]) if finite and len(valid) >= rule.window else None
+    block = max(1, total_evaluations // TARGET_EVALUATIONS)
+    window = rule.window * block
+    rising = mann_kendall_z(_means(valid[-window:], block)) if finite and len(valid) >= window else None
     since_best = len(valid) - best if best is not None else len(valid)
     # What the training loss did since validation was at its best, or over the window or two epochs if that is longer.
-    reach = max(rule.window, since_best + 1, 2 * evaluations_per_epoch + 1)
+    reach = max(window, since_best + 1, 2 * evaluations_per_epoch + 1)
     training = mann_kendall_z(train[-reach:], period=evaluations_per_epoch) if finite and len(train) > 1 else None
 
     def judgement(verdict: Verdict, reason: str) -> Judgement:
@@ -130,7 +140,7 @@ def judge(
         return judgement(Verdict.TOO_EARLY, "too early")
     if rising is not None and rising > rule.z:
         return judgement(_cause(training, rule), "rising trend")
-    if since_best >= rule.patience:
+    if since_best >= rule.patience * block:
         return judgement(_cause(training, rule), "patience")
     if rising is None:
         return judgement(Verdict.TOO_EARLY, "too early")
@@ -166,6 +176,11 @@ def mann_kendall_z(values: Sequence[float], *, period: int = 1) -> float:
             for later in range(earlier + 1, count)
         )
     return score / math.sqrt(variance) if variance else 0.0
+
+
+def _means(values: Sequence[float], size: int) -> list[float]:
+    """Of each block of so many values their mean."""
+    return [sum(values[start : start + size]) / size for start in range(0, len(values), size)]
 
 
 def _cause(training_trend: float | None, rule: OverfitRule) -> Verdict:

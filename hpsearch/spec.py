@@ -20,7 +20,7 @@ from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 from hpsearch import storage
 from hpsearch.corpora import CORPORA
 from hpsearch.errors import Problem, SpecError, hide_password
-from hpsearch.pruning import OverfitRule
+from hpsearch.pruning import TARGET_EVALUATIONS, OverfitRule
 from hpsearch.settings import (
     FIXED_BY_PRETRAINED,
     FOR_PRETRAINED,
@@ -38,8 +38,6 @@ from hpsearch.space import Choice, Range, Space, parse_space, readable
 from hpsearch.storage import locate
 from hpsearch.study_file import KeyPath, StudyDocument, parse_scalar, read_study_file
 
-TARGET_EVALUATIONS = 40
-"""Evaluations of the longest run of a study: what the windows of the overfitting rule are made for."""
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
 _PLACEMENT = {"folder", "resources", "backend", "address", "limits", "enqueue", "transfer_from"}
