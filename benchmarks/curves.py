@@ -1,10 +1,14 @@
 """Published learning curves, as tables to search on: runs of others, with their settings. None is part of this project.
 
-| family | what | where from |
-| --- | --- | --- |
-| TaskSet | text classification, 8 optimizer settings, training and validation loss at 50 evaluations | arXiv 2002.11887; github.com/releaunifreiburg/DPL, data/taskset, Apache-2.0; each JSON file gzipped as taskset_NAME.json.gz |
-| NMTLC | translation from scratch and by LoRA, dev perplexity at each checkpoint | TACL 2020, AMTA 2024; github.com/Este1le/hpo_nmt, lc_datasets/nmtlc.pkl, MIT; the runs of each `dataset_name` as nmtlc_NAME.json.gz |
-| LCBench | surrogate of networks on 34 data sets: learning rate, batch size, layers; validation cross-entropy at 50 epochs | YAHPO Gym, arXiv 2109.03670; github.com/slds-lmu/yahpo_data, lcbench, Apache-2.0; its folder as lcbench/ (needs onnxruntime) |
+A folder of tables holds, as far as someone has fetched them:
+
+- taskset_NAME.json.gz: TaskSet (Metz et al., arXiv 2002.11887), text classification, 8 optimizer settings, training and
+  validation loss at 50 evaluations. github.com/releaunifreiburg/DPL, data/taskset (Apache-2.0), each file gzipped.
+- nmtlc_NAME.json.gz: NMTLC (Zhang & Duh, TACL 2020, AMTA 2024), translation from scratch and by LoRA, dev perplexity at
+  each checkpoint. github.com/Este1le/hpo_nmt, lc_datasets/nmtlc.pkl (MIT), the runs of each `dataset_name` as JSON.
+- lcbench/: surrogate of LCBench (YAHPO Gym, Pfisterer et al., arXiv 2109.03670), networks on tables of data, learning
+  rate, batch size and layers, validation cross-entropy at 50 epochs. github.com/slds-lmu/yahpo_data, lcbench
+  (Apache-2.0), as it is; needs onnxruntime.
 """
 
 from __future__ import annotations
@@ -116,7 +120,9 @@ def _files(folder: Path) -> Iterator[Table]:
             valid = [_losses([_log(value) for value in run["perplexity_curve"]]) for run in runs]
             # Some runs went on for many times as long as nearly all others: none here does.
             longest = int(np.percentile([len(curve) for curve in valid], 90))
-            yield _table(name, "NMTLC", [run["hyperparams"] for run in runs], [curve[:longest] for curve in valid], None)
+            yield _table(
+                name, "NMTLC", [run["hyperparams"] for run in runs], [curve[:longest] for curve in valid], None
+            )
 
 
 def _table(

@@ -40,7 +40,7 @@ from hpsearch.spec import (
 from hpsearch.storage import Folder, cached, copied, locate, names
 from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import LAST_WORDS, LIVE, RANKED, RESULT, UNFINISHED, Event, Listener, TrialState
+from hpsearch.trial import LAST_WORDS, RANKED, RESULT, UNFINISHED, Event, Listener, TrialState
 from hpsearch.trial_log import log_file, read_log
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _status(opened: Store, name: str, url: str) -> dict[str, Any]:
     lease = opened.lease(row["id"])
     board = leaderboard(opened, name, top=1)
     ended = [trial for trial in trials if trial["state"] not in UNFINISHED]
-    running = [trial for trial in trials if trial["state"] in LIVE]
+    running = [trial for trial in trials if trial["state"] == TrialState.RUNNING]
     left = max(0, row["budget_trials"] - len(ended))
     mean_s = sum(trial["device_seconds"] or 0.0 for trial in ended) / len(ended) if ended else None
     is_held = leases.is_held(lease)
@@ -248,7 +248,7 @@ def watch(name: str, *, store: str | None = None, every_s: float = 2.0) -> Itera
             study = opened.study(name)
             trials = [trial for trial in opened.trials(study["id"]) if trial["repeat_of"] is None]
             for trial in trials:
-                trial["points"] = opened.points(trial["id"]) if trial["state"] in LIVE else []
+                trial["points"] = opened.points(trial["id"]) if trial["state"] == TrialState.RUNNING else []
             yield {**found, "trials": trials}
             if found["is_finished"]:
                 return

@@ -21,7 +21,7 @@ from hpsearch.ranking import Leaderboard, leaderboard, param_names
 from hpsearch.space import Range, Space
 from hpsearch.spec import recorded_space
 from hpsearch.store import Row, Store
-from hpsearch.trial import LIVE, PRUNED, UNFINISHED
+from hpsearch.trial import PRUNED, UNFINISHED
 from hpsearch.wording import score_text, short
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -228,7 +228,7 @@ def _curves_to_show(data: StudyData) -> list[int]:
     """The best trials and the clearest overfit ones, by number."""
     best = [row["trial"] for row in data.board.rows if data.points.get(row["trial"])]
     overfit = [row["number"] for row in data.trials if row["state"] == "overfit" and data.points[row["number"]]]
-    running = [row["number"] for row in data.trials if row["state"] in LIVE and data.points[row["number"]]]
+    running = [row["number"] for row in data.trials if row["state"] == "running" and data.points[row["number"]]]
     rest = [number for number, points in data.points.items() if points]
     wanted = dict.fromkeys([*best[: _CURVES // 2], *overfit[: _CURVES // 4], *running, *best, *overfit, *rest])
     return sorted(list(wanted)[:_CURVES])

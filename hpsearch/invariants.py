@@ -94,7 +94,7 @@ def _findings(store: Store, study: _Study, dead_lease: Row | None) -> Iterator[F
             yield study.found(problem, trial=number)
         if state not in LIVE:
             yield from _against_optuna(study, row, state)
-        elif not study.is_running:
+        elif not study.is_running and state is not TrialState.PAUSED:
             yield study.found("is running, and no driver holds the study", trial=number, mend="back to the queue")
         yield from _wrong_files(study, row, state)
     if not study.is_running:
@@ -152,7 +152,7 @@ def _wrong_files(study: _Study, row: Row, state: TrialState) -> Iterator[Finding
     number = row["number"]
     if row["checkpoint"] is not None and not (locate(row["checkpoint"]) / "config.json").is_file():
         yield study.found(f"its checkpoint {row['checkpoint']} is gone", trial=number)
-    if state is not TrialState.INTERRUPTED or study.is_running or study.row["placement"] is None:
+    if state not in (TrialState.INTERRUPTED, TrialState.PAUSED) or study.is_running or study.row["placement"] is None:
         return
     folder = run_folder(study.row["placement"]["folder"], study.row)
     for place in earlier_attempts(folder, number, row["attempt"] + 1):
@@ -184,7 +184,7 @@ def _repair(store: Store, study: _Study) -> None:
     row = study.row
     with leases.hold(store, row, lambda text: None) as lease:
         for trial in study.trials:
-            if TrialState(trial["state"]) in LIVE:
+            if TrialState(trial["state"]) is TrialState.RUNNING:
                 store.requeue_trial(trial["id"], "its driver died")
         if row["placement"] is not None:
             spec = recorded_study(row["spec"], row["placement"], store.url, trials=row["budget_trials"])

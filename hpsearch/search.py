@@ -40,6 +40,7 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from hpsearch.errors import StoreAwayError, StoreError, hide_password
+from hpsearch.rungs import LEVELS, Rungs
 from hpsearch.space import Choice, Dimension, Space
 from hpsearch.spec import SamplerSpec, StudySpec, UnpromisingSpec
 from hpsearch.store import configure_engine, fence
@@ -68,6 +69,10 @@ OPTUNA_STATE = {
 overfit run is COMPLETE with its best value: its best checkpoint is a valid answer, and told as PRUNED it would rank
 behind every complete trial with its last, worst value."""
 
+Expected = Callable[[FrozenTrial], float | None]
+"""What a trial that has not ended by itself would come to; None of any other."""
+EI_CANDIDATES = 64
+"""Settings that TPE draws to choose one from; of Optuna's 24 the best one is often far from the best there is."""
 LATEST_SEEN = 750
 BEST_SEEN = 250
 """Trials of a large study that its sampler sees; see `_History`."""
@@ -80,6 +85,9 @@ _PRIOR_WIDTH = 0.25
 _NOTE = re.compile(r"dashboard:(\d+):note_ver")
 _ARTIFACT = re.compile(r"dashboard:artifacts:(\d+):[0-9a-fA-F-]+")
 """Keys of a study's system attributes that hold what the dashboard shows of a trial, by its id in Optuna's tables."""
+
+_RUNG = "hpsearch:rung:"
+"""How the system attributes begin that hold a trial's values at its rungs."""
 
 _MIRRORED_ATTRIBUTES = (_START, _REPEAT, _SEED, "grid_id", "search_space", "completed_rung_")
 """System attributes that a resumed study needs. CMA-ES's pickled optimizer is none of them."""
@@ -153,17 +161,23 @@ class Search:
         self.unfinished = [trial.number for trial in history if not trial.state.is_finished()]
         """Trials that Optuna believes to be running or waiting: those that an earlier launch did not end."""
         self._repeats = {trial.number for trial in history if _REPEAT in trial.system_attrs}
+        self._sign = 1.0 if spec.objective == "loss" else -1.0
+        rule = spec.prune.unpromising
+        self._rungs = Rungs(rule.reduction_factor) if rule.rule == "promote" else None
+        self._paused: set[int] = set()
         self._brain = optuna.create_study(
             study_name=spec.name,
             storage=InMemoryStorage(),
             direction=direction,
-            sampler=_with_priors(spec, _seed_after(spec.seed, len(history))),
+            sampler=_with_priors(spec, _seed_after(spec.seed, len(history)), self._expected),
             pruner=_make_pruner(spec.prune.unpromising, spec.max_epochs),
         )
         tried = {trial.system_attrs.get(_START) for trial in history}
         self._starts = deque(start for start in starts if _start_key(start) not in tried)
         for trial in history:
             self._brain.add_trial(_untold(trial) if trial.number in self._repeats else _running(trial))
+            if self._rungs and trial.number not in self._repeats:
+                self._climb(self._rungs, trial)
 
     @property
     def is_exhausted(self) -> bool:
@@ -187,9 +201,13 @@ class Search:
         return self._begin(trial.number)
 
     def ask_again(self, number: int) -> Suggestion:
-        """The settings of an interrupted trial, which runs again under its number."""
+        """The settings of an interrupted or paused trial, which runs again under its number."""
         self._tell_record(number, OptunaState.RUNNING, None, {})
-        return Suggestion(number=number, params=dict(self._trial(number).params))
+        return Suggestion(number=number, params=self.params(number))
+
+    def params(self, number: int) -> dict[str, Any]:
+        """The settings of a trial."""
+        return dict(self._trial(number).params)
 
     def repeated(self, number: int) -> tuple[int, int] | None:
         """Of a trial of the finals: the trial that it repeats, and its seed."""
@@ -222,6 +240,42 @@ class Search:
         self._brain._storage.set_trial_intermediate_value(self._trial(number)._trial_id, epoch, value)
         return bool(self._brain.pruner.prune(self._brain, self._trial(number)))
 
+    def at_rung(self, number: int, rung: int, value: float) -> bool:
+        """Record the best objective so far at a rung (see `rungs`); whether the trial goes on or should pause."""
+        assert self._rungs is not None
+        if self._record:
+            record, name = self._record, f"{_RUNG}{rung}"
+            self._write(lambda: record.set_attribute(number, name, value))
+        self._rungs.reach(number, rung, self._sign * value)
+        return self._rungs.goes_on(number)
+
+    def pause(self, number: int) -> None:
+        """A trial waits at its rung."""
+        self._paused.add(number)
+
+    def promote(self) -> int | None:
+        """The trial among those that wait that should go on now, if one should; it waits no more."""
+        number = self._rungs.next(self._paused) if self._rungs else None
+        self._paused.discard(-1 if number is None else number)
+        return number
+
+    def promote_foremost(self) -> int:
+        """The first among those that wait, which waits no more."""
+        assert self._rungs is not None
+        number = self._rungs.foremost(self._paused)
+        self._paused.discard(number)
+        return number
+
+    def hindmost(self) -> int:
+        """The last among those that wait."""
+        assert self._rungs is not None
+        return self._rungs.hindmost(self._paused)
+
+    def standing(self, number: int) -> tuple[int, int]:
+        """A trial's place at its last rung, counted from 1, and how many trials have reached that."""
+        assert self._rungs is not None
+        return self._rungs.standing(number)
+
     def tell(self, number: int, state: TrialState, *, value: float | None, notes: dict[str, Any]) -> None:
         """End a trial, or put it back into the queue when it was interrupted.
 
@@ -234,7 +288,10 @@ class Search:
             values = [value]
         elif state is TrialState.UNPROMISING:
             intermediate = self._trial(number).intermediate_values
-            values = [intermediate[max(intermediate)]] if intermediate else None
+            values = [intermediate[max(intermediate)]] if intermediate else None if value is None else [value]
+        self._paused.discard(number)
+        if self._rungs and optuna_state.is_finished() and state is not TrialState.UNPROMISING:
+            self._rungs.end(number, math.inf if value is None else self._sign * value)
         self._tell_record(number, optuna_state, values, notes)
         if number not in self._repeats and optuna_state.is_finished():
             self._brain._storage.set_trial_state_values(self._trial(number)._trial_id, optuna_state, values)
@@ -259,6 +316,24 @@ class Search:
         if self._record:
             self._record.storage.remove_session()
             self._record.storage.engine.dispose()
+
+    def _climb(self, rungs: Rungs, trial: FrozenTrial) -> None:
+        """Take up what the record says of a trial's rungs."""
+        for rung in range(LEVELS):
+            if (value := trial.system_attrs.get(f"{_RUNG}{rung}")) is not None:
+                rungs.reach(trial.number, rung, self._sign * value)
+        if trial.state is OptunaState.COMPLETE and trial.value is not None:
+            rungs.end(trial.number, self._sign * trial.value)
+        elif trial.state is OptunaState.PRUNED and trial.value is None:
+            rungs.end(trial.number, math.inf)
+
+    def _expected(self, trial: FrozenTrial) -> float | None:
+        """What a trial that has been paused, and perhaps never promoted, would come to."""
+        was_left = trial.state is OptunaState.PRUNED and trial.value is not None
+        if self._rungs is None or not (was_left or trial.number in self._paused):
+            return None
+        value = self._rungs.expected(trial.number)
+        return None if value is None else self._sign * value
 
     def _begin(self, number: int) -> Suggestion:
         trial = self._trial(number)
@@ -335,6 +410,11 @@ class _Record:
     def report(self, number: int, epoch: int, value: float) -> None:
         with _away(self._url):
             self.storage.set_trial_intermediate_value(self._ids[number], epoch, value)
+
+    def set_attribute(self, number: int, name: str, value: float) -> None:
+        # A commit whose answer was lost may have ended the trial already.
+        with _away(self._url), suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.storage.set_trial_system_attr(self._ids[number], name, value)
 
     def tell(
         self,
@@ -544,7 +624,7 @@ def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> None:
         trial.suggest_float(name, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
 
-def _make_sampler(spec: SamplerSpec, space: Space, seed: int) -> BaseSampler:
+def _make_sampler(spec: SamplerSpec, space: Space, seed: int, expected: Expected) -> BaseSampler:
     has_conditions = any(dimension.when for dimension in space.dimensions.values())
     samplers: dict[str, Callable[[], BaseSampler]] = {
         "tpe": lambda: _Clipped(
@@ -554,15 +634,19 @@ def _make_sampler(spec: SamplerSpec, space: Space, seed: int) -> BaseSampler:
                 multivariate=True,
                 group=has_conditions,
                 constant_liar=True,
-            )
+                n_ei_candidates=EI_CANDIDATES,
+            ),
+            expected,
         ),
         "gp": lambda: _Clipped(
-            optuna.samplers.GPSampler(n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False)
+            optuna.samplers.GPSampler(n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False),
+            expected,
         ),
         "cmaes": lambda: _Clipped(
             optuna.samplers.CmaEsSampler(
                 n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False
-            )
+            ),
+            expected,
         ),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "qmc": lambda: optuna.samplers.QMCSampler(
@@ -575,8 +659,8 @@ def _make_sampler(spec: SamplerSpec, space: Space, seed: int) -> BaseSampler:
     return samplers[spec.name]()
 
 
-def _with_priors(spec: StudySpec, seed: int) -> BaseSampler:
-    sampler = _make_sampler(spec.sampler, spec.space, seed)
+def _with_priors(spec: StudySpec, seed: int, expected: Expected) -> BaseSampler:
+    sampler = _make_sampler(spec.sampler, spec.space, seed, expected)
     startup = None if spec.sampler.name == "random" else spec.sampler.startup_trials
     return _Prior(sampler, spec.space, seed, startup) if spec.space.priors else sampler
 
@@ -598,6 +682,7 @@ def _make_pruner(spec: UnpromisingSpec, max_epochs: int) -> optuna.pruners.BaseP
     # Optuna warms up while step < n_warmup_steps, and our steps are epochs counted from 1.
     warmup = 1 + (math.ceil(max_epochs / 5) if spec.warmup_epochs is None else spec.warmup_epochs)
     pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+        "promote": optuna.pruners.NopPruner,
         "none": optuna.pruners.NopPruner,
         "median": lambda: optuna.pruners.MedianPruner(spec.startup_trials, warmup),
         "percentile": lambda: optuna.pruners.PercentilePruner(spec.percentile, spec.startup_trials, warmup),
@@ -684,13 +769,15 @@ def _around(dimension: Dimension, random: np.random.Generator, otherwise: Any) -
 class _Clipped(BaseSampler):
     """A model-based sampler that sees bad values clipped at the running median, and diverged trials there, too.
 
+    Trials that wait at a rung it sees at what they are expected to come to.
     Diverged runs are outliers that wreck a Gaussian process (and are no numbers at all); clipped, they still say
     "not here". Winsorised targets for Bayesian optimisation: Eriksson & Poloczek, AISTATS 2021 (SCBO), appendix.
     """
 
-    def __init__(self, inner: BaseSampler) -> None:
+    def __init__(self, inner: BaseSampler, expected: Expected) -> None:
         self._inner = inner
         self._history = _History()
+        self._expected = expected
 
     def reseed_rng(self) -> None:
         self._inner.reseed_rng()
@@ -712,7 +799,7 @@ class _Clipped(BaseSampler):
         return self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
 
     def _view(self, study: optuna.Study) -> optuna.Study:
-        return _ClippedStudy(study, self._history)  # type: ignore[return-value]
+        return _ClippedStudy(study, self._history, self._expected)  # type: ignore[return-value]
 
 
 class _History:
@@ -751,9 +838,10 @@ class _History:
 class _ClippedStudy:
     """A study whose trials read clipped; everything else is the study's."""
 
-    def __init__(self, study: optuna.Study, history: _History) -> None:
+    def __init__(self, study: optuna.Study, history: _History, expected: Expected) -> None:
         self._inner_study = study
         self._history = history
+        self._expected = expected
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner_study, name)
@@ -763,7 +851,10 @@ class _ClippedStudy:
     ) -> list[FrozenTrial]:
         maximise = self._inner_study.direction is StudyDirection.MAXIMIZE
         every = self._inner_study._get_trials(deepcopy=False, use_cache=use_cache)
-        trials = clip_at_median(self._history.seen(every, maximise=maximise), maximise=maximise)
+        seen = self._history.seen(every, maximise=maximise)
+        values = [self._expected(trial) for trial in seen]
+        seen = [trial if value is None else _at(trial, value) for trial, value in zip(seen, values, strict=True)]
+        trials = clip_at_median(seen, maximise=maximise)
         chosen = [trial for trial in trials if states is None or trial.state in states]
         return copy.deepcopy(chosen) if deepcopy else chosen
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 
-from hpsearch import storage
+from hpsearch import rungs, storage
 from hpsearch.corpora import CORPORA
 from hpsearch.errors import Problem, SpecError, hide_password
 from hpsearch.pruning import TARGET_EVALUATIONS, OverfitRule
@@ -142,10 +142,13 @@ class LimitSpec(Strict):
     keep_checkpoints: int = Field(
         5, ge=1, description="Ranked trials whose best checkpoint stays; the rest is collected as the study runs."
     )
+    keep_paused: int = Field(
+        20, ge=1, description="Trials that wait with their checkpoint to be promoted; of more, the last is ended."
+    )
 
 
 SamplerName = Literal["tpe", "gp", "random", "cmaes", "grid", "qmc"]
-PrunerName = Literal["median", "percentile", "asha", "hyperband", "none"]
+PrunerName = Literal["promote", "median", "percentile", "asha", "hyperband", "none"]
 
 
 class SamplerSpec(Strict):
@@ -156,9 +159,13 @@ class SamplerSpec(Strict):
 
 
 class UnpromisingSpec(Strict):
-    """How trials are pruned against each other. Rungs and warm-up count epochs of the run."""
+    """How trials are pruned against each other. Rungs (but those of promote) and warm-up count epochs of the run."""
 
-    rule: PrunerName = "median"
+    rule: PrunerName = Field(
+        "promote",
+        description="promote: a trial pauses, with its checkpoint, at parts of its run and goes on when it is among "
+        "the best there. The others end trials for good.",
+    )
     startup_trials: int = Field(5, ge=0, description="Trials that finish before any is pruned (median, percentile).")
     warmup_epochs: int | None = Field(
         None,
@@ -167,7 +174,12 @@ class UnpromisingSpec(Strict):
     )
     percentile: float = Field(25.0, gt=0, lt=100, description="The best part that is kept (percentile).")
     min_epochs: int = Field(1, ge=1, description="Epochs at the lowest rung (asha, hyperband).")
-    reduction_factor: int = Field(3, ge=2, description="One in so many goes on at each rung (asha, hyperband).")
+    reduction_factor: int = Field(
+        3,
+        ge=2,
+        description="One in so many goes on at each rung (promote, asha, hyperband); of promote more where the order "
+        "at a rung is not the order later.",
+    )
 
 
 class PruneSpec(Strict):
@@ -354,6 +366,11 @@ class StudySpec(Strict):
             return self.training.evaluations_per_epoch
         longest = self.space.largest("num_epochs", self.training.num_epochs)
         return max(1, round(TARGET_EVALUATIONS / longest))
+
+    def rungs(self, training: RunSettings) -> tuple[float, ...]:
+        """Parts of a run with these settings at which it may be paused."""
+        rule = self.prune.unpromising
+        return rungs.places(rule.reduction_factor, training.warmup_fraction) if rule.rule == "promote" else ()
 
     @property
     def max_epochs(self) -> int:

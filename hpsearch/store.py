@@ -344,6 +344,15 @@ class Store:
                 .values(state=TrialState.INTERRUPTED.value, reason=reason, losses=_trials.c.losses + (1 if lost else 0))
             )
 
+    def pause_trial(self, trial_id: int, reason: str) -> None:
+        """Record that a trial waits at a rung, with its checkpoint."""
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(
+                sa.update(_trials)
+                .where(_trials.c.id == trial_id, _trials.c.state.in_(_UNFINISHED))
+                .values(state=TrialState.PAUSED.value, reason=reason)
+            )
+
     def finish_trial(self, trial_id: int, result: TrialResult, *, last_epoch: float | None) -> None:
         """Give a trial its end, with its scores. Raises StoreError when it has another one already."""
         with self._guarded(), self._engine.begin() as connection:

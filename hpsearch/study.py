@@ -1,10 +1,10 @@
 """A study in flight: every event of a trial becomes rows. The only writer of the store.
 
-Backends call the five events (`next_trial`, `on_progress`, `on_result`, `on_stopped`, `on_lost`; one that can lose its
-cluster has a sixth, `on_cluster_lost`) and take no decision of their own; whatever order and process the trials ran in,
-the same events leave the same rows. Decisions are taken in memory and written through the outbox, so that no event
-waits for the database. A trial that does not end goes back into the queue under its own number, and its next attempt
-goes on from its last checkpoint.
+Backends call the six events (`next_trial`, `on_progress`, `on_result`, `on_paused`, `on_stopped`, `on_lost`; one that
+can lose its cluster has a seventh, `on_cluster_lost`) and take no decision of their own; whatever order and process the
+trials ran in, the same events leave the same rows. Decisions are taken in memory and written through the outbox, so
+that no event waits for the database. A trial that does not end goes back into the queue under its own number, and its
+next attempt goes on from its last checkpoint; so does one that paused at a rung and is promoted.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from hpsearch.storage import Folder, locate
 from hpsearch.store import Row, Store
 from hpsearch.trial import (
     LAST_WORDS,
-    LIVE,
     PREEMPTED,
     PULSE_EVERY_S,
     PULSE_FILE,
+    RANKED,
     STOP_FILE,
     UNFINISHED,
     Decision,
@@ -73,6 +73,7 @@ class _Live:
     verdict: str = ""
     last: Point | None = None
     best: float = math.inf
+    best_score: float | None = None
     pulse: float = 0.0
     """When its worker last said that it is alive, by the clock of wherever its files lie: only changes count."""
     heard: float = math.inf
@@ -81,9 +82,11 @@ class _Live:
 
 @dataclass
 class _Waiting:
-    """A trial in the queue: it ran before, or was about to."""
+    """A trial in the queue, or paused at a rung: it ran before, or was about to."""
 
     number: int
+    row_id: Callable[[], int] = lambda: -1
+    """Known once the outbox has written the trial's start."""
     attempt: int = 0
     seed: int | None = None
     repeat_of: int | None = None
@@ -91,6 +94,7 @@ class _Waiting:
     """Of its first attempt: an extended study may compute others."""
     last: Point | None = None
     best: float = math.inf
+    best_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,7 @@ class StudyRun:
         rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
         self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints)
         self._queue: deque[_Waiting] = deque()
+        self._paused: dict[int, _Waiting] = {}
         self._losses: dict[int, int] = {}
         self._memory = PeakMemory()
         self.states: dict[str, int] = {}
@@ -234,10 +239,13 @@ class StudyRun:
                 silent.append(live.config)
         return silent
 
-    # The five events
+    # The events
 
     def next_trial(self) -> TrialConfig | None:
-        """The next trial to run, interrupted ones first; None when there is none for now (see `is_waiting`)."""
+        """The next trial to run: interrupted, promoted, new. None when there is none for now (see `is_waiting`).
+
+        When nothing is left to run, the trials that were never promoted end.
+        """
         if self.stop_reason is not None or not self._has_room():
             return None
         if self._queue:
@@ -250,18 +258,29 @@ class StudyRun:
             repeat = self._repeats.pop(0)
             suggestion = self._search.repeat(repeat.of, seed=repeat.seed)
             return self._start(suggestion, _Waiting(suggestion.number, seed=repeat.seed, repeat_of=repeat.of))
-        if self.num_finished + len(self._live) >= self.spec.budget.trials or self._search.is_exhausted:
-            return None
-        suggestion = self._search.ask()
-        return self._start(suggestion, _Waiting(suggestion.number))
+        if (promoted := self._search.promote()) is not None:
+            return self._promote(promoted)
+        begun = self.num_finished + len(self._live) + len(self._paused)
+        if begun < self.spec.budget.trials and not self._search.is_exhausted:
+            suggestion = self._search.ask()
+            return self._start(suggestion, _Waiting(suggestion.number))
+        if self._paused and not self._live:
+            if not any(self.states.get(state.value) for state in RANKED):
+                # Of a handful of trials none may be among the best third.
+                return self._promote(self._search.promote_foremost())
+            for number in list(self._paused):
+                self._give_up(number)
+        return None
 
     def on_progress(self, number: int, progress: Progress) -> Decision:
-        """Record a point; STOP when the other trials show this one to be unpromising."""
+        """Record a point; STOP, or PAUSE at a rung, when the other trials show this one to be unpromising."""
         live = self._live[number]
         point, judgement = progress.point, progress.judgement
         self._outbox.put(lambda: self._store.add_point(live.row_id, point))
         if math.isfinite(point.valid_loss):
             live.best = min(live.best, point.valid_loss)
+        if point.valid_score is not None:
+            live.best_score = max(point.valid_score, -math.inf if live.best_score is None else live.best_score)
         stops = progress.stops
         if judgement.verdict != live.verdict or stops:
             live.verdict = judgement.verdict
@@ -276,6 +295,8 @@ class StudyRun:
         live.last = point
         facts = {"point": point, "verdict": judgement.verdict.value, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="point", trial=number, facts=facts))
+        if progress.rung is not None and not stops and live.config.repeat_of is None:
+            return self._at_rung(live, point, progress.rung)
         if stops or not unpromising or point.epoch >= live.config.training.num_epochs:
             return Decision.CONTINUE
         evidence = {
@@ -298,6 +319,22 @@ class StudyRun:
         asked = result.needed_bytes is None and self.stop_reason is not None
         self._requeue(number, self.stop_reason or "" if asked else result.reason)
 
+    def on_paused(self, number: int) -> None:
+        """A trial that left its device because `on_progress` answered PAUSE."""
+        live = self._live.pop(number)
+        assert live.last is not None
+        place, reached = self._search.standing(number)
+        reason = f"waits at epoch {live.last.epoch:.4g}: {place} of the {reached} trials that came so far"
+        self._outbox.put(lambda: self._store.pause_trial(live.row_id, reason))
+        self._paused[number] = _wait(live)
+        self._search.pause(number)
+        self._count(TrialState.PAUSED)
+        self._tell_end(
+            live.config, live.last, TrialResult(state=TrialState.PAUSED, reason=reason, **self._last_known(live))
+        )
+        if len(self._paused) > self.spec.limits.keep_paused:
+            self._give_up(self._search.hindmost())
+
     def on_stopped(self, number: int) -> None:
         """A trial that ended because `on_progress` answered STOP."""
         live = self._live[number]
@@ -305,7 +342,8 @@ class StudyRun:
         rule = self.spec.prune.unpromising.rule
         reason = f"behind the other trials at epoch {live.last.epoch:g} (best {live.best:.3f}, rule {rule})"
         self._end(
-            number, TrialResult(state=TrialState.UNPROMISING, reason=reason, **self._last_known(live), **_best(live))
+            number,
+            TrialResult(state=TrialState.UNPROMISING, reason=reason, **self._last_known(live), **_best(live.best)),
         )
 
     def on_lost(self, number: int, error: str) -> None:
@@ -349,7 +387,10 @@ class StudyRun:
         for number in self._search.unfinished:
             row = by_number.get(number)
             state = TrialState(row["state"]) if row else TrialState.INTERRUPTED
-            if state in LIVE:
+            if state is TrialState.PAUSED:
+                self._search.pause(number)
+                continue
+            if state is TrialState.RUNNING:
                 state = TrialState.INTERRUPTED
             value = self._objective(row["best_valid_loss"], row["best_valid_score"]) if row else None
             self._search.tell(number, state, value=value, notes={"outcome": state.value})
@@ -360,29 +401,34 @@ class StudyRun:
                 self._queue.append(_Waiting(number, repeat_of=of, seed=seed))
                 self._count(TrialState.INTERRUPTED)
         for row in by_number.values():
-            if TrialState(row["state"]) in LIVE:
+            if TrialState(row["state"]) is TrialState.RUNNING:
                 self._outbox.put(partial(self._store.requeue_trial, row["id"], "its driver died"))
         for row in rows:
             state = TrialState(row["state"])
-            if row["number"] not in self._search.unfinished or (state not in LIVE and state is not _INTERRUPTED):
+            if row["number"] not in self._search.unfinished or state not in UNFINISHED:
                 continue
-            if state in LIVE:
+            if state is TrialState.RUNNING:
                 self.states[state.value] -= 1
                 self._count(_INTERRUPTED)
             self._losses[row["number"]] = row["losses"]
             points = self._store.points(row["id"])
             losses = [point["valid_loss"] for point in points if point["valid_loss"] is not None]
-            self._queue.append(
-                _Waiting(
-                    row["number"],
-                    attempt=row["attempt"],
-                    seed=row["seed"],
-                    repeat_of=row["repeat_of"],
-                    settings=row["settings"],
-                    last=_point(points[-1]) if points else None,
-                    best=min(losses, default=math.inf),
-                )
+            scores = [point["valid_score"] for point in points if point["valid_score"] is not None]
+            waiting = _Waiting(
+                row["number"],
+                row_id=partial(int, row["id"]),
+                attempt=row["attempt"],
+                seed=row["seed"],
+                repeat_of=row["repeat_of"],
+                settings=row["settings"],
+                last=_point(points[-1]) if points else None,
+                best=min(losses, default=math.inf),
+                best_score=max(scores, default=None),
             )
+            if state is TrialState.PAUSED:
+                self._paused[row["number"]] = waiting
+            else:
+                self._queue.append(waiting)
         if self._repeats is not None:
             taken = {(waiting.repeat_of, waiting.seed) for waiting in self._queue}
             self._repeats = [repeat for repeat in self._repeats if (repeat.of, repeat.seed) not in taken]
@@ -417,6 +463,7 @@ class StudyRun:
             attempt=attempt,
             earlier=tuple(str(place) for place in earlier_attempts(self._folder, suggestion.number, attempt)),
             recorded=waiting.last.evaluation if waiting.last else 0,
+            rungs=self.spec.rungs(training) if waiting.repeat_of is None else (),
             max_minutes=self.spec.limits.max_minutes,
             stall_minutes=self.spec.limits.stall_minutes,
             threads=self._threads,
@@ -424,7 +471,13 @@ class StudyRun:
 
     def _start(self, suggestion: Suggestion, waiting: _Waiting) -> TrialConfig:
         config = self._config(suggestion, waiting)
-        live = _Live(config=config, started=time.monotonic(), last=waiting.last, best=waiting.best)
+        live = _Live(
+            config=config,
+            started=time.monotonic(),
+            last=waiting.last,
+            best=waiting.best,
+            best_score=waiting.best_score,
+        )
         self._live[config.number] = live
 
         def write() -> None:
@@ -457,31 +510,76 @@ class StudyRun:
         )
         self._count(result.state)
         self._memory.learn(_settings(live.config), result.micro_batch_size, result.provenance)
-        facts = {"result": result, "last_epoch": last_epoch, "epochs": live.config.training.num_epochs}
-        self._listen(Event(kind="trial_ended", trial=number, facts=facts))
+        self._tell_end(live.config, live.last, result)
         self._look_for_a_pattern(result)
+
+    def _at_rung(self, live: _Live, point: Point, rung: int) -> Decision:
+        value = live.best if self.spec.objective == "loss" else live.best_score
+        number = live.config.number
+        if value is None or not math.isfinite(value) or self._search.at_rung(number, rung, value):
+            return Decision.CONTINUE
+        place, reached = self._search.standing(number)
+        evidence = {
+            "rule": self.spec.prune.unpromising.rule,
+            "epoch": point.epoch,
+            "best": value,
+            "place": place,
+            "reached": reached,
+        }
+        self._decide(live, point, TrialState.PAUSED.value, Decision.PAUSE, evidence)
+        return Decision.PAUSE
+
+    def _promote(self, number: int) -> TrialConfig:
+        waiting = self._paused.pop(number)
+        self.states[TrialState.PAUSED.value] -= 1
+        return self._start(self._search.ask_again(number), waiting)
+
+    def _give_up(self, number: int) -> None:
+        """End a paused trial for good."""
+        waiting = self._paused.pop(number)
+        self.states[TrialState.PAUSED.value] -= 1
+        last = waiting.last
+        assert last is not None
+        assert waiting.settings is not None
+        place, reached = self._search.standing(number)
+        result = TrialResult(
+            state=TrialState.UNPROMISING,
+            reason=f"behind the other trials at epoch {last.epoch:.4g} and never promoted ({place} of {reached})",
+            seconds=last.seconds,
+            **_best(waiting.best),
+        )
+        self._outbox.put(lambda: self._store.finish_trial(waiting.row_id(), result, last_epoch=last.epoch))
+        value = self._objective(result.best_valid_loss, waiting.best_score)
+        self._search.tell(number, result.state, value=value, notes=_notes(result, None))
+        self._outbox.put(
+            lambda: self._keeper.trial_ended(waiting.row_id(), number, result, self._folder, is_repeat=False)
+        )
+        self._count(result.state)
+        facts = {
+            "result": result,
+            "last_epoch": last.epoch,
+            "epochs": waiting.settings["training"]["num_epochs"],
+            "params": self._search.params(number),
+        }
+        self._listen(Event(kind="trial_ended", trial=number, facts=facts))
 
     def _requeue(self, number: int, reason: str, *, lost: bool = False) -> None:
         live = self._live.pop(number)
         self._outbox.put(lambda: self._store.requeue_trial(live.row_id, reason, lost=lost))
         self._search.tell(number, TrialState.INTERRUPTED, value=None, notes={"outcome": "interrupted", "why": reason})
-        config = live.config
-        self._queue.appendleft(
-            _Waiting(
-                number,
-                attempt=config.attempt,
-                seed=config.seed,
-                repeat_of=config.repeat_of,
-                settings=_settings(config),
-                last=live.last,
-                best=live.best,
-            )
-        )
+        self._queue.appendleft(_wait(live))
         self._count(TrialState.INTERRUPTED)
         result = TrialResult(state=TrialState.INTERRUPTED, reason=reason, **self._last_known(live))
-        last_epoch = live.last.epoch if live.last else None
-        facts = {"result": result, "last_epoch": last_epoch, "epochs": config.training.num_epochs}
-        self._listen(Event(kind="trial_ended", trial=number, facts=facts))
+        self._tell_end(live.config, live.last, result)
+
+    def _tell_end(self, config: TrialConfig, last: Point | None, result: TrialResult) -> None:
+        facts = {
+            "result": result,
+            "last_epoch": last.epoch if last else None,
+            "epochs": config.training.num_epochs,
+            "params": config.params,
+        }
+        self._listen(Event(kind="trial_ended", trial=config.number, facts=facts))
 
     def _decide(self, live: _Live, point: Point, verdict: str, action: Decision, evidence: dict[str, Any]) -> None:
         self._outbox.put(
@@ -587,8 +685,24 @@ def _first_cause(error: str) -> str:
     return said or (lines[-1] if lines else "")
 
 
-def _best(live: _Live) -> dict[str, Any]:
-    return {"best_valid_loss": live.best if math.isfinite(live.best) else None}
+def _wait(live: _Live) -> _Waiting:
+    """A trial that ran, until its next attempt."""
+    config = live.config
+    return _Waiting(
+        config.number,
+        row_id=lambda: live.row_id,
+        attempt=config.attempt,
+        seed=config.seed,
+        repeat_of=config.repeat_of,
+        settings=_settings(config),
+        last=live.last,
+        best=live.best,
+        best_score=live.best_score,
+    )
+
+
+def _best(value: float) -> dict[str, Any]:
+    return {"best_valid_loss": value if math.isfinite(value) else None}
 
 
 def _notes(result: TrialResult, repeat_of: int | None) -> dict[str, Any]:

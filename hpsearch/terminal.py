@@ -192,7 +192,7 @@ _ROWS_BELOW_A_CURVE = 13
 
 def watch_report(found: dict[str, Any], width: int, height: int) -> Group:
     """How far a study is and what runs, for a person who looks on; a running trial's curve, too, if there is room."""
-    running = [trial for trial in found["trials"] if trial["state"] in LIVE]
+    running = [trial for trial in found["trials"] if trial["state"] == TrialState.RUNNING]
     ended = sorted(
         (trial for trial in found["trials"] if trial["ended_at"] and trial["state"] not in LIVE),
         key=lambda trial: trial["ended_at"],
@@ -385,7 +385,8 @@ def describe(event: Event) -> str:
         params = ", ".join(f"{name}={short(value)}" for name, value in facts["params"].items())
         again = f", trial {facts['repeat_of']} with a new seed" if facts["repeat_of"] is not None else ""
         again += f", attempt {facts['attempt']}" if facts["attempt"] > 1 else ""
-        return f"trial {event.trial} started{again}: {plain(params)}"
+        verb = "started" if facts["attempt"] == 1 else "goes on"
+        return f"trial {event.trial} {verb}{again}: {plain(params)}"
     if event.kind == "point":
         point = facts["point"]
         return (
@@ -429,7 +430,7 @@ class _LiveView:
             assert event.trial is not None
             self._running.pop(event.trial, None)
             result = facts["result"]
-            if result.state is TrialState.INTERRUPTED:
+            if result.state in UNFINISHED:
                 self._console.print(Text(describe(event)), highlight=False)
                 return
             self._states[result.state] = self._states.get(result.state, 0) + 1

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from hpsearch.errors import RunFolderError, UsageError
 from hpsearch.storage import Folder, is_remote
 from hpsearch.store import Row
-from hpsearch.trial import Event, Listener, Point, TrialResult, TrialState
+from hpsearch.trial import UNFINISHED, Event, Listener, Point, TrialResult, TrialState
 
 _ENDS_S = 60.0
 """What a tracker gets to send what is left when a launch ends."""
@@ -70,7 +70,7 @@ class _TensorBoard:
         from tensorboardX.summary import hparams
 
         writer = self._writers.pop(trial)
-        if result.state is not TrialState.INTERRUPTED:
+        if result.state not in UNFINISHED:
             writer.add_text("outcome", f"{result.state}: {result.reason}")
             settings = {
                 name: it if isinstance(it, int | float) else str(it) for name, it in self._params[trial].items()
@@ -124,7 +124,9 @@ class _MLflow:
             self._client.log_metric(run, name, value)
         self._client.set_tag(run, "outcome", result.state.value)
         self._client.set_tag(run, "why", result.reason)
-        status = {TrialState.FAILED: "FAILED", TrialState.INTERRUPTED: "KILLED"}.get(result.state, "FINISHED")
+        status = {TrialState.FAILED: "FAILED", TrialState.INTERRUPTED: "KILLED", TrialState.PAUSED: "SCHEDULED"}.get(
+            result.state, "FINISHED"
+        )
         self._client.set_terminated(run, status)
 
     def close(self) -> None:
@@ -225,6 +227,7 @@ class _Told:
         self._tracker = tracker
         self._note = note
         self._events: queue.Queue[Event | None] = queue.Queue()
+        self._open: set[int] = set()
         self._has_failed = False
         self._thread = threading.Thread(target=self._work, name=f"hpsearch-{name}", daemon=True)
         self._thread.start()
@@ -257,12 +260,17 @@ class _Told:
     def _tell(self, event: Event) -> None:
         assert event.trial is not None
         facts = event.facts
-        if event.kind == "trial_started":
+        if event.kind == "trial_started" or (event.kind == "trial_ended" and event.trial not in self._open):
+            # A trial that paused was closed, and ends without having run again.
             self._tracker.begin(event.trial, facts["params"])
-        elif event.kind == "point":
+            self._open.add(event.trial)
+        if event.kind == "trial_started":
+            return
+        if event.kind == "point":
             self._tracker.log(event.trial, facts["point"])
         else:
             self._tracker.end(event.trial, facts["result"])
+            self._open.discard(event.trial)
 
     def _fail(self, why: str) -> None:
         self._has_failed = True

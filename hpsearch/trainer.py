@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -144,10 +145,13 @@ class Trainer:
         folder: Folder,
         objective: Objective = "loss",
         earlier: Sequence[Folder] = (),
+        rungs: Sequence[float] = (),
         pulse: Callable[[], Order] = lambda: Order.GO_ON,
         ranks: Ranks | None = None,
     ) -> None:
         """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state.
+
+        At `rungs`, parts of the run, its state is written before the point is handed out.
 
         `pulse` is called after every step and every evaluation batch; its answer counts between two steps. Of several
         `ranks` each has a Trainer of its own, with the same settings, seed and folder.
@@ -168,6 +172,7 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         self._pulse = pulse
         self._earlier = list(earlier)
+        self._rung_places = tuple(rungs)
         self._best_weights: dict[str, Tensor] = {}
         self._best_file: str | None = None
         self._best_of: dict[str, str | None] = {}
@@ -204,6 +209,23 @@ class Trainer:
     @property
     def total_evaluations(self) -> int:
         return len(self.evaluation_steps) * self.settings.num_epochs
+
+    @cached_property
+    def rungs(self) -> dict[int, int]:
+        """The rung of each evaluation that is the first at or after one; of those that fall together the highest."""
+        epochs = [
+            epoch + step / self.steps_per_epoch
+            for epoch in range(self.settings.num_epochs)
+            for step in self.evaluation_steps
+        ]
+        found: dict[int, int] = {}
+        for rung, part in enumerate(self._rung_places):
+            for evaluation, epoch in enumerate(epochs[:-1], start=1):
+                # Within an epoch there is no score to compare.
+                if epoch >= part * self.settings.num_epochs and (self.objective == "loss" or epoch == int(epoch)):
+                    found[evaluation] = rung
+                    break
+        return found
 
     @property
     def seconds(self) -> float:
@@ -245,7 +267,7 @@ class Trainer:
                 if position.step_in_epoch not in evaluation_steps:
                     continue
                 point = self._evaluate_now()
-                if self._checkpoint_is_due():
+                if point.evaluation in self.rungs or self._checkpoint_is_due():
                     self._checkpoint(optimizer, order)
                 if (yield from self._hand_out(point)):
                     return

@@ -55,6 +55,8 @@ class Decision(StrEnum):
     """What search answers to a point."""
 
     CONTINUE = "continue"
+    PAUSE = "pause"
+    """Leave the device to others; the checkpoint of this point is written."""
     STOP = "stop"
 
 
@@ -93,6 +95,8 @@ class Progress:
     judgement: Judgement
     stops: bool
     """True when the worker ends the run at this verdict: the next thing it sends is its result."""
+    rung: int | None = None
+    """The rung that the run has reached with this point. It can go on from here later."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -105,6 +109,7 @@ class Progress:
             point=Point(**content["point"]),
             judgement=Judgement(verdict=Verdict(judgement["verdict"]), evidence=Evidence(**judgement["evidence"])),
             stops=content["stops"],
+            rung=content["rung"],
         )
 
 
@@ -197,6 +202,8 @@ class TrialConfig(Strict):
     """Folders of earlier attempts, to resume from."""
     recorded: int = 0
     """Evaluations of earlier attempts that the driver knows."""
+    rungs: tuple[float, ...] = ()
+    """Parts of the run at which it may be paused, in order."""
     max_minutes: float | None = None
     stall_minutes: float | None = None
     threads: int

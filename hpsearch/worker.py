@@ -238,6 +238,7 @@ def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> T
         folder=locate(config.folder),
         objective=config.objective,
         earlier=[locate(place) for place in config.earlier],
+        rungs=config.rungs,
         pulse=pulse,
         ranks=ranks,
     )
@@ -312,7 +313,9 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
                 said = "evaluation %d at epoch %.4g: train %.4g, valid %.4g, %s"
                 losses = (point.train_loss, point.valid_loss, judgement.verdict)
                 LOGGER.info(said, point.evaluation, point.epoch, *losses, extra={"facts": asdict(point)})
-            progress.append(Progress(point=point, judgement=judgement, stops=stops))
+            progress.append(
+                Progress(point=point, judgement=judgement, stops=stops, rung=trainer.rungs.get(point.evaluation))
+            )
             if point.evaluation > config.recorded or point.evaluation > trainer.resumed_evaluations:
                 yield progress[-1]
             if stops:

@@ -48,9 +48,10 @@ class Inline:
             try:
                 while True:
                     run.check_stop()
-                    if run.on_progress(config.number, next(trial)) is Decision.STOP:
+                    decision = run.on_progress(config.number, next(trial))
+                    if decision is not Decision.CONTINUE:
                         trial.close()
-                        run.on_stopped(config.number)
+                        (run.on_stopped if decision is Decision.STOP else run.on_paused)(config.number)
                         break
             except StopIteration as end:
                 run.on_result(config.number, end.value)

@@ -351,7 +351,8 @@ class _Bridge:
         """Tune's trial id to our number, for trials that have not ended."""
         self.nodes: dict[str, str] = {}
         """Tune's trial id to the id of the node that its last report came from."""
-        self.stopped: set[str] = set()
+        self.left: dict[str, Decision] = {}
+        """Tune's trial id to why the trial leaves before its end."""
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -361,7 +362,7 @@ class _Bridge:
             "numbers": {},
             "nodes": {},
             "shares": {},
-            "stopped": set(),
+            "left": {},
             "error": None,
         }
 
@@ -437,8 +438,8 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
         if number is None:
             return
         with self._bridge.events() as run:
-            if trial_id in self._bridge.stopped:
-                run.on_stopped(number)
+            if (decision := self._bridge.left.pop(trial_id, None)) is not None:
+                (run.on_stopped if decision is Decision.STOP else run.on_paused)(number)
             elif not error and result is not None and "result" in result:
                 run.on_result(number, TrialResult.from_json(result["result"]))
             else:
@@ -463,10 +464,11 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
         with self._bridge.events() as run:
             self._bridge.nodes[trial.trial_id] = result["node"]
             decision = run.on_progress(self._bridge.numbers[trial.trial_id], Progress.from_json(result["progress"]))
-        if decision is Decision.STOP:
-            self._bridge.stopped.add(trial.trial_id)
-            return str(TrialScheduler.STOP)
-        return str(TrialScheduler.CONTINUE)
+        if decision is Decision.CONTINUE:
+            return str(TrialScheduler.CONTINUE)
+        # Tune forgets a trial that pauses, too: what it needs to go on is in its folder and in the store.
+        self._bridge.left[trial.trial_id] = decision
+        return str(TrialScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         number = self._bridge.numbers.pop(trial.trial_id, None)

@@ -39,7 +39,7 @@ LAYERS = [
     {"pretrained", "statistics", "trial_log"},
     {"spec"},
     {"corpora", "space", "study_file", "trial"},
-    {"pruning"},
+    {"pruning", "rungs"},
     {"settings", "memory", "storage"},
     {"errors"},
 ]
