@@ -4,8 +4,9 @@ Successive halving of the promoting kind (ASHA: Li et al., A System for Massivel
 2020): a trial pauses at each rung, with its checkpoint, unless it is among the best of all that have reached it; it
 goes on when it has become one of them. Two things are not ASHA's. Ranks at a rung are trusted only as far as the
 study's own trials bear them out: the share that goes on is 1/eta where the order at the rung is the order later, and
-larger the less it is. And a paused trial is no blank to the sampler: it counts at what it has, less what others gained
-from there on.
+larger the less it is. So that this is known of more than the best, one trial in ten goes on past the lower rungs
+whatever its rank. And a paused trial is no blank to the sampler: it counts at what it has, less what others gained from
+there on.
 
 Rungs lie at equal parts of each run after its warm-up, so that two runs are compared at the same place of their
 schedules, whatever their numbers of epochs.
@@ -14,6 +15,7 @@ schedules, whatever their numbers of epochs.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from bisect import bisect_left, insort
 from collections.abc import Iterable
@@ -22,6 +24,10 @@ LEVELS = 3
 """Rungs of a run: at 1/eta^3, 1/eta^2 and 1/eta of it."""
 PAIRS_BELIEVED = 8
 """Pairs of trials that are taken to keep their order before any has been seen to."""
+LET_PAST = 0.1
+"""Part of the trials that a rung but the highest lets past whatever their rank."""
+SURE_AFTER = 10
+SURE_BELOW = 1.5
 LATEST_SEEN = 100
 """Trials from which the agreement at a rung is taken: the latest that went on from it."""
 
@@ -35,8 +41,10 @@ def places(reduction_factor: int, warmup_fraction: float) -> tuple[float, ...]:
 class Rungs:
     """The values of a study's trials at its rungs; lower is better."""
 
-    def __init__(self, reduction_factor: int) -> None:
+    def __init__(self, reduction_factor: int, seed: int | None = None) -> None:
+        """The seed decides who is let past; without one nobody is."""
         self._least = 1 / reduction_factor
+        self._seed = seed
         self._at: list[dict[int, float]] = [{} for _ in range(LEVELS)]
         self._ordered: list[list[tuple[float, int]]] = [[] for _ in range(LEVELS)]
         self._later: list[dict[int, float]] = [{} for _ in range(LEVELS)]
@@ -57,9 +65,11 @@ class Rungs:
         self._went_on(number, LEVELS, value)
 
     def goes_on(self, number: int) -> bool:
-        """Whether a trial is among the best at the highest rung that it has reached."""
+        """Whether a trial is among the best at the highest rung that it has reached, or let past it."""
         rung = self._highest(number)
-        return rung is None or self._place(number, rung) < math.floor(self._share(rung) * len(self._at[rung]) + 1e-9)
+        if rung is None or self._is_let_past(number, rung):
+            return True
+        return self._place(number, rung) < math.floor(self._share(rung) * len(self._at[rung]) + 1e-9)
 
     def next(self, waiting: Iterable[int]) -> int | None:
         """Of trials that wait the one to promote: of those that may go on the best at the highest rung."""
@@ -90,6 +100,13 @@ class Rungs:
         if rung is None:
             return None
         return self._at[rung][number] - sum(self._gain(later) for later in range(rung, LEVELS))
+
+    def _is_let_past(self, number: int, rung: int) -> bool:
+        if self._seed is None or rung == LEVELS - 1 or (
+            len(self._later[rung]) >= SURE_AFTER and self._share(rung) < SURE_BELOW * self._least
+        ):
+            return False
+        return random.Random(f"{self._seed}.{number}.{rung}").random() < LET_PAST
 
     def _highest(self, number: int) -> int | None:
         return next((rung for rung in reversed(range(LEVELS)) if number in self._at[rung]), None)
