@@ -2,11 +2,14 @@
 
 Successive halving of the promoting kind (ASHA: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys
 2020): a trial pauses at each rung, with its checkpoint, unless it is among the best of all that have reached it; it
-goes on when it has become one of them. Two things are not ASHA's. Ranks at a rung are trusted only as far as the
-study's own trials bear them out: the share that goes on is 1/eta where the order at the rung is the order later, and
-larger the less it is. So that this is known of more than the best, one trial in ten goes on past the lower rungs
-whatever its rank. And a paused trial is no blank to the sampler: it counts at what it has, less what others gained from
-there on.
+goes on when it has become one of them. What is not ASHA's:
+
+- Ranks at a rung are trusted only as far as the study's own trials bear them out. The share that goes on is 1/eta where
+  the order at the rung is the order later, and larger the less it is. So that this is known of more than the best, one
+  trial in ten is let past the lower rungs whatever its rank, as long as there is doubt.
+- The first trials are drawn at random, and those that follow are chosen: to be behind chosen ones says little so early.
+  A trial goes on, too, when it is among the best share of the first.
+- A paused trial is no blank to the sampler: it counts at what it has, less what others gained from there on.
 
 Rungs lie at equal parts of each run after its warm-up, so that two runs are compared at the same place of their
 schedules, whatever their numbers of epochs.
@@ -19,23 +22,35 @@ import random
 import statistics
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from itertools import islice
 
-LEVELS = 3
-"""Rungs of a run: at 1/eta^3, 1/eta^2 and 1/eta of it."""
+import numpy as np
+
+LEVELS = 4
+"""Rungs of a run: at 1/eta^4, ..., 1/eta of it. Its end is one more."""
+APART = 1.5
+"""A rung less than so many times as far as the one before falls together with it."""
+FIRST = 10
+"""Trials that are drawn at random, before a sampler chooses."""
+ENOUGH_OF_FIRST = 8
 PAIRS_BELIEVED = 8
 """Pairs of trials that are taken to keep their order before any has been seen to."""
-LET_PAST = 0.1
-"""Part of the trials that a rung but the highest lets past whatever their rank."""
-SURE_AFTER = 10
-SURE_BELOW = 1.5
 LATEST_SEEN = 100
 """Trials from which the agreement at a rung is taken: the latest that went on from it."""
+LET_PAST = 0.1
+"""Part of the trials that is let past a rung as long as there is doubt."""
+DOUBT_UNTIL = 10
+DOUBT_ABOVE = 1.5
+"""There is doubt about a rung until so many trials have gone on from it, and while its share is so many times 1/eta."""
 
 
 def places(reduction_factor: int, warmup_fraction: float) -> tuple[float, ...]:
-    """Where the rungs lie, as parts of a run, in order."""
-    parts = (reduction_factor ** -(LEVELS - level) for level in range(LEVELS))
-    return tuple(warmup_fraction + (1 - warmup_fraction) * part for part in parts)
+    """Where the rungs lie, as parts of a run, in order; those that fall together are equal."""
+    found: list[float] = []
+    for level in range(LEVELS):
+        part = warmup_fraction + (1 - warmup_fraction) * reduction_factor ** (level - LEVELS)
+        found.append(found[-1] if found and part < APART * found[-1] else part)
+    return tuple(found)
 
 
 class Rungs:
@@ -45,31 +60,45 @@ class Rungs:
         """The seed decides who is let past; without one nobody is."""
         self._least = 1 / reduction_factor
         self._seed = seed
-        self._at: list[dict[int, float]] = [{} for _ in range(LEVELS)]
+        self._paths: dict[int, list[float]] = {}
+        """Of each trial the value at each rung and at its end; NaN where it has none."""
+        self._highest: dict[int, int] = {}
         self._ordered: list[list[tuple[float, int]]] = [[] for _ in range(LEVELS)]
-        self._later: list[dict[int, float]] = [{} for _ in range(LEVELS)]
-        """Of trials that went on from a rung: the value at the next one, or at the end."""
+        self._first: list[list[float]] = [[] for _ in range(LEVELS)]
+        self._went_on: list[dict[int, float]] = [{} for _ in range(LEVELS)]
+        """Of trials that went on from a rung: the value at the next one that they reached, or at the end."""
         self._shares: list[float | None] = [None] * LEVELS
         self._gains: list[float | None] = [None] * LEVELS
 
     def reach(self, number: int, rung: int, value: float) -> None:
         """A trial has this value, the best so far, at a rung."""
-        if number in self._at[rung]:
+        if number in self._paths and not math.isnan(self._paths[number][rung]):
             return
-        self._went_on(number, rung, value)
-        self._at[rung][number] = value
+        self._add(number, rung, value)
+        self._highest[number] = rung
         insort(self._ordered[rung], (value, number))
+        if number < FIRST:
+            insort(self._first[rung], value)
 
     def end(self, number: int, value: float) -> None:
         """A trial has ended with this value; infinity when it is worth nothing."""
-        self._went_on(number, LEVELS, value)
+        if number in self._paths:
+            self._add(number, LEVELS, value)
 
     def goes_on(self, number: int) -> bool:
         """Whether a trial is among the best at the highest rung that it has reached, or let past it."""
-        rung = self._highest(number)
-        if rung is None or self._is_let_past(number, rung):
+        rung = self._highest.get(number)
+        if rung is None:
             return True
-        return self._place(number, rung) < math.floor(self._share(rung) * len(self._at[rung]) + 1e-9)
+        share = self._share(rung)
+        if self._place(number, rung) < math.floor(share * len(self._ordered[rung]) + 1e-9):
+            return True
+        first = self._first[rung]
+        if number >= FIRST and len(first) >= ENOUGH_OF_FIRST:
+            better = bisect_left(first, self._paths[number][rung])
+            if better < math.floor(share * len(first) + 1e-9):
+                return True
+        return self._is_let_past(number, rung)
 
     def next(self, waiting: Iterable[int]) -> int | None:
         """Of trials that wait the one to promote: of those that may go on the best at the highest rung."""
@@ -83,63 +112,65 @@ class Rungs:
         """Of trials that wait the one that lies furthest behind at its rung."""
 
         def behind(number: int) -> float:
-            rung = self._highest(number)
-            return 0.0 if rung is None else self._place(number, rung) / len(self._at[rung])
+            rung = self._highest.get(number)
+            return 0.0 if rung is None else self._place(number, rung) / len(self._ordered[rung])
 
         return max(waiting, key=behind)
 
     def standing(self, number: int) -> tuple[int, int]:
         """A trial's place at its highest rung, counted from 1, and how many have reached it."""
-        rung = self._highest(number)
-        assert rung is not None
-        return 1 + self._place(number, rung), len(self._at[rung])
+        rung = self._highest[number]
+        return 1 + self._place(number, rung), len(self._ordered[rung])
 
     def expected(self, number: int) -> float | None:
         """What a trial that waits would come to, gaining what others gained; None when it has reached no rung."""
-        rung = self._highest(number)
+        rung = self._highest.get(number)
         if rung is None:
             return None
-        return self._at[rung][number] - sum(self._gain(later) for later in range(rung, LEVELS))
+        return self._paths[number][rung] - sum(self._gain(later) for later in range(rung, LEVELS))
 
-    def _is_let_past(self, number: int, rung: int) -> bool:
-        if self._seed is None or rung == LEVELS - 1 or (
-            len(self._later[rung]) >= SURE_AFTER and self._share(rung) < SURE_BELOW * self._least
-        ):
-            return False
-        return random.Random(f"{self._seed}.{number}.{rung}").random() < LET_PAST
-
-    def _highest(self, number: int) -> int | None:
-        return next((rung for rung in reversed(range(LEVELS)) if number in self._at[rung]), None)
+    def _add(self, number: int, level: int, value: float) -> None:
+        path = self._paths.setdefault(number, [math.nan] * (LEVELS + 1))
+        path[level] = value
+        before = [rung for rung in range(level) if not math.isnan(path[rung])]
+        if before:
+            self._went_on[before[-1]].setdefault(number, value)
+            self._gains[before[-1]] = None
+        for rung in before:
+            self._shares[rung] = None
 
     def _place(self, number: int, rung: int) -> int:
-        return bisect_left(self._ordered[rung], (self._at[rung][number], number))
+        return bisect_left(self._ordered[rung], (self._paths[number][rung], number))
 
     def _merit(self, number: int) -> tuple[int, float, int]:
-        rung = self._highest(number)
-        return (0, 0.0, number) if rung is None else (-rung, self._at[rung][number], number)
+        rung = self._highest.get(number)
+        return (0, 0.0, number) if rung is None else (-rung, self._paths[number][rung], number)
 
-    def _went_on(self, number: int, rung: int, value: float) -> None:
-        before = next((below for below in reversed(range(rung)) if number in self._at[below]), None)
-        if before is not None:
-            self._later[before][number] = value
-            self._shares[before] = self._gains[before] = None
+    def _is_let_past(self, number: int, rung: int) -> bool:
+        if self._seed is None or rung >= LEVELS - 2:
+            return False
+        is_doubted = len(self._went_on[rung]) < DOUBT_UNTIL or self._share(rung) > DOUBT_ABOVE * self._least
+        return is_doubted and random.Random(f"{self._seed}.{number}.{rung}").random() < LET_PAST
 
-    def _pairs(self, rung: int) -> list[tuple[float, float]]:
-        latest = list(self._later[rung].items())[-LATEST_SEEN:]
-        return [(self._at[rung][number], later) for number, later in latest]
+    def _latest(self, rung: int) -> list[int]:
+        return list(islice(reversed(self._went_on[rung]), LATEST_SEEN))
 
     def _share(self, rung: int) -> float:
-        """The part that goes on: Kendall's tau of the order at the rung with that at the next says how small it is."""
+        """The part that goes on, by Kendall's tau between the order at the rung and at the last place two share."""
         share = self._shares[rung]
         if share is None:
-            agree, pairs = PAIRS_BELIEVED, self._pairs(rung)
-            seen = PAIRS_BELIEVED
-            for place, (here, later) in enumerate(pairs):
-                for other_here, other_later in pairs[:place]:
-                    sign = (here > other_here) - (here < other_here)
-                    later_sign = (later > other_later) - (later < other_later)
-                    agree += sign * later_sign
-                    seen += abs(sign * later_sign)
+            paths = np.array([self._paths[number] for number in self._latest(rung)]).reshape(-1, LEVELS + 1)
+            agree = seen = float(PAIRS_BELIEVED)
+            here = np.sign(paths[:, None, rung] - paths[None, :, rung])
+            is_open = np.triu(np.ones_like(here, dtype=bool), 1)
+            for level in range(LEVELS, rung, -1):
+                with np.errstate(invalid="ignore"):
+                    later = np.sign(paths[:, None, level] - paths[None, :, level])
+                both = here * np.where(np.isnan(later), 0.0, later)
+                agree += float(both[is_open].sum())
+                seen += float(np.abs(both[is_open]).sum())
+                there = ~np.isnan(paths[:, level])
+                is_open &= ~(there[:, None] & there[None, :])
             tau = max(0.0, agree / seen)
             share = self._shares[rung] = self._least + (1 - self._least) * (1 - tau)
         return share
@@ -147,6 +178,7 @@ class Rungs:
     def _gain(self, rung: int) -> float:
         gain = self._gains[rung]
         if gain is None:
-            gains = [here - later for here, later in self._pairs(rung) if math.isfinite(later)]
+            later = [(number, self._went_on[rung][number]) for number in self._latest(rung)]
+            gains = [self._paths[number][rung] - value for number, value in later if math.isfinite(value)]
             gain = self._gains[rung] = statistics.median(gains) if gains else 0.0
         return gain

@@ -259,10 +259,13 @@ class Search:
         self._paused.discard(-1 if number is None else number)
         return number
 
-    def promote_foremost(self) -> int:
-        """The first among those that wait, which waits no more."""
+    def promote_leader(self, *, anyway: bool) -> int | None:
+        """Of trials that wait one that leads its rung, or the foremost when one must go on; it waits no more."""
         assert self._rungs is not None
-        number = self._rungs.foremost(self._paused)
+        leading = [number for number in self._paused if anyway or self._rungs.standing(number)[0] == 1]
+        if not leading:
+            return None
+        number = self._rungs.foremost(leading)
         self._paused.discard(number)
         return number
 

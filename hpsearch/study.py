@@ -265,9 +265,10 @@ class StudyRun:
             suggestion = self._search.ask()
             return self._start(suggestion, _Waiting(suggestion.number))
         if self._paused and not self._live:
-            if not any(self.states.get(state.value) for state in RANKED):
-                # Of a handful of trials none may be among the best third.
-                return self._promote(self._search.promote_foremost())
+            # Of a handful of trials none may be among the best third.
+            has_winner = any(self.states.get(state.value) for state in RANKED)
+            if (promoted := self._search.promote_leader(anyway=not has_winner)) is not None:
+                return self._promote(promoted)
             for number in list(self._paused):
                 self._give_up(number)
         return None

@@ -63,7 +63,7 @@ def test_a_study_file_becomes_a_ranked_record(tiny: Path, tmp_path: Path) -> Non
 
 def test_optuna_alone_reads_what_happened(tiny: Path, tmp_path: Path) -> None:
     study = hpsearch.launch(
-        tiny, trials=6, overrides=["prune.unpromising.warmup_epochs=0", "prune.unpromising.startup_trials=2"]
+        tiny, trials=6, overrides=["prune.unpromising={rule: median, warmup_epochs: 0, startup_trials: 2}"]
     )
     loaded = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/studies.db")
     ours = study.trials()
@@ -121,7 +121,7 @@ def test_the_test_split_is_seen_by_nobody_who_decides(tiny: Path, monkeypatch: p
 
 
 def test_inline_and_ray_leave_the_same_rows(tiny: Path, tmp_path: Path) -> None:
-    serial = ["resources.parallel=1", "prune.unpromising.warmup_epochs=0", "prune.unpromising.startup_trials=2"]
+    serial = ["resources.parallel=1", "prune.unpromising={rule: median, warmup_epochs: 0, startup_trials: 2}"]
     for backend in ("inline", "ray"):
         hpsearch.launch(tiny, name=backend, backend=backend, trials=6, overrides=serial)
     assert not ray.is_initialized()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -23,9 +24,12 @@ def climbed(values: dict[int, list[float]], reduction_factor: int = 3) -> Rungs:
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
 def test_rungs_lie_after_the_warm_up_in_order(warmup: float) -> None:
     parts = rungs.places(3, warmup)
-    assert list(parts) == sorted(set(parts))
+    assert list(parts) == sorted(parts)
     assert warmup < parts[0]
-    assert parts[-1] == pytest.approx(warmup + (1 - warmup) / 3)
+    assert all(later == earlier or later >= 1.5 * earlier for earlier, later in pairwise(parts)), (
+        "no two nearly at once"
+    )
+    assert rungs.places(3, 0.0) == pytest.approx((1 / 81, 1 / 27, 1 / 9, 1 / 3))
 
 
 def test_one_of_three_goes_on_and_the_others_may_later() -> None:
@@ -76,9 +80,40 @@ def test_what_waits_is_expected_to_gain_what_others_gained() -> None:
     found.end(0, 3.0)
     found.end(1, 4.2)
     assert found.expected(2) == pytest.approx(5.5 - 0.9 - 0.55 - 0.45)
+    assert found.expected(0) == pytest.approx(3.5 - 0.45)
     assert found.expected(3) is None
     found.end(4, math.inf)
     assert math.isfinite(found.expected(2) or math.nan)
+
+
+def test_one_in_ten_is_let_past_while_there_is_doubt_and_nobody_after() -> None:
+    doubting, sure = Rungs(3, seed=1), Rungs(3, seed=1)
+    for number in range(300):
+        for found in (doubting, sure):
+            found.reach(number, 0, float(number))
+    for number in range(90):
+        sure.reach(number, 1, float(number))
+        doubting.reach(number, 1, float(-number if number % 2 else number))
+    later = range(250, 300)
+    assert not any(sure.goes_on(number) for number in later)
+    past = Rungs(3, seed=1)
+    for number in range(300):
+        past.reach(number, 0, float(number))
+    assert 1 <= sum(past.goes_on(number) for number in range(100, 300)) <= 40
+    assert sum(doubting.goes_on(number) for number in later) >= 1
+
+
+def test_who_is_among_the_best_of_the_first_goes_on() -> None:
+    found = Rungs(3)
+    for number in range(10):
+        found.reach(number, 0, 10.0 + number)
+    for number in range(10, 40):
+        found.reach(number, 0, 1.0 + 0.01 * number)
+    found.reach(40, 0, 2.0)
+    assert found.standing(40)[0] > 40 / 3, "behind most of the chosen ones"
+    assert found.goes_on(40), "and ahead of all that were drawn at random"
+    found.reach(41, 0, 13.5)
+    assert not found.goes_on(41)
 
 
 def test_a_value_that_comes_again_after_a_crash_changes_nothing() -> None:
@@ -88,29 +123,33 @@ def test_a_value_that_comes_again_after_a_crash_changes_nothing() -> None:
 
 
 def test_good_trials_are_found_at_a_part_of_the_cost() -> None:
-    """Forty runs whose order at a rung is nearly that of their ends: the best of all is never cut."""
+    """Forty runs whose order at a rung is nearly that of their ends: one of the very best runs to its end."""
     for seed in range(20):
         draw = random.Random(seed)
         ends = {number: draw.uniform(1, 5) for number in range(40)}
-        found, waiting, cost = Rungs(3), set(), 0.0
+        found, cost = Rungs(3), 0.0
+        waiting: set[int | None] = set()
         parts = [*rungs.places(3, 0.0), 1.0]
         at: dict[int, int] = {}
         started = iter(ends)
         while True:
             number = found.next(waiting)
-            waiting.discard(-1 if number is None else number)
             number = next(started, None) if number is None else number
+            leading = [one for one in waiting if found.standing(one)[0] == 1]
+            number = found.foremost(leading) if number is None and leading else number
+            waiting.discard(number)
             if number is None:
                 break
             while True:
                 level = at[number] = at.get(number, -1) + 1
                 cost += parts[level] - (parts[level - 1] if level else 0)
-                if level == 3:
+                if level == rungs.LEVELS:
                     found.end(number, ends[number])
                     break
-                found.reach(number, level, ends[number] + 0.3 * (3 - level) + draw.gauss(0, 0.02))
+                found.reach(number, level, ends[number] + 0.3 * (rungs.LEVELS - level) + draw.gauss(0, 0.02))
                 if not found.goes_on(number):
                     waiting.add(number)
                     break
-        assert at[min(ends, key=lambda number: ends[number])] == 3
+        found_best = min(ends[number] for number, level in at.items() if level == rungs.LEVELS)
+        assert found_best < min(ends.values()) + 0.1
         assert cost < 14, "of forty full runs"
