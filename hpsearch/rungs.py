@@ -24,8 +24,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from itertools import islice
 
-import numpy as np
-
 LEVELS = 4
 """Rungs of a run: at 1/eta^4, ..., 1/eta of it. Its end is one more."""
 APART = 1.5
@@ -159,6 +157,8 @@ class Rungs:
         """The part that goes on, by Kendall's tau between the order at the rung and at the last place two share."""
         share = self._shares[rung]
         if share is None:
+            import numpy as np  # whoever reads a study file does without it
+
             paths = np.array([self._paths[number] for number in self._latest(rung)]).reshape(-1, LEVELS + 1)
             agree = seen = float(PAIRS_BELIEVED)
             here = np.sign(paths[:, None, rung] - paths[None, :, rung])

@@ -35,6 +35,7 @@ from hpsearch.settings import Objective, RunSettings
 from hpsearch.storage import Folder, locate
 from hpsearch.tasks import architecture
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
+from hpsearch.tasks.kernels import CheapDropout
 from hpsearch.trial import Point
 from hpsearch.trial_log import LOGGER
 
@@ -191,6 +192,8 @@ class Trainer:
         if settings.compile:
             self._model.compile()
         self._loss = self._ranks.replicate(_Loss(task))
+        has_dropout = device.type == "cpu" and not settings.compile and architecture.has_dropout(task.model)
+        self._dropout = CheapDropout() if has_dropout else nullcontext()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -408,7 +411,7 @@ class Trainer:
             batch = self.task.batch("train", own[start : start + self.micro_batch_size]).to(self.device)
             is_last = start + self.micro_batch_size >= len(own)
             with nullcontext() if is_last else self._ranks.without_sync(self._loss):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half), self._dropout:
                     loss = self._loss(batch) if counts else 0.0 * self._loss(batch)
                 loss.backward()
             total += loss.detach()

@@ -73,6 +73,11 @@ def check_model(auto_class: Any, settings: ModelSettings, **tokens: Any) -> None
         raise UsageError(f"model: a {config.model_type} of these sizes cannot be built: {error}") from error
 
 
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether training drops anything."""
+    return any(getattr(model.config, name, None) for name in _DROPOUT_NAMES)
+
+
 def merge_adapters(model: PreTrainedModel) -> None:
     """Add what low-rank adapters learned to the weights below them, and take the adapters out, if there are any."""
     if not any(".lora_" in name for name, _ in model.named_parameters()):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from hpsearch.data import SPLITS, DataCard, TokenSplit, load_split, read_card, save_tokenizer
@@ -29,6 +28,7 @@ from hpsearch.tasks.base import (
     gather_losses,
     make_score,
 )
+from hpsearch.tasks.kernels import VocabularyLoss
 from hpsearch.trial import TrialConfig
 
 
@@ -49,6 +49,7 @@ class CausalLM:
         self._splits: dict[str, TokenSplit] = {split: load_split(data, split) for split in SPLITS}
         self._length = settings.context_length
         self.model = architecture.build_model(AutoModelForCausalLM, settings, vocab_size=self._card.vocab_size)
+        self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -79,11 +80,7 @@ class CausalLM:
 
     def losses(self, batch: Batch) -> Tensor:
         inputs, labels = batch.tensors
-        logits = self.model(input_ids=inputs, use_cache=False).logits
-        losses = functional.cross_entropy(
-            logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="none"
-        )
-        return losses.view_as(labels)
+        return self._loss(labels, input_ids=inputs)
 
     def score(self, evaluate: Evaluate) -> Scored:
         """Perplexity per token and bits per byte of UTF-8 text, with intervals over documents."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM
 
 from hpsearch.data import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
@@ -32,6 +32,7 @@ from hpsearch.tasks.base import (
     padded,
     within_budget,
 )
+from hpsearch.tasks.kernels import VocabularyLoss, can_decode, decode_greedily
 from hpsearch.trial import Score, TrialConfig
 
 
@@ -61,6 +62,11 @@ class Translation:
         self._start = self.model.config.decoder_start_token_id
         if self._start is None:
             raise UsageError(f"model.pretrained: {settings.pretrained} names no decoder_start_token_id")
+        two = torch.arange(2)[None]
+        self._loss = VocabularyLoss(
+            self.model, input_ids=two, attention_mask=torch.ones_like(two), decoder_input_ids=two
+        )
+        self._decodes_greedily = options.num_beams == 1 and can_decode(self.model)
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -85,19 +91,13 @@ class Translation:
         source, target = batch.tensors
         shifted = target.new_full(target.shape, self._start)
         shifted[:, 1:] = target[:, :-1].masked_fill(target[:, :-1] == IGNORED, self._padding)
-        logits = self.model(
+        return self._loss(
+            target,
             input_ids=source,
             attention_mask=(source != self._padding).long(),
             decoder_input_ids=shifted,
-            use_cache=False,
-        ).logits
-        return functional.cross_entropy(
-            logits.float().reshape(-1, logits.shape[-1]),
-            target.reshape(-1),
-            ignore_index=IGNORED,
-            reduction="none",
             label_smoothing=self._label_smoothing if self.model.training else 0.0,
-        ).view_as(target)
+        )
 
     def score(self, evaluate: Evaluate) -> Scored:
         """BLEU (which ranks), chrF2++ and TER of the test split, as the sacrebleu command line computes them."""
@@ -137,9 +137,12 @@ class Translation:
 
     def _generate(self, batch: Batch) -> Tensor:
         source = batch.tensors[0]
+        is_text = (source != self._padding).long()
+        if self._decodes_greedily:
+            return decode_greedily(self.model, source, is_text, self._length)
         ids: Tensor = self.model.generate(
             input_ids=source,
-            attention_mask=(source != self._padding).long(),
+            attention_mask=is_text,
             num_beams=self._options.num_beams,
             do_sample=False,
             max_length=self._length,

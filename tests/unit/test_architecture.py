@@ -32,7 +32,7 @@ LAYERS = [
     {"trainer"},
     {"checkpoints", "ranks"},
     {"tasks.causal_lm", "tasks.translation", "tasks.classification"},
-    {"tasks.architecture"},
+    {"tasks.architecture", "tasks.kernels"},
     {"tasks.base"},
     {"tasks"},
     {"data"},
@@ -45,7 +45,9 @@ LAYERS = [
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
-TASK_ROOM = {"tasks.base", "tasks.architecture", "tasks.causal_lm", "tasks.translation", "tasks.classification"}
+TASK_ROOM = {
+    "tasks.base", "tasks.architecture", "tasks.kernels", "tasks.causal_lm", "tasks.translation", "tasks.classification",
+}  # fmt: skip
 OWNERS = {
     "click": {"cli"},
     "rich": {"terminal", "cli"},
