@@ -41,6 +41,10 @@ from hpsearch.trial_log import LOGGER
 
 CHECKPOINT_SHARE = 0.05
 """Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
+STATE_BYTES = 16
+"""Of a state for each weight that is trained: itself, two moments, and itself at its best."""
+DISK_SPEED = 500e6
+"""Bytes a second that a disk is taken to write until it has been seen to."""
 
 
 MICRO_BATCH = "micro-batch.txt"
@@ -103,9 +107,10 @@ def seed_everything(seed: int) -> None:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU that this process was given, if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    # By its number: some of torch.cuda takes no other name.
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def use_memory(device: torch.device, share: float | None) -> None:
@@ -180,7 +185,8 @@ class Trainer:
         self._position = _Position()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._began = self._saved = time.perf_counter()
-        self._save_seconds = 0.0
+        trained = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
+        self._save_seconds = STATE_BYTES * trained / DISK_SPEED
         self._is_partial = any(not parameter.requires_grad for parameter in task.model.parameters())
         self._order = np.random.default_rng(seed)
         self._model: nn.Module = task.model.to(device)
@@ -512,7 +518,13 @@ class Trainer:
         self.best = point
         if self._ranks.rank:
             return
-        self._best_weights = {name: value.detach().to("cpu", copy=True) for name, value in self._weights().items()}
+        is_gpu = self.device.type == "cuda"
+        for name, value in self._weights().items():
+            there = self._best_weights.get(name)
+            if there is None or not is_gpu or not there.is_pinned():
+                there = torch.empty_like(value, device="cpu", pin_memory=is_gpu)
+            # From a GPU in the order of its stream, before the next step changes the weights.
+            self._best_weights[name] = there.copy_(value.detach(), non_blocking=True)
         self._best_file = None
 
     def _weights(self) -> dict[str, Tensor]:
@@ -536,6 +548,8 @@ class Trainer:
         began = time.perf_counter()
         step = self._position.step
         loss_sum = self._ranks.add(self._loss_sum.clone()).item()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the best weights may be on their way
         random_states = self._random_states()
         if self._ranks.rank:
             return
