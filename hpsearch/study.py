@@ -297,6 +297,8 @@ class StudyRun:
         facts = {"point": point, "verdict": judgement.verdict.value, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="point", trial=number, facts=facts))
         if progress.rung is not None and not stops and live.config.repeat_of is None:
+            # Most trials come no further: how much of a GPU they take is learned here.
+            self._memory.learn(_settings(live.config), progress.micro_batch_size, progress.memory)
             return self._at_rung(live, point, progress.rung)
         if stops or not unpromising or point.epoch >= live.config.training.num_epochs:
             return Decision.CONTINUE

@@ -97,6 +97,10 @@ class Progress:
     """True when the worker ends the run at this verdict: the next thing it sends is its result."""
     rung: int | None = None
     """The rung that the run has reached with this point. It can go on from here later."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """At a rung: what the run has taken of a GPU so far, as in the provenance of a result."""
+    micro_batch_size: int | None = None
+    """At a rung."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -110,6 +114,8 @@ class Progress:
             judgement=Judgement(verdict=Verdict(judgement["verdict"]), evidence=Evidence(**judgement["evidence"])),
             stops=content["stops"],
             rung=content["rung"],
+            memory=content["memory"],
+            micro_batch_size=content["micro_batch_size"],
         )
 
 

@@ -313,9 +313,7 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
                 said = "evaluation %d at epoch %.4g: train %.4g, valid %.4g, %s"
                 losses = (point.train_loss, point.valid_loss, judgement.verdict)
                 LOGGER.info(said, point.evaluation, point.epoch, *losses, extra={"facts": asdict(point)})
-            progress.append(
-                Progress(point=point, judgement=judgement, stops=stops, rung=trainer.rungs.get(point.evaluation))
-            )
+            progress.append(_progress(trainer, point, judgement, stops=stops))
             if point.evaluation > config.recorded or point.evaluation > trainer.resumed_evaluations:
                 yield progress[-1]
             if stops:
@@ -348,6 +346,20 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
         examples=statistics.pack(scored.examples),
         details=scored.details,
         checkpoint=str(trainer.folder),
+    )
+
+
+def _progress(trainer: Trainer, point: Point, judgement: Judgement, *, stops: bool) -> Progress:
+    rung = trainer.rungs.get(point.evaluation)
+    if rung is None:
+        return Progress(point=point, judgement=judgement, stops=stops)
+    return Progress(
+        point=point,
+        judgement=judgement,
+        stops=stops,
+        rung=rung,
+        memory=peak_memory(trainer.device),
+        micro_batch_size=trainer.micro_batch_size,
     )
 
 

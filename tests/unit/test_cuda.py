@@ -21,6 +21,7 @@ from hpsearch.trainer import (
     PreemptedError,
     Trainer,
     peak_memory,
+    pick_device,
     seed_everything,
     use_memory,
 )
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 
 MODEL = ModelSettings(architecture="gpt2", hidden_size=128, num_layers=2, context_length=64, init_std=0.08, dropout=0.1)
 RUN = RunSettings(learning_rate=3e-3, batch_size=32, num_epochs=2, evaluations_per_epoch=2)
-GPU = torch.device("cuda")
+GPU = pick_device("auto")
 Make = Callable[..., Trainer]
 
 
@@ -75,12 +76,12 @@ def test_a_preempted_run_goes_on_from_its_checkpoint(make: Make, tmp_path: Path)
     def after_some_steps() -> Order:
         nonlocal steps
         steps += 1
-        return Order.PREEMPT if steps > 30 else Order.GO_ON
+        return Order.PREEMPT if steps > 12 else Order.GO_ON
 
     with pytest.raises(PreemptedError):
         losses(make(name="first", pulse=after_some_steps))
     again = make(name="second", earlier=[tmp_path / "first"])
-    assert losses(again) == pytest.approx(whole, rel=0.01)
+    assert losses(again) == pytest.approx(whole, rel=0.02)
     assert again.resumed_evaluations >= 1
 
 
