@@ -5,10 +5,10 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-report bench-verdict clean
+.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-whole clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.demo ## Install, run studies/lm.yaml on real text, end with the leaderboard (minutes on 2 cores)
 	$(BIN)/hpsearch launch $(STUDY)
@@ -41,7 +41,7 @@ format: .venv/.dev ## Format the code and sort imports
 screenshots: .venv/.dev ## The README's pictures of pages, from the store of `make demo` (needs chromium)
 	$(BIN)/python -m tests.browser.screenshots
 
-bench: bench-verdict bench-faults bench-growth bench-report ## Every benchmark that the README quotes
+bench: bench-verdict bench-search bench-trainer bench-orchestration bench-whole bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
 
 bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
 	$(BIN)/python benchmarks/faults.py
@@ -51,6 +51,18 @@ bench-growth: .venv/.dev ## What a trial and the reading commands cost at 100, 1
 
 bench-report: .venv/.demo ## How long a report takes and how large it is, up to 1,000 trials
 	$(BIN)/python benchmarks/report.py
+
+bench-orchestration: .venv/.dev ## What a trial costs beside its training, for hpsearch, Ray Tune + OptunaSearch and Optuna (ten minutes)
+	$(BIN)/python benchmarks/orchestration.py
+
+bench-search: .venv/.peers ## Search quality on published curves beside Optuna, Ray Tune and Syne Tune (TABLES=FOLDER; ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search.py $(if $(TABLES),--tables $(TABLES))
+
+bench-trainer: .venv/.dev ## Our training loop beside the HF Trainer (five minutes)
+	$(BIN)/python benchmarks/trainer.py
+
+bench-whole: .venv/.dev ## How long to the validation loss that Ray Tune + OptunaSearch + ASHA + HF Trainer ends at (hours)
+	$(BIN)/python benchmarks/whole.py
 
 bench-verdict: .venv/.demo ## The overfitting rule beside other stop rules; TABLES=FOLDER adds published curves
 	$(BIN)/python benchmarks/verdict.py $(if $(TABLES),--tables $(TABLES))
@@ -65,6 +77,10 @@ clean: ## Remove the virtual environment, caches and the default run folder; stu
 
 .venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dashboard,demo-data]'
+	@touch $@
+
+.venv/.peers: benchmarks/peers.txt .venv/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python

