@@ -10,9 +10,9 @@ Of each method the table says its regret after 10, 25, 50 and 100 % of the budge
 epochs it needs to come to the regret that Optuna's default ends at, as a part of what that one needs: the geometric
 mean over tables, where a method that never comes there counts as twice the budget.
 
-hpsearch's scheme was first chosen on the tables named in TUNED_ON; the others are reported apart, but are no blind test:
-its last details were settled with a look at all of them. What the tables are and
-where they are from: `benchmarks/curves.py`. None is part of this project.
+hpsearch's scheme was first chosen on the tables named in TUNED_ON; the others are reported apart, but are no blind
+test: its last details were settled with a look at all of them. What the tables are and where they are from:
+`benchmarks/curves.py`. None is part of this project.
 """
 
 from __future__ import annotations
