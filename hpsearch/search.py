@@ -293,7 +293,8 @@ class Search:
             intermediate = self._trial(number).intermediate_values
             values = [intermediate[max(intermediate)]] if intermediate else None if value is None else [value]
         self._paused.discard(number)
-        if self._rungs and optuna_state.is_finished() and state is not TrialState.UNPROMISING:
+        # A trial that failed, or was never promoted, says nothing of how it would have ended.
+        if self._rungs and optuna_state.is_finished() and state not in (TrialState.UNPROMISING, TrialState.FAILED):
             self._rungs.end(number, math.inf if value is None else self._sign * value)
         self._tell_record(number, optuna_state, values, notes)
         if number not in self._repeats and optuna_state.is_finished():

@@ -127,6 +127,19 @@ def test_a_trial_that_is_resumed_goes_on_in_its_run(tmp_path: Path) -> None:
     assert run.info.status == "FINISHED"
 
 
+def test_a_trial_that_waits_and_never_goes_on_is_ended_there_too(tmp_path: Path) -> None:
+    with tracked(["tensorboard", "mlflow"], STUDY, tmp_path, lambda text: pytest.fail(text)) as listeners:
+        for hear in listeners:
+            hear(Event(kind="trial_started", trial=0, facts={"params": {"learning_rate": 0.1}}))
+            hear(Event(kind="point", trial=0, facts={"point": point(1)}))
+            for state in (TrialState.PAUSED, TrialState.UNPROMISING):
+                facts = {"params": {"learning_rate": 0.1}, "result": result(state)}
+                hear(Event(kind="trial_ended", trial=0, facts=facts))
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("a study").experiment_id])
+    assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "unpromising")
+
+
 def test_a_tracker_that_fails_is_left_alone_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def __init__(self, *_: Any) -> None: ...
