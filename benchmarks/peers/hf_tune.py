@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -48,6 +49,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves a file with one in the home folder
     import optuna
     import ray
     from ray import tune

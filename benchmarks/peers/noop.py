@@ -55,7 +55,9 @@ def hpsearch_() -> None:
 
 def tune_(*, tuned: bool) -> None:
     import os
+    import secrets
 
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray leaves a file with one in the home folder
     if tuned:
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "86400"}
     import optuna
