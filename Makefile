@@ -41,7 +41,7 @@ format: .venv/.dev ## Format the code and sort imports
 screenshots: .venv/.dev ## The README's pictures of pages, from the store of `make demo` (needs chromium)
 	$(BIN)/python -m tests.browser.screenshots
 
-bench: bench-verdict bench-search bench-trainer bench-orchestration bench-whole bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
+bench: bench-verdict $(if $(TABLES),bench-search) bench-trainer bench-orchestration bench-whole bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
 
 bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
 	$(BIN)/python benchmarks/faults.py

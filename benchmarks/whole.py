@@ -38,24 +38,24 @@ def study(case: str) -> dict[str, Any]:
 
     # YAML 1.2, whose 1e-3 is a number.
     content: dict[str, Any] = json.loads(json.dumps(read_study_file(HERE.parent / "studies" / STUDIES[case]).content))
-    content.pop("store", None)
+    for name in ("store", "prune"):  # both as they are by default
+        content.pop(name, None)
     content["resources"] = {"cpus_per_trial": 1, "gpus_per_trial": 0, "parallel": 2}
     return content
 
 
-def settings(case: str, folder: Path, data: Path, *, trials: int, seed: int) -> dict[str, Any]:
+def settings(case: str, folder: Path, data: Path, evaluations: int, *, trials: int, seed: int) -> dict[str, Any]:
     content = study(case)
     space = {name: there for name, there in content["search"].items() if isinstance(there, list | dict)}
     longest = space["num_epochs"]["max"]
-    evaluations = max(1, round(40 / longest))
     return {
         "case": case, "folder": str(folder), "data": str(data), "trials": trials, "seed": seed, "space": space,
         "dropout": content["search"]["dropout"], "evaluations": evaluations, "most_evaluations": longest * evaluations,
     }  # fmt: skip
 
 
-def peer(case: str, folder: Path, data: Path, *, trials: int, seed: int) -> list[dict[str, Any]]:
-    chosen = settings(case, folder, data, trials=trials, seed=seed)
+def peer(case: str, folder: Path, data: Path, evaluations: int, *, trials: int, seed: int) -> list[dict[str, Any]]:
+    chosen = settings(case, folder, data, evaluations, trials=trials, seed=seed)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, str(HERE / "peers" / "hf_tune.py"), json.dumps({**chosen, "began": time.time()})]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
@@ -105,10 +105,11 @@ def compare(case: str, seed: int, trials: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hps-w-") as place:
         folder = Path(place)
         (folder / "prepared.yaml").write_text(yaml.safe_dump(study(case)))
-        data, _ = prepare(load_study(folder / "prepared.yaml", folder=str(folder / "data")))[:2]
+        spec = load_study(folder / "prepared.yaml", folder=str(folder / "data"))
+        data = prepare(spec)[0]
         for name in ("peer", "ours"):
             (folder / name).mkdir()
-        theirs = finite(peer(case, folder / "peer", Path(data), trials=trials, seed=seed))
+        theirs = finite(peer(case, folder / "peer", data, spec.evaluations_per_epoch, trials=trials, seed=seed))
         shutil.rmtree(folder / "peer" / "results", ignore_errors=True)
         goal = min(one["loss"] for one in theirs)
         mine = finite(ours(case, folder / "ours", folder / "data", trials=trials, seed=seed, goal=goal))

@@ -28,9 +28,8 @@ LEVELS = 4
 """Rungs of a run: at 1/eta^4, ..., 1/eta of it. Its end is one more."""
 APART = 1.5
 """A rung less than so many times as far as the one before falls together with it."""
-FIRST = 10
-"""Trials that are drawn at random, before a sampler chooses."""
 ENOUGH_OF_FIRST = 8
+"""Of the first trials, those that must have reached a rung before others are compared with them there."""
 PAIRS_BELIEVED = 8
 """Pairs of trials that are taken to keep their order before any has been seen to."""
 LATEST_SEEN = 100
@@ -54,8 +53,9 @@ def places(reduction_factor: int, warmup_fraction: float) -> tuple[float, ...]:
 class Rungs:
     """The values of a study's trials at its rungs; lower is better."""
 
-    def __init__(self, reduction_factor: int, seed: int | None = None) -> None:
-        """The seed decides who is let past; without one nobody is."""
+    def __init__(self, reduction_factor: int, seed: int | None = None, *, first: int = 10) -> None:
+        """The seed decides who is let past; without one nobody is. The `first` trials are drawn at random."""
+        self._num_first = first
         self._least = 1 / reduction_factor
         self._seed = seed
         self._paths: dict[int, list[float]] = {}
@@ -75,7 +75,7 @@ class Rungs:
         self._add(number, rung, value)
         self._highest[number] = rung
         insort(self._ordered[rung], (value, number))
-        if number < FIRST:
+        if number < self._num_first:
             insort(self._first[rung], value)
 
     def end(self, number: int, value: float) -> None:
@@ -92,7 +92,7 @@ class Rungs:
         if self._place(number, rung) < math.floor(share * len(self._ordered[rung]) + 1e-9):
             return True
         first = self._first[rung]
-        if number >= FIRST and len(first) >= ENOUGH_OF_FIRST:
+        if number >= self._num_first and len(first) >= ENOUGH_OF_FIRST:
             better = bisect_left(first, self._paths[number][rung])
             if better < math.floor(share * len(first) + 1e-9):
                 return True

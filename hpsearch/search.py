@@ -163,7 +163,11 @@ class Search:
         self._repeats = {trial.number for trial in history if _REPEAT in trial.system_attrs}
         self._sign = 1.0 if spec.objective == "loss" else -1.0
         rule = spec.prune.unpromising
-        self._rungs = Rungs(rule.reduction_factor, spec.seed) if rule.rule == "promote" else None
+        self._rungs = (
+            Rungs(rule.reduction_factor, spec.seed, first=spec.sampler.startup_trials)
+            if rule.rule == "promote"
+            else None
+        )
         self._paused: set[int] = set()
         self._brain = optuna.create_study(
             study_name=spec.name,
