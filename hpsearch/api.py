@@ -8,11 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hpsearch
 from hpsearch import leases
 from hpsearch.errors import (
     EXIT_BUSY,
@@ -414,11 +418,8 @@ def launch_spec(
     on_cluster_lost: Callable[[], None] | None = None,
 ) -> Study:
     """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
-    from hpsearch.annotations import Annotator
     from hpsearch.backends import open_backend
     from hpsearch.outbox import Outbox
-    from hpsearch.search import Search
-    from hpsearch.study import StopRequestedError, StudyRun
     from hpsearch.trackers import check_trackers, tracked
 
     def note(text: str) -> None:
@@ -428,10 +429,15 @@ def launch_spec(
     check_trackers(track, locate(spec.folder))
     starts = [] if repeats is not None else _starts(spec)
     with ThreadPoolExecutor(1) as helper, ExitStack() as stack:
-        # Ray needs seconds to start; the text is read and tokenized meanwhile.
+        # Ray needs seconds to start; the text is read and tokenized meanwhile, and what decides is imported.
         preparing = helper.submit(_prepare_data, spec)
+        helper.submit(_import_what_decides)
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()
+        from hpsearch.annotations import Annotator
+        from hpsearch.search import Search
+        from hpsearch.study import StopRequestedError, StudyRun
+
         store = stack.enter_context(_opened(spec.store, create=True))
         row = _register(store, spec, overrides, card)
         lease = stack.enter_context(leases.hold(store, row, note))
@@ -583,14 +589,37 @@ def _whole(value: float, integer: bool) -> float:
     return int(value) if integer else value
 
 
+def _import_what_decides() -> None:
+    for name in ("hpsearch.annotations", "hpsearch.study", "alembic.command"):  # the last is for Optuna's tables
+        import_module(name)
+
+
 def _prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
     from hpsearch.data import count_cut, prepare
-    from hpsearch.tasks import check_model
 
     folder, card = prepare(spec)
-    for settings in _corner_models(spec):
-        check_model(spec.task, settings, card)
+    _check_models(spec, card, cached(folder))
     return folder, card, count_cut(spec, cached(folder))
+
+
+def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
+    """Raise UsageError for models that cannot be built; what could be is noted beside the data, and not tried again.
+
+    Trying takes seconds: torch and transformers are imported for it.
+    """
+    from hpsearch.tasks import check_model
+
+    note = folder / "models-checked.txt"
+    known = set(note.read_text().splitlines()) if note.is_file() else set()
+    versions = f"{hpsearch.__version__} {version('transformers')}"
+    for settings in _corner_models(spec):
+        key = sha256(f"{versions} {spec.task} {settings.model_dump_json()}".encode()).hexdigest()
+        # A pretrained model lies in a folder that may change.
+        if key in known and settings.pretrained is None:
+            continue
+        check_model(spec.task, settings, card)
+        with suppress(OSError), note.open("a") as file:
+            file.write(f"{key}\n")
 
 
 def _existing(spec: StudySpec, *, extend: bool = False) -> dict[str, int] | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 LEARN_FROM = 5
 """Trials that have a device for themselves before others are packed together."""
@@ -54,6 +53,8 @@ class PeakMemory:
 
     def _estimate(self, size: tuple[float, ...]) -> float:
         """Bytes, margin included."""
+        from scipy.optimize import nnls  # workers import this module for its constants
+
         seen, peaks = np.array(self._sizes), np.array(self._peaks)
         scale = seen.max(axis=0)
         # Relative errors count: a small trial that is misjudged by half is as bad as a large one.

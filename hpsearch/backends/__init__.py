@@ -13,12 +13,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hpsearch.spec import DEFAULT_STORE, StudySpec
-from hpsearch.study import StudyRun
 
-BACKENDS = {"ray": "hpsearch.backends.ray_tune", "inline": "hpsearch.backends.inline"}
+if TYPE_CHECKING:
+    from hpsearch.study import StudyRun
+
+BACKENDS = {"ray": "hpsearch.backends.ray_cluster", "inline": "hpsearch.backends.inline"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ LAYERS = [
     {"figures"},
     {"wording"},
     {"backends.ray_tune", "backends.ray_jobs", "backends.inline"},
-    {"backends.ray_metrics"},
+    {"backends.ray_metrics", "backends.ray_cluster"},
     {"backends"},
     {"study", "invariants", "trackers"},
     {"tables"},
@@ -51,7 +51,7 @@ TASK_ROOM = {
 OWNERS = {
     "click": {"cli"},
     "rich": {"terminal", "cli"},
-    "ray": {"backends.ray_tune", "backends.ray_jobs", "backends.ray_metrics"},
+    "ray": {"backends.ray_cluster", "backends.ray_tune", "backends.ray_jobs", "backends.ray_metrics"},
     "optuna": {"search"},
     "optuna_dashboard": {"dashboard"},
     "jinja2": {"pages"},

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hpsearch.backends import Placement
-from hpsearch.backends.ray_tune import _Bridge, _in_this_folder, _place
+from hpsearch.backends.ray_cluster import _in_this_folder
+from hpsearch.backends.ray_tune import _Bridge, _place
 from hpsearch.errors import ClusterError
 from hpsearch.spec import load_study
 
