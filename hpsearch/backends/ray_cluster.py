@@ -1,4 +1,4 @@
-"""The Ray that trials run on: started on this machine and ended afterwards, or joined. Owns Ray, with `ray_tune`.
+"""The Ray that trials run on: started on this machine and ended afterwards, or joined.
 
 Ray needs seconds to start, and Tune as long to be imported: one is done while the other goes on.
 """

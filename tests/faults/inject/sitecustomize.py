@@ -99,7 +99,7 @@ def patch_checkpoints(module: Any) -> None:
 PATCHES = {
     "hpsearch.trainer": patch_trainer,
     "hpsearch.checkpoints": patch_checkpoints,
-    "hpsearch.backends.ray_tune": patch_ray,
+    "hpsearch.backends.ray_cluster": patch_ray,
 }
 
 
