@@ -105,9 +105,9 @@ def grow(url: str, trials: int) -> None:
                     for column in tables[table].primary_key.columns:
                         if column.name not in ("trial_id", "evaluation", "metric"):
                             changed.pop(column.name)
-                    for key in ("valid_loss", "value", "intermediate_value"):
+                    for key in ("valid_loss", "value", "low", "high", "intermediate_value"):
                         if isinstance(changed.get(key), float):
-                            changed[key] += shift
+                            changed[key] *= 1 + shift
                     if changed.get("param_name") == "learning_rate":
                         changed["param_value"] = rate
                     new[table].append({**changed, "trial_id": 10_000 + number})

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from gc import set_threshold
 from typing import Any, TypeVar
 
 import click
@@ -44,6 +45,7 @@ class _Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _take_passwords_off_the_command_line()
+        set_threshold(50_000)  # rows by the thousand are made and kept: to look through them again and again is slow
         kwargs["standalone_mode"] = False
         debug = "--debug" in sys.argv or bool(os.environ.get("HPSEARCH_DEBUG"))
         try:
@@ -551,7 +553,6 @@ def rank(
     """
     from hpsearch import api, terminal, wording
     from hpsearch.ranking import flat_rows
-    from hpsearch.tables import spreadsheet_text
 
     if as_csv + markdown + as_json > 1:
         raise click.UsageError("give one of --csv, --markdown and --json")
@@ -561,6 +562,8 @@ def rank(
     elif markdown:
         print(wording.leaderboard_markdown(board))
     elif as_csv:
+        from hpsearch.tables import spreadsheet_text
+
         rows = flat_rows(board)
         writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["test_rank", "trial"], lineterminator="\n")
         writer.writeheader()

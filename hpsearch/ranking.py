@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,30 +85,41 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
     entries: list[_Entry] = []
     finals: list[Row] = []
     for study in found:
-        trials = store.trials(study["id"])
-        for state, count in count_states(trials).items():
-            states[state] = states.get(state, 0) + count
-        scores = store.study_scores(study["id"])
-        ids = {trial["number"]: trial["id"] for trial in trials}
-        rows = store.leaderboard(study["name"])
-        entries += [_Entry(row=row, id=ids[row["trial"]], scores=scores[row["trial"]]) for row in rows]
+        counts = store.counts(study["id"])
+        for row in counts:
+            if not row["is_repeat"]:
+                states[row["state"]] = states.get(row["state"], 0) + row["trials"]
+        scores = store.study_scores(study["id"], [first["metric"]])
+        for row in store.leaderboard(study["name"]):
+            scored = scores[row["trial"]]
+            entries.append(_Entry(row=row, id=scored[first["metric"]]["trial_id"], scores=scored))
         # Finals and the choice of validation are told within a study; across studies their scores need not compare.
-        finals = _finals(study, trials, scores) if len(found) == 1 else []
+        if len(found) == 1 and any(row["is_repeat"] for row in counts):
+            finals = _finals(study, store.trials(study["id"]), scores)
+    if first["metric"] == "perplexity" and _odd_one("perplexity", entries) is not None:
+        for study in found:
+            also = store.study_scores(study["id"], ["bits_per_byte"])
+            for entry in entries:
+                if entry.row["study"] == study["name"]:
+                    entry.scores.update(also.get(entry.row["trial"], {}))
     metric, note = _common_metric(first["metric"], entries, mixed=mixed)
-    ranked = _ranked(store, metric, entries)
-    choice = min(ranked, key=lambda row: (row["valid_rank"], row["trial"]), default=None) if len(found) == 1 else None
-    shown = ranked[:top]
+    rated = _rated(metric, entries)
+    choice = min(rated, key=lambda one: (one.row["valid_rank"], one.row["trial"]), default=None)
+    wanted = {entry.id for entry in rated[:top]}
     # The rival is always there to be seen, wherever its test score put it.
-    if choice is not None and choice not in shown:
-        shown = [*shown, choice]
+    if len(found) == 1 and choice is not None:
+        wanted.add(choice.id)
+    rows = _ranked(store, metric, rated, wanted)
     return Leaderboard(
         studies=[study["name"] for study in found],
         task=first["task"],
         metric=metric,
         objective=first["objective"],
-        rows=shown,
+        rows=rows,
         states=states,
-        validation_choice=choice,
+        validation_choice=next(
+            (row for row in rows if len(found) == 1 and choice and row["trial"] == choice.row["trial"]), None
+        ),
         finals=finals,
         note=note,
     )
@@ -224,6 +235,8 @@ def _odd_one(metric: str, entries: Sequence[_Entry]) -> tuple[_Entry, str] | Non
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     """What differs between two contracts, in words; empty when they are equal."""
+    if first == second:
+        return ""
     return ", ".join(
         f"{key} ({first.get(key)} and {second.get(key)})"
         for key in dict.fromkeys([*first, *second])
@@ -231,16 +244,23 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     )
 
 
-def _ranked(store: Store, metric: str, entries: Sequence[_Entry]) -> list[Row]:
-    """The entries' rows, best first, with rank, tie and p-value."""
+def _rated(metric: str, entries: Sequence[_Entry]) -> list[_Entry]:
+    """The entries with their scores in this metric, best first."""
     sign = -1 if HIGHER_IS_BETTER[metric] else 1
     rated = [replace(entry, row={**entry.row, **_rating(metric, entry)}) for entry in entries]
-    rated.sort(key=lambda entry: (sign * entry.row["score"], entry.row["study"], entry.row["trial"]))
-    p_values = _p_values(store, metric, rated) if _odd_one(metric, rated) is None else {}
+    return sorted(rated, key=lambda entry: (sign * entry.row["score"], entry.row["study"], entry.row["trial"]))
+
+
+def _ranked(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[int]) -> list[Row]:
+    """The rows of the wanted ones among all these entries, with rank, tie and p-value."""
+    p_values = _p_values(store, metric, rated, wanted) if _odd_one(metric, rated) is None else {}
     rows: list[Row] = []
+    rank, score = 0, math.nan
     for place, entry in enumerate(rated, start=1):
-        same = rows and rows[-1]["score"] == entry.row["score"]
-        rank = rows[-1]["test_rank"] if same else place
+        if entry.row["score"] != score:
+            rank, score = place, entry.row["score"]
+        if entry.id not in wanted:
+            continue
         p_value = p_values.get(entry.id)
         tied = place > 1 and (rank == 1 or (p_value is not None and p_value > SIGNIFICANCE))
         row = {**entry.row, "test_rank": rank, "tie": "1=" if tied else str(rank), "p_value": p_value}
@@ -259,8 +279,8 @@ def _rating(metric: str, entry: _Entry) -> Row:
     }
 
 
-def _p_values(store: Store, metric: str, rated: Sequence[_Entry]) -> dict[int, float]:
-    """By trial id; none for trials whose answers were not kept."""
+def _p_values(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[int]) -> dict[int, float]:
+    """Of the wanted ones among all that are compared, by trial id; none for trials whose answers were not kept."""
     bounds: dict[int, float] = {}
     if len(rated) > _MANY_TRIALS:
         columns = ("score", "score_low", "score_high")
@@ -268,18 +288,23 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry]) -> dict[int, f
         found = statistics.clearly_worse(values, low, high, higher_is_better=HIGHER_IS_BETTER[metric])
         bounds = {entry.id: float(bound) for entry, bound in zip(rated, found, strict=True) if bound <= SIGNIFICANCE}
         rated = [entry for entry in rated if entry.id not in bounds]
-    kept = store.examples([entry.id for entry in rated])
-    tested = [entry for entry in rated if entry.id in kept]
+    there = store.with_examples([entry.id for entry in rated])
+    tested = [entry for entry in rated if entry.id in there]
     if not tested or tested[0] is not rated[0]:
         return {}
+    compared = len(tested)
+    if compared > statistics.MOST_PAIRED:
+        # Each is held against the winner alone then, whoever else is.
+        tested = [entry for entry in tested if entry.id in wanted or entry is tested[0]]
+    kept = store.examples([entry.id for entry in tested])
     examples: list[statistics.Examples] = [statistics.unpack(kept[entry.id]) for entry in tested]
     contract = tested[0].scores[metric]["contract"]
     observed = np.array([entry.row["score"] for entry in tested])
     # The test compares each with each; in a large study fewer resamples keep the answer within seconds.
-    resamples = statistics.RESAMPLES if len(examples) <= _MANY_TRIALS else 500
+    resamples = statistics.RESAMPLES if compared <= _MANY_TRIALS else 500
     resampled = statistics.resample(metric, examples, contract, resamples=resamples)
     p_values = statistics.tie_p_values(
-        observed, resampled, tested[0].row["score_n"], higher_is_better=HIGHER_IS_BETTER[metric]
+        observed, resampled, tested[0].row["score_n"], higher_is_better=HIGHER_IS_BETTER[metric], compared=compared
     )
     return bounds | {entry.id: float(p_value) for entry, p_value in zip(tested, p_values, strict=True)}
 

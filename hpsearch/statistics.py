@@ -110,7 +110,9 @@ def resample(
     return np.stack(scores)
 
 
-def tie_p_values(observed: Floats, resampled: Floats, examples: int, *, higher_is_better: bool) -> Floats:
+def tie_p_values(
+    observed: Floats, resampled: Floats, examples: int, *, higher_is_better: bool, compared: int | None = None
+) -> Floats:
     """For each trial, the p-value of "as good as the best one, which was picked for being best". Shape (trials,).
 
     `observed` has shape (trials,), `resampled` (trials, resamples); `examples` is the size of the test split.
@@ -120,12 +122,14 @@ def tie_p_values(observed: Floats, resampled: Floats, examples: int, *, higher_i
     held against the largest difference between any two trials in each resample: a single-step max-T correction (Romano
     & Wolf, Econometrica 2005), of which Tukey's range test is the normal case. Equal trials are all tied in 95 of 100
     test splits, however many there are. The pairs of more than MOST_PAIRED trials are not formed: Bonferroni's
-    correction for their number takes the place of the largest difference, and ties some more of them.
+    correction for their number takes the place of the largest difference, and ties some more of them. Of so many,
+    `compared` in all, some may be left out; the best one may not.
     """
+    compared = compared or len(observed)
     errors = resampled - observed[:, None]
     winner = int(np.argmax(observed) if higher_is_better else np.argmin(observed))
-    if len(observed) > MOST_PAIRED:
-        return _bonferroni(observed, errors, winner, examples)
+    if compared > MOST_PAIRED:
+        return _bonferroni(observed, errors, winner, examples, compared)
     covariance = np.cov(errors) if len(observed) > 1 else np.zeros((1, 1))
     variance = np.diag(covariance)
     spread = np.sqrt(np.maximum(variance[:, None] + variance[None, :] - 2 * covariance, 0))
@@ -142,13 +146,13 @@ def tie_p_values(observed: Floats, resampled: Floats, examples: int, *, higher_i
     return np.asarray((1 + (largest[None, :] >= distance[:, None]).sum(axis=1)) / (1 + len(largest)))
 
 
-def _bonferroni(observed: Floats, errors: Floats, winner: int, examples: int) -> Floats:
+def _bonferroni(observed: Floats, errors: Floats, winner: int, examples: int, compared: int) -> Floats:
     from scipy.special import stdtr
 
     spread = (errors - errors[winner]).std(axis=1, ddof=1) * math.sqrt(examples / max(1, examples - 1))
     spread[spread <= 1e-9 * np.abs(observed).max(initial=1e-300)] = np.inf
     distance = np.abs(observed - observed[winner]) / spread
-    pairs = len(observed) * (len(observed) - 1) / 2
+    pairs = compared * (compared - 1) / 2
     return np.asarray(np.minimum(1.0, pairs * 2 * stdtr(max(1, examples - 1), -distance)))
 
 

@@ -400,6 +400,13 @@ class Store:
     def trials(self, study_id: int) -> list[Row]:
         return self._rows(sa.select(_trials).where(_trials.c.study_id == study_id).order_by(_trials.c.number))
 
+    def counts(self, study_id: int) -> list[Row]:
+        """How many `trials` there are in each `state`, those of finals (`is_repeat`) and others apart."""
+        is_repeat = _trials.c.repeat_of.is_not(None)
+        query = sa.select(_trials.c.state, is_repeat.label("is_repeat"), sa.func.count().label("trials"))
+        query = query.where(_trials.c.study_id == study_id).group_by(_trials.c.state, is_repeat)
+        return self._rows(query.order_by(sa.func.min(_trials.c.number)))
+
     def trial(self, study: Row, number: int) -> Row:
         rows = self._rows(sa.select(_trials).where(_trials.c.study_id == study["id"], _trials.c.number == number))
         if not rows:
@@ -434,6 +441,11 @@ class Store:
         rows = self._rows(sa.select(_examples).where(_examples.c.trial_id.in_(trial_ids)))
         return {row["trial_id"]: row["content"] for row in rows}
 
+    def with_examples(self, trial_ids: Sequence[int]) -> set[int]:
+        """Those of the trials whose per-example test statistics are kept."""
+        query = sa.select(_examples.c.trial_id).where(_examples.c.trial_id.in_(trial_ids))
+        return {row["trial_id"] for row in self._rows(query)}
+
     def study_points(self, study_id: int) -> dict[int, list[Row]]:
         """Curves of all trials of a study, by row id."""
         ours = sa.select(_trials.c.id).where(_trials.c.study_id == study_id)
@@ -460,13 +472,15 @@ class Store:
                         connection.execute(sa.delete(table).where(condition))
         return found
 
-    def study_scores(self, study_id: int) -> dict[int, dict[str, Row]]:
-        """Scores of all trials of a study, by trial number and metric."""
+    def study_scores(self, study_id: int, metrics: Sequence[str] | None = None) -> dict[int, dict[str, Row]]:
+        """Scores of all trials of a study, by trial number and metric; of these metrics, or all."""
         query = (
             sa.select(_trials.c.number, _scores)
             .join(_scores, _scores.c.trial_id == _trials.c.id)
             .where(_trials.c.study_id == study_id)
         )
+        if metrics is not None:
+            query = query.where(_scores.c.metric.in_(metrics))
         scores: dict[int, dict[str, Row]] = {}
         for row in self._rows(query):
             scores.setdefault(row["number"], {})[row["metric"]] = row
@@ -536,7 +550,9 @@ class Store:
 
     def _rows(self, query: sa.Select[Any]) -> list[Row]:
         with self._guarded(), self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+            result = connection.execute(query)
+            names = list(result.keys())
+            return [dict(zip(names, row, strict=True)) for row in result]
 
     def _open_engine(self, url: str, create: bool) -> sa.Engine:
         parsed = _parsed(url)
