@@ -155,7 +155,9 @@ class SamplerSpec(Strict):
     """How Optuna proposes settings."""
 
     name: SamplerName = "tpe"
-    startup_trials: int = Field(10, ge=0, description="Random trials before a model is trusted (tpe, gp, cmaes).")
+    startup_trials: int = Field(
+        10, ge=0, description="Trials, spread evenly over the space, before a model is trusted (tpe, gp, cmaes)."
+    )
 
 
 class UnpromisingSpec(Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,8 @@ import pytest
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
-from hpsearch.search import (
-    BEST_SEEN,
-    LATEST_SEEN,
-    OPTUNA_STATE,
-    Search,
-    _History,
-    clip_at_median,
-    first_suggestions,
-)
+from hpsearch.samplers import BEST_SEEN, LATEST_SEEN, _History, clip_at_median
+from hpsearch.search import OPTUNA_STATE, Search, first_suggestions
 from hpsearch.spec import StudySpec, load_study
 from hpsearch.trial import TrialState
 
@@ -351,3 +345,33 @@ def test_a_sampler_of_a_large_study_sees_the_best_the_latest_and_the_open(object
     trials[5].number = 5
     (again,) = [trial for trial in history.seen(list(trials), maximise=objective == "bleu") if trial.number == 5]
     assert again.value == 1.5, "one that ends late is seen as it is"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
+def test_the_first_trials_are_spread_evenly_over_every_setting(tmp_path: Path, sampler: str) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(f"{BASE}  batch_size: [8, 16, 32, 64, 128]\n")
+    tried = first_suggestions(load_study(file, overrides=[f"sampler={sampler}"]), 10)
+    tenths = sorted(int(10 * math.log10(one["learning_rate"] / 1e-4) / 3) for one in tried)
+    assert tenths == list(range(10)), "one learning rate in each tenth of its range"
+    assert sorted(one["batch_size"] for one in tried) == [8, 8, 16, 16, 32, 32, 64, 64, 128, 128]
+    assert {one["num_layers"] for one in tried} == {1, 2, 3, 4}
+    assert {one["num_epochs"] for one in tried} <= set(range(1, 10))
+    assert len({one["num_epochs"] for one in tried}) >= 8
+    assert len({(one["num_layers"], one["batch_size"], one["num_epochs"]) for one in tried}) > 5, "and not in step"
+    other = first_suggestions(load_study(file, overrides=[f"sampler={sampler}", "seed=1"]), 10)
+    assert [one["batch_size"] for one in other] != [one["batch_size"] for one in tried]
+
+
+def test_a_study_that_goes_on_keeps_to_the_spread_it_began_with(tmp_path: Path) -> None:
+    study = spec(tmp_path)
+    url = f"sqlite:///{tmp_path}/s.db"
+    whole = first_suggestions(study, 10)
+    found = []
+    for _ in range(2):
+        with closing(Search(study, url)) as search:
+            for _ in range(5):
+                suggestion = search.ask()
+                found.append(suggestion.params)
+                search.tell(suggestion.number, TrialState.COMPLETED, value=1.0, notes={})
+    assert found == whole
