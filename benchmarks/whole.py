@@ -5,7 +5,8 @@
 The peer is Ray Tune + OptunaSearch + ASHA + HF Trainer (`benchmarks/peers/hf_tune.py`): same text, same search space,
 same two cores, same seeds. It runs to the end of its trials; then `hpsearch launch` runs with its defaults until it has
 reached the best validation loss that the peer has ended with, in at most four times as many trials (of ours most pause
-early). The table says when that was, and how many of its own seconds of training it had spent by then. Text is
+early) and twice the peer's time: `never` is what was not reached by then. The table says when it was reached, how many
+of its own seconds of training it had spent by then, and when the first validation loss came in from either. Text is
 tokenized before either starts.
 """
 
@@ -30,6 +31,8 @@ import yaml
 HERE = Path(__file__).parent
 MORE = 4
 """Times as many trials as the peer's that ours may use."""
+LONGER = 2
+"""Times as long as the peer that ours may take."""
 STUDIES = {"causal LM": "lm.yaml", "translation": "translation.yaml", "classification": "classification.yaml"}
 
 
@@ -67,25 +70,27 @@ def peer(case: str, folder: Path, data: Path, evaluations: int, *, trials: int, 
 
 OURS = """
 import json, os, signal, sys, time, hpsearch
-began, study, folder, trials, goal = json.loads(sys.argv[1])
+began, study, folder, trials, goal, limit = json.loads(sys.argv[1])
 def hear(event):
     if event.kind == "point":
         point = event.facts["point"]
         line = {"at": time.time() - began, "trial": event.trial, "loss": point.valid_loss, "seconds": point.seconds}
         open(folder + "/reports.jsonl", "a").write(json.dumps(line) + "\\n")
-        if point.valid_loss <= goal:
+        if point.valid_loss <= goal or line["at"] > limit:
             os.kill(os.getpid(), signal.SIGINT)
 hpsearch.launch(study, trials=trials, store=f"sqlite:///{folder}/s.db", folder=folder + "/runs", listen=hear)
 """
 
 
-def ours(case: str, folder: Path, runs: Path, *, trials: int, seed: int, goal: float) -> list[dict[str, Any]]:
+def ours(
+    case: str, folder: Path, runs: Path, *, trials: int, seed: int, goal: float, limit: float
+) -> list[dict[str, Any]]:
     content = {**study(case), "seed": seed}
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     (folder / "runs").mkdir()
     for entry in runs.iterdir():
         (folder / "runs" / entry.name).symlink_to(entry)
-    given = json.dumps([time.time(), str(folder / "study.yaml"), str(folder), MORE * trials, goal])
+    given = json.dumps([time.time(), str(folder / "study.yaml"), str(folder), MORE * trials, goal, limit])
     command = [sys.executable, "-c", OURS, given]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     reports = folder / "reports.jsonl"
@@ -112,8 +117,9 @@ def compare(case: str, seed: int, trials: int) -> dict[str, Any]:
         theirs = finite(peer(case, folder / "peer", data, spec.evaluations_per_epoch, trials=trials, seed=seed))
         shutil.rmtree(folder / "peer" / "results", ignore_errors=True)
         goal = min(one["loss"] for one in theirs)
-        mine = finite(ours(case, folder / "ours", folder / "data", trials=trials, seed=seed, goal=goal))
-    wall = max(one["at"] for one in theirs)
+        wall = max(one["at"] for one in theirs)
+        limits = {"goal": goal, "limit": LONGER * wall}
+        mine = finite(ours(case, folder / "ours", folder / "data", trials=trials, seed=seed, **limits))
     there = next((one["at"] for one in mine if one["loss"] <= goal), None)
     spent: dict[int, float] = {}
     for one in mine:
@@ -141,8 +147,8 @@ def main() -> None:
     options = parser.parse_args()
     rows: dict[str, list[dict[str, Any]]] = {}
     print("seconds of wall time; 'reached': ours at the validation loss that the peer ends with")
-    heads = f"{'seed':>5}{'peer ends':>11}{'with':>8}{'reached':>9}{'part':>7}{'device s':>10}{'ours ends':>11}"
-    print(f"{'':<16}{heads}{'with':>8}")
+    heads = f"{'seed':>5}{'peer ends':>11}{'with':>8}{'reached':>9}{'part':>7}{'device s':>10}{'first loss: peer':>18}"
+    print(f"{'':<16}{heads}{'ours':>7}")
     for case in STUDIES:
         if options.only and not any(word in case for word in options.only):
             continue
@@ -155,12 +161,14 @@ def main() -> None:
             spent = "-" if one["device_seconds"] is None else f"{one['device_seconds']:.0f}"
             print(
                 f"{case:<16}{seed:>5}{one['peer_wall_s']:>11.0f}{one['goal']:>8.3f}{reached:>9}{part:>7}{spent:>10}"
-                f"{one['ended_s']:>11.0f}{one['best']:>8.3f}",
+                f"{one['peer_first_report_s']:>18.1f}{one['first_report_s']:>7.1f}",
                 flush=True,
             )
-        parts = [one["wall_s"] / one["peer_wall_s"] for one in rows[case] if one["wall_s"] is not None]
-        missed = len(rows[case]) - len(parts)
-        said = f"median {statistics.median(parts):.2f} of the peer's time" if parts else "never"
+        # What was never reached counts as worse than all that was.
+        parts = [(one["wall_s"] or math.inf) / one["peer_wall_s"] for one in rows[case]]
+        start = statistics.median(one["first_report_s"] / one["peer_first_report_s"] for one in rows[case])
+        missed = sum(math.isinf(part) for part in parts)
+        said = f"median {statistics.median(parts):.2f} of the peer's time, {start:.2f} of it to the first loss"
         print(f"{case:<16}{said}" + (f"; {missed} never" if missed else ""), flush=True)
     record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=options.seeds, rows=rows)
 

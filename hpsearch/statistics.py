@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -95,12 +96,10 @@ def resample(
     metric: str, trials: list[Examples], contract: Mapping[str, Any], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Floats:
     """Scores on resampled test splits, the same resamples for all trials: shape (trials, resamples)."""
-    rng = np.random.default_rng(seed)
     first = summands(metric, trials[0])
     count = len(first)
     blocks = min(count, _MOST_BLOCKS)
-    block_of = np.argsort(rng.permutation(count)) % blocks
-    drawn = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples).astype(np.float64)
+    block_of, drawn = _drawn(count, resamples, seed)
     scores = []
     for trial in trials:
         added = first if trial is trials[0] else summands(metric, trial)
@@ -108,6 +107,15 @@ def resample(
             added = np.stack([np.bincount(block_of, column, blocks) for column in added.T], axis=1)
         scores.append(score(metric, drawn @ added, contract))
     return np.stack(scores)
+
+
+@lru_cache(maxsize=1)
+def _drawn(count: int, resamples: int, seed: int) -> tuple[NDArray[np.int64], Floats]:
+    """The block of each example, and how often each resample holds each block: the same for all metrics of a trial."""
+    rng = np.random.default_rng(seed)
+    blocks = min(count, _MOST_BLOCKS)
+    block_of = np.argsort(rng.permutation(count)) % blocks
+    return block_of, rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples).astype(np.float64)
 
 
 def tie_p_values(
