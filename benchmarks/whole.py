@@ -170,7 +170,8 @@ def main() -> None:
         missed = sum(math.isinf(part) for part in parts)
         said = f"median {statistics.median(parts):.2f} of the peer's time, {start:.2f} of it to the first loss"
         print(f"{case:<16}{said}" + (f"; {missed} never" if missed else ""), flush=True)
-    record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=options.seeds, rows=rows)
+        # It takes hours: what is there is kept.
+        record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=options.seeds, rows=rows)
 
 
 if __name__ == "__main__":
