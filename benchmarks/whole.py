@@ -149,11 +149,10 @@ def main() -> None:
     print("seconds of wall time; 'reached': ours at the validation loss that the peer ends with")
     heads = f"{'seed':>5}{'peer ends':>11}{'with':>8}{'reached':>9}{'part':>7}{'device s':>10}{'first loss: peer':>18}"
     print(f"{'':<16}{heads}{'ours':>7}")
-    for case in STUDIES:
-        if options.only and not any(word in case for word in options.only):
-            continue
-        trials = options.trials or study(case)["budget"]["trials"]
-        for seed in range(options.seeds):
+    cases = [case for case in STUDIES if not options.only or any(word in case for word in options.only)]
+    for seed in range(options.seeds):
+        for case in cases:
+            trials = options.trials or study(case)["budget"]["trials"]
             one = compare(case, seed, trials)
             rows.setdefault(case, []).append({**one, "trials": trials})
             reached = "never" if one["wall_s"] is None else f"{one['wall_s']:.0f}"
@@ -164,14 +163,15 @@ def main() -> None:
                 f"{one['peer_first_report_s']:>18.1f}{one['first_report_s']:>7.1f}",
                 flush=True,
             )
+        # It takes hours: what is there is kept.
+        record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=seed + 1, rows=rows)
+    for case, found in rows.items():
         # What was never reached counts as worse than all that was.
-        parts = [(one["wall_s"] or math.inf) / one["peer_wall_s"] for one in rows[case]]
-        start = statistics.median(one["first_report_s"] / one["peer_first_report_s"] for one in rows[case])
+        parts = [(one["wall_s"] or math.inf) / one["peer_wall_s"] for one in found]
+        start = statistics.median(one["first_report_s"] / one["peer_first_report_s"] for one in found)
         missed = sum(math.isinf(part) for part in parts)
         said = f"median {statistics.median(parts):.2f} of the peer's time, {start:.2f} of it to the first loss"
         print(f"{case:<16}{said}" + (f"; {missed} never" if missed else ""), flush=True)
-        # It takes hours: what is there is kept.
-        record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=options.seeds, rows=rows)
 
 
 if __name__ == "__main__":
