@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
@@ -109,6 +108,8 @@ class Classification:
         )
         details: dict[str, Any] = {"predictions": [np.flatnonzero(row).tolist() for row in predicted]}
         if not self._options.multi_label:
+            from sklearn.metrics import confusion_matrix
+
             matrix = confusion_matrix(truth.argmax(1), predicted.argmax(1), labels=range(len(self._card.labels)))
             details["confusion"] = {"labels": self._card.labels, "counts": matrix.tolist()}
         return Scored(scores=scores, details=details, examples=examples)
@@ -156,9 +157,11 @@ class Classification:
 def _sklearn(
     name: str, average: str, truth: NDArray[np.int64], predicted: NDArray[np.int64], positive: int | None
 ) -> float:
+    from sklearn import metrics  # takes a second, and nothing is scored at first
+
     if average == "accuracy":
-        return float(accuracy_score(truth, predicted))
-    function = {"precision": precision_score, "recall": recall_score}.get(name, f1_score)
+        return float(metrics.accuracy_score(truth, predicted))
+    function = {"precision": metrics.precision_score, "recall": metrics.recall_score}.get(name, metrics.f1_score)
     if average == "binary":
         return float(function(truth[:, positive], predicted[:, positive], zero_division=ZERO_DIVISION))
     return float(function(truth, predicted, average=average, zero_division=ZERO_DIVISION))
