@@ -15,11 +15,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy as sa
 
-from hpsearch import leases, migrations
+from hpsearch import leases, migrations, statistics
 from hpsearch.errors import LeaseLostError, StoreError, StudyBusyError, UnknownStudyError
 from hpsearch.ranking import flat_rows, frame, leaderboard
 from hpsearch.search import Search, recorded_trials
@@ -141,6 +142,29 @@ def test_the_leaderboard_ranks_by_test_and_tells_validations_choice(store: Store
     assert list(table["param_num_layers"]) == [1, 2, 0]
     assert "test_bleu" not in table.columns
     assert list(flat_rows(board)[0]) == list(table.columns)
+
+
+def test_the_top_of_very_many_trials_reads_as_in_the_whole_leaderboard(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond MOST_PAIRED only the answers of trials that are shown are read and tested."""
+    monkeypatch.setattr(statistics, "MOST_PAIRED", 5)
+    draw = np.random.default_rng(0)
+    hard = draw.normal(60, 20, 50)
+    for number in range(8):
+        nats = hard + draw.normal(number, 5, 50)
+        examples = {"nats": nats, "tokens": np.full(50, 20), "bytes": np.full(50, 80)}
+        perplexity = float(np.exp(nats.sum() / 1000))
+        result = replace(scored(perplexity, 2.0 + number % 3), examples=statistics.pack(examples))
+        store.finish_trial(start(store, number), result, last_epoch=1.0)
+    whole = leaderboard(store, "s").rows
+    assert 0.0 < whole[-1]["p_value"] < 0.05 < whole[1]["p_value"], "some are tied with the winner and some are not"
+    assert any(0.0 < row["p_value"] < 1.0 for row in whole[:6])
+    read: list[int] = []
+    examples_of = store.examples
+    monkeypatch.setattr(store, "examples", lambda ids: (read.extend(ids), examples_of(ids))[1])
+    assert leaderboard(store, "s", top=6).rows == whole[:6]
+    assert len(read) == 6
 
 
 def test_the_views_serve_any_sql_client(tmp_path: Path) -> None:
