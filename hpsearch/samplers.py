@@ -70,9 +70,9 @@ def make_sampler(study: StudySpec, seed: int, expected: Expected) -> BaseSampler
         ),
     }
     sampler = samplers[spec.name]()
-    startup = spec.startup_trials if spec.name in _MODEL_BASED else None
-    if startup:
-        sampler = _Spread(sampler, space, study.seed, startup)
+    if spec.name in _MODEL_BASED and spec.startup_trials:
+        sampler = _Spread(sampler, space, study.seed, spec.startup_trials)
+    startup = None if spec.name == "random" else spec.startup_trials
     return _Prior(sampler, space, seed, startup) if space.priors else sampler
 
 

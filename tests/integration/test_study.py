@@ -172,6 +172,33 @@ def test_ray_runs_trials_side_by_side_and_leaves_no_litter(
     assert not [path for path in home.rglob("*") if path.is_file() and "ray" in str(path).lower()]
 
 
+def test_models_are_tried_before_a_launch_once_and_bad_ones_each_time(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpsearch import tasks
+
+    tried: list[str] = []
+    try_model = tasks.check_model
+    monkeypatch.setattr(
+        tasks, "check_model", lambda *given: (tried.append(given[1].model_dump_json()), try_model(*given))[1]
+    )
+    for name, changes, expected in (
+        ("first", [], 1),
+        ("second", ["training.weight_decay=0.2"], 0),
+        ("wider", ["model.hidden_size=64"], 1),
+        ("wide again", ["model.hidden_size=64"], 0),
+    ):
+        tried.clear()
+        hpsearch.launch(tiny, name=name.replace(" ", "-"), trials=1, overrides=changes)
+        assert len(tried) == expected, name
+    for _ in range(2):
+        tried.clear()
+        with pytest.raises(UsageError, match="of these sizes cannot be built"):
+            hpsearch.launch(tiny, name="bad", trials=1, overrides=["model.config={n_head: 7}"])
+        assert len(tried) == 1, "what could not be built is tried again"
+    assert "bad" not in [row["name"] for row in hpsearch.studies(store=f"sqlite:///{tmp_path}/studies.db")]
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_trials_are_packed_on_a_gpu_once_their_memory_is_known(short_folder: Path) -> None:
