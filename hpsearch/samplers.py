@@ -85,18 +85,11 @@ def _grid_values(dimension: Dimension) -> Sequence[Any]:
     return [int(value) for value in values] if dimension.integer else values
 
 
-class _Spread(BaseSampler):
-    """A model-based sampler whose first trials are spread evenly over each setting, in place of drawn at random.
+class _Wrapper(BaseSampler):
+    """A sampler around another one, which does whatever a subclass leaves to it, on the study as `_view` shows it."""
 
-    A Latin hypercube: McKay, Beckman & Conover, Technometrics 21 (1979). Of n trials one falls into each nth of a
-    range, and each of k choices comes up in n/k of them.
-    """
-
-    def __init__(self, inner: BaseSampler, space: Space, seed: int, count: int) -> None:
+    def __init__(self, inner: BaseSampler) -> None:
         self._inner = inner
-        self._space = space
-        self._seed = seed
-        self._count = count
 
     def reseed_rng(self) -> None:
         self._inner.reseed_rng()
@@ -105,18 +98,49 @@ class _Spread(BaseSampler):
         self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {} if self._is_first(trial) else self._inner.infer_relative_search_space(study, trial)
+        return self._inner.infer_relative_search_space(self._view(study), trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return {} if self._is_first(trial) else self._inner.sample_relative(study, trial, search_space)
+        return self._inner.sample_relative(self._view(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+
+    def _view(self, study: optuna.Study) -> optuna.Study:
+        return study
+
+
+class _Spread(_Wrapper):
+    """A model-based sampler whose first trials are spread evenly over each setting, in place of drawn at random.
+
+    A Latin hypercube: McKay, Beckman & Conover, Technometrics 21 (1979). Of n trials one falls into each nth of a
+    range, and each of k choices comes up in n/k of them.
+    """
+
+    def __init__(self, inner: BaseSampler, space: Space, seed: int, count: int) -> None:
+        super().__init__(inner)
+        self._space = space
+        self._seed = seed
+        self._count = count
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {} if self._is_first(trial) else super().infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        # TPE with groups goes by its own groups, whatever space it is given.
+        return {} if self._is_first(trial) else super().sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         if not self._is_first(trial):
-            return self._inner.sample_independent(study, trial, param_name, param_distribution)
+            return super().sample_independent(study, trial, param_name, param_distribution)
         random = np.random.default_rng([self._seed, *param_name.encode()])
         places = (random.permutation(self._count) + random.random(self._count)) / self._count
         return _at_part(self._space.dimensions[param_name], float(places[trial.number]))
@@ -143,7 +167,7 @@ def _at_part(dimension: Dimension, part: float) -> Any:
     return round(value) if dimension.integer else value
 
 
-class _Prior(BaseSampler):
+class _Prior(_Wrapper):
     """A sampler whose random draws gather around the values that a person believes in, as long as it knows little.
 
     Two of three trials are drawn around the priors, by a normal distribution of a quarter of the (scaled) range, the
@@ -152,29 +176,15 @@ class _Prior(BaseSampler):
     """
 
     def __init__(self, inner: BaseSampler, space: Space, seed: int, startup: int | None) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._space = space
         self._seed = seed
         self._startup = startup
 
-    def reseed_rng(self) -> None:
-        self._inner.reseed_rng()
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._inner.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._inner.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._inner.sample_relative(study, trial, search_space)
-
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        drawn = self._inner.sample_independent(study, trial, param_name, param_distribution)
+        drawn = super().sample_independent(study, trial, param_name, param_distribution)
         dimension = self._space.dimensions[param_name]
         random = np.random.default_rng([self._seed, trial.number])
         if dimension.prior is None or random.random() >= _PRIOR_SHARE or not self._is_early(study):
@@ -207,7 +217,7 @@ def _around(dimension: Dimension, random: np.random.Generator, otherwise: Any) -
     return int(value) if dimension.integer else value
 
 
-class _Clipped(BaseSampler):
+class _Clipped(_Wrapper):
     """A model-based sampler that sees bad values clipped at the running median, and diverged trials there, too.
 
     Trials that wait at a rung it sees at what they are expected to come to.
@@ -216,30 +226,12 @@ class _Clipped(BaseSampler):
     """
 
     def __init__(self, inner: BaseSampler, expected: Expected) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._history = _History()
         self._expected = expected
 
-    def reseed_rng(self) -> None:
-        self._inner.reseed_rng()
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._inner.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._inner.infer_relative_search_space(self._view(study), trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._inner.sample_relative(self._view(study), trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
-
     def _view(self, study: optuna.Study) -> optuna.Study:
+        # No study by its type; it answers all that samplers ask of one.
         return _ClippedStudy(study, self._history, self._expected)  # type: ignore[return-value]
 
 
