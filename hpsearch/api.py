@@ -631,7 +631,7 @@ def _existing(spec: StudySpec, *, extend: bool = False) -> dict[str, int] | None
         if row is None:
             return None
         _refuse_difference(row, spec, extend=extend)
-        return count_states(store.trials(row["id"]))
+        return {counted["state"]: counted["trials"] for counted in store.counts(row["id"]) if not counted["is_repeat"]}
 
 
 def _refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:

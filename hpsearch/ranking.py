@@ -104,11 +104,13 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
                     entry.scores.update(also.get(entry.row["trial"], {}))
     metric, note = _common_metric(first["metric"], entries, mixed=mixed)
     rated = _rated(metric, entries)
-    choice = min(rated, key=lambda one: (one.row["valid_rank"], one.row["trial"]), default=None)
     wanted = {entry.id for entry in rated[:top]}
-    # The rival is always there to be seen, wherever its test score put it.
-    if len(found) == 1 and choice is not None:
+    chosen = None
+    if len(found) == 1 and rated:
+        # The rival is always there to be seen, wherever its test score put it.
+        choice = min(rated, key=lambda entry: (entry.row["valid_rank"], entry.row["trial"]))
         wanted.add(choice.id)
+        chosen = choice.row["trial"]
     rows = _ranked(store, metric, rated, wanted)
     return Leaderboard(
         studies=[study["name"] for study in found],
@@ -117,9 +119,7 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
         objective=first["objective"],
         rows=rows,
         states=states,
-        validation_choice=next(
-            (row for row in rows if len(found) == 1 and choice and row["trial"] == choice.row["trial"]), None
-        ),
+        validation_choice=next((row for row in rows if row["trial"] == chosen), None),
         finals=finals,
         note=note,
     )

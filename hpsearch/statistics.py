@@ -97,13 +97,12 @@ def resample(
 ) -> Floats:
     """Scores on resampled test splits, the same resamples for all trials: shape (trials, resamples)."""
     first = summands(metric, trials[0])
-    count = len(first)
-    blocks = min(count, _MOST_BLOCKS)
-    block_of, drawn = _drawn(count, resamples, seed)
+    block_of, drawn = _drawn(len(first), resamples, seed)
+    blocks = drawn.shape[1]
     scores = []
     for trial in trials:
         added = first if trial is trials[0] else summands(metric, trial)
-        if blocks < count:
+        if blocks < len(first):
             added = np.stack([np.bincount(block_of, column, blocks) for column in added.T], axis=1)
         scores.append(score(metric, drawn @ added, contract))
     return np.stack(scores)
