@@ -7,7 +7,7 @@ goes on when it has become one of them. What is not ASHA's:
 - Ranks at a rung are trusted only as far as the study's own trials bear them out. The share that goes on is 1/eta where
   the order at the rung is the order later, and larger the less it is. So that this is known of more than the best, one
   trial in ten is let past the lower rungs whatever its rank, as long as there is doubt.
-- The first trials are drawn at random, and those that follow are chosen: to be behind chosen ones says little so early.
+- The first trials are drawn blindly, and those that follow are chosen: to be behind chosen ones says little so early.
   A trial goes on, too, when it is among the best share of the first.
 - A paused trial is no blank to the sampler: it counts at what it has, less what others gained from there on.
 
@@ -54,7 +54,7 @@ class Rungs:
     """The values of a study's trials at its rungs; lower is better."""
 
     def __init__(self, reduction_factor: int, seed: int | None = None, *, first: int = 10) -> None:
-        """The seed decides who is let past; without one nobody is. The `first` trials are drawn at random."""
+        """The seed decides who is let past; without one nobody is. The `first` trials are drawn blindly."""
         self._num_first = first
         self._least = 1 / reduction_factor
         self._seed = seed

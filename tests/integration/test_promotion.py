@@ -62,7 +62,7 @@ def test_a_promoted_trial_goes_on_to_the_bit(tiny: Path, tmp_path: Path) -> None
         overrides=[*LONGER, "prune.unpromising=none"],
     )
     there = one.trial(promoted["number"])
-    # The first ten are random: they do not depend on the rule.
+    # The first ten are drawn before anything is known: they do not depend on the rule.
     (same,) = [row for row in alone.trials() if row["params"] == promoted["params"]]
     losses = [point["valid_loss"] for point in there["points"]]
     assert losses == [point["valid_loss"] for point in alone.trial(same["number"])["points"]]

@@ -111,7 +111,7 @@ def test_who_is_among_the_best_of_the_first_goes_on() -> None:
         found.reach(number, 0, 1.0 + 0.01 * number)
     found.reach(40, 0, 2.0)
     assert found.standing(40)[0] > 40 / 3, "behind most of the chosen ones"
-    assert found.goes_on(40), "and ahead of all that were drawn at random"
+    assert found.goes_on(40), "and ahead of all that were drawn blindly"
     found.reach(41, 0, 13.5)
     assert not found.goes_on(41)
 
