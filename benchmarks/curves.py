@@ -8,16 +8,25 @@ A folder of tables holds, as far as someone has fetched them:
   each checkpoint. github.com/Este1le/hpo_nmt, lc_datasets/nmtlc.pkl (MIT), the runs of each `dataset_name` as JSON.
 - lcbench/: surrogate of LCBench (YAHPO Gym, Pfisterer et al., arXiv 2109.03670), networks on tables of data, learning
   rate, batch size and layers, validation cross-entropy at 50 epochs. github.com/slds-lmu/yahpo_data, lcbench
-  (Apache-2.0), as it is; needs onnxruntime.
+  (Apache-2.0), as it is; needs onnxruntime. LCBench's learning rates decay by a cosine.
+- algoperf/: logs of AlgoPerf (Dahl et al., arXiv 2306.07179), translation, molecules and speech, by algorithms of many
+  kinds, most with learning rates that decay by a cosine. github.com/mlcommons/submissions_algorithms (Apache-2.0): its
+  eval_measurements.csv files, in their folders. For stop rules only: their settings are not of one space.
+- nasbench-nlp/logs.zip: NAS-Bench-NLP (Klyuchnikov et al., arXiv 2006.07116), recurrent language models on WikiText-2.
+  github.com/fmsnew/nas-bench-nlp-release, train_logs_wikitext-2 (Apache-2.0). For stop rules only.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
+import re
+import zipfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +40,13 @@ LCBENCH_TASKS = ("167168", "189906", "126026", "167185", "168868", "189873", "16
 LCBENCH_RUNS = 1000
 LCBENCH_LOSS = 2
 """Column of the surrogate's answer: validation cross-entropy."""
+ALGOPERF_TASKS = ("librispeech", "ogbg", "wmt")
+ALGOPERF_COSINE = (
+    "adamg", "baseline", "caspr", "generalized_adam", "lawa", "nadamp", "nadamw", "shampoo",
+)  # fmt: skip
+"""How the algorithms are called whose learning rates decay by a cosine, as their code has it."""
+SHORTEST = 10
+"""Runs of fewer evaluations are left out of tables that are for stop rules only."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,18 @@ class Table:
     valid: tuple[NDArray[np.float64], ...]
     """Of each run a validation loss (nats) per epoch, as many as it ran."""
     train: tuple[NDArray[np.float64], ...] | None
+    is_cosine: tuple[bool, ...] | None = None
+    """Of each run whether its learning rate decays by a cosine; None where none does."""
+
+    @property
+    def is_for_search(self) -> bool:
+        return bool(self.settings)
+
+    def decay_to_come(self, run: int, epoch: int) -> float:
+        """Part of a run's decay that is left, as if it had run to its horizon; 0 where there is none."""
+        if self.is_cosine is None or not self.is_cosine[run]:
+            return 0.0
+        return 0.5 + 0.5 * math.cos(math.pi * epoch / len(self.valid[run]))
 
     @cached_property
     def epochs(self) -> int:
@@ -102,7 +130,10 @@ class Table:
 
 def load(folder: Path, only: Sequence[str] = ()) -> list[Table]:
     """The tables in a folder, or those whose names contain one of these words."""
-    found = [*_files(folder), *(_lcbench(folder / "lcbench") if (folder / "lcbench").is_dir() else ())]
+    found = list(_files(folder))
+    for name, read in (("lcbench", _lcbench), ("algoperf", _algoperf), ("nasbench-nlp", _nasbench)):
+        if (folder / name).is_dir():
+            found += read(folder / name)
     return [table for table in found if not only or any(word in table.name for word in only)]
 
 
@@ -142,9 +173,9 @@ def _log(value: float | None) -> float:
     return math.log(value) if value and value > 0 else math.nan
 
 
-def _losses(values: Sequence[float | None]) -> NDArray[np.float64]:
+def _losses(values: Sequence[float | None], worst: float = WORST) -> NDArray[np.float64]:
     losses = np.array([math.nan if value is None else value for value in values], dtype=float)
-    return np.minimum(np.where(np.isfinite(losses), losses, WORST), WORST)
+    return np.minimum(np.where(np.isfinite(losses), losses, worst), worst)
 
 
 def _lcbench(folder: Path) -> Iterator[Table]:
@@ -171,4 +202,42 @@ def _lcbench(folder: Path) -> Iterator[Table]:
             {"learning_rate": rate, "batch_size": batch, "num_layers": layer}
             for rate, batch, layer in zip(rates.tolist(), batches.tolist(), layers.tolist(), strict=True)
         ]
-        yield _table(f"lcbench_{task}", "LCBench", named, valid, None)
+        yield replace(_table(f"lcbench_{task}", "LCBench", named, valid, None), is_cosine=(True,) * LCBENCH_RUNS)
+
+
+def _algoperf(folder: Path) -> Iterator[Table]:
+    """A table for each workload, whoever wrote the algorithm and in which framework."""
+    found: dict[str, list[tuple[str, list[dict[str, str]]]]] = defaultdict(list)
+    for file in sorted(folder.rglob("eval_measurements.csv")):
+        *_, algorithm, _, workload, _, _ = file.parts
+        if workload.startswith(ALGOPERF_TASKS):
+            with file.open(newline="") as stream:
+                rows = [row for row in csv.DictReader(stream) if _number(row, "validation") is not None]
+            found[re.sub("_(jax|pytorch)$", "", workload)].append((algorithm, rows))
+    for workload, runs in found.items():
+        worst = float(np.median([_number(rows[0], "validation") for _, rows in runs if rows]))
+        # The first row is the untrained model.
+        runs = [(algorithm, rows[1:]) for algorithm, rows in runs if len(rows) > SHORTEST]
+        curves = {
+            split: tuple(_losses([_number(row, split) for row in rows], worst) for _, rows in runs)
+            for split in ("validation", "train")
+        }
+        is_cosine = tuple(algorithm.startswith(ALGOPERF_COSINE) for algorithm, _ in runs)
+        no_settings = np.empty((len(runs), 0))
+        name = f"algoperf_{workload}"
+        yield Table(name, "AlgoPerf", (), no_settings, curves["validation"], curves["train"], is_cosine)
+
+
+def _number(row: dict[str, str], split: str) -> float | None:
+    text = row.get(f"{split}/loss") or row.get(f"{split}/ctc_loss")
+    return float(text) if text else None
+
+
+def _nasbench(folder: Path) -> Iterator[Table]:
+    with zipfile.ZipFile(folder / "logs.zip") as archive:
+        runs = [json.loads(archive.read(name)) for name in sorted(archive.namelist())]
+    # Perplexity 20,000: an untrained model.
+    both = [[_losses(run[split], math.log(20_000)) for split in ("val_losses", "train_losses")] for run in runs]
+    both = [[curve[: min(map(len, pair))] for curve in pair] for pair in both]
+    valid, train = zip(*[pair for pair in both if len(pair[0]) >= SHORTEST], strict=True)
+    yield Table("nasbench-nlp_wikitext-2", "NAS-Bench-NLP", (), np.empty((len(valid), 0)), valid, train)

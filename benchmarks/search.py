@@ -155,9 +155,12 @@ def stopped_after(name: str, run: int) -> float:
     train = np.arange(len(valid), 0.0, -1.0) if table.train is None else table.train[run]
     points = [_Point(float(one), float(other)) for one, other in zip(train, valid, strict=True)]
     rule = OverfitRule()
-    return next(
-        (seen for seen in range(1, len(points) + 1) if judge(points[:seen], table.epochs, rule).stops), math.inf
-    )
+
+    def stops(seen: int) -> bool:
+        left = table.decay_to_come(run, seen)
+        return judge(points[:seen], table.epochs, rule, decay_to_come=left).stops
+
+    return next((seen for seen in range(1, len(points) + 1) if stops(seen)), math.inf)
 
 
 # Peers, each as its documentation has it
@@ -422,7 +425,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="tables whose names hold one of these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     options = parser.parse_args()
-    TABLES.update({table.name: table for table in curves.load(options.tables, options.only)})
+    TABLES.update({table.name: table for table in curves.load(options.tables, options.only) if table.is_for_search})
     if not TABLES:
         raise SystemExit(f"no tables in {options.tables}; see benchmarks/curves.py for where they are from")
     methods = list(dict.fromkeys([*options.methods, BASE]))

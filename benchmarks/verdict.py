@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import os
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import curves
 import numpy as np
@@ -37,6 +40,8 @@ WITHIN = 12
 class Point:
     train_loss: float
     valid_loss: float
+    decay_to_come: float = 0.0
+    """Part of the learning rate's decay that is left."""
 
 
 Curve = list[Point]
@@ -48,8 +53,12 @@ def first(curve: Curve, stops: Callable[[int], bool]) -> int:
     return next((seen for seen in range(1, len(curve) + 1) if stops(seen)), len(curve))
 
 
-def ours(rule: OverfitRule) -> Rule:
-    return lambda curve: first(curve, lambda seen: judge(curve[:seen], len(curve), rule).stops)
+def ours(rule: OverfitRule, *, knows_schedule: bool = True) -> Rule:
+    def stops(curve: Curve, seen: int) -> bool:
+        left = curve[seen - 1].decay_to_come if knows_schedule else 0.0
+        return judge(curve[:seen], len(curve), rule, decay_to_come=left).stops
+
+    return lambda curve: first(curve, lambda seen: stops(curve, seen))
 
 
 def patience(evaluations: int) -> Rule:
@@ -125,6 +134,7 @@ def rising_strips(strips: int, strip: int = 5) -> Rule:
 
 RULES: dict[str, Rule] = {
     "hpsearch (default)": ours(OverfitRule()),
+    "hpsearch, schedule not known": ours(OverfitRule(), knows_schedule=False),
     "Optuna PatientPruner(10)": optuna_patient(10),
     "patience 3": patience(3),
     "patience 5": patience(5),
@@ -237,7 +247,7 @@ def families(seeds: int) -> None:
     print(f"curve families: {seeds} seeded curves each, 40 evaluations")
     print(f"caught: stopped 0 to {WITHIN} evaluations after the turn; false stops: runs ended that still gain")
     print(
-        f"{'rule':<26} {'caught':>7} {'delay':>6} {'early':>6} {'missed':>7} {'false stops':>12}"
+        f"{'rule':<30} {'caught':>7} {'delay':>6} {'early':>6} {'missed':>7} {'false stops':>12}"
         "   by family (caught or false)"
     )
     for name, rule in RULES.items():
@@ -265,7 +275,7 @@ def families(seeds: int) -> None:
             by_family.append(f"{hits / len(members):.0%}")
         delay = f"{statistics.mean(delays):.1f}" if delays else "-"
         print(
-            f"{name:<26} {caught / turning:>7.1%} {delay:>6} {early / turning:>6.1%} {missed / turning:>7.1%} "
+            f"{name:<30} {caught / turning:>7.1%} {delay:>6} {early / turning:>6.1%} {missed / turning:>7.1%} "
             f"{false / gaining:>12.1%}   {' '.join(f'{share:>5}' for share in by_family)}"
         )
     print(f"families: {', '.join(FAMILIES)}")
@@ -274,39 +284,62 @@ def families(seeds: int) -> None:
 # Published curves
 
 
-def published(folder: Path) -> Iterator[tuple[str, list[Curve]]]:
-    """The runs of each table that are long enough to be judged."""
-    for table in curves.load(folder):
-        # Without training losses falling ones leave the choice of when to stop to the validation loss.
-        train = table.train or [np.arange(len(valid), 0.0, -1.0) for valid in table.valid]
-        there = [
-            [Point(float(one), float(other)) for one, other in zip(*both, strict=True)]
-            for both in zip(train, table.valid, strict=True)
+def published(table: curves.Table) -> list[Curve]:
+    """The runs of a table that are long enough to be judged."""
+    # Without training losses falling ones leave the choice of when to stop to the validation loss.
+    train = table.train or [np.arange(len(valid), 0.0, -1.0) for valid in table.valid]
+    runs = [
+        [
+            Point(float(one), float(other), table.decay_to_come(run, evaluation))
+            for evaluation, (one, other) in enumerate(zip(*both, strict=True), start=1)
         ]
-        if there := [curve for curve in there if len(curve) >= 10]:
-            yield table.name, there
+        for run, both in enumerate(zip(train, table.valid, strict=True))
+    ]
+    return [curve for curve in runs if len(curve) >= curves.SHORTEST]
+
+
+def _job(job: tuple[str, str]) -> tuple[float, float, float, float]:
+    rule, table = job
+    return _replay({"oracle (stops at the best)": oracle, **RULES}[rule], TABLES[table][1])
+
+
+def oracle(curve: Curve) -> int:
+    return min(range(len(curve)), key=lambda index: curve[index].valid_loss) + 1
+
+
+TABLES: dict[str, tuple[str, list[Curve]]] = {}
+"""The family and the runs of each table."""
 
 
 def tables(folder: Path) -> None:
-    found = list(published(folder))
-    if not found:
-        raise SystemExit(f"no *.json.gz tables in {folder}")
-    print(f"\npublished curves: {sum(len(curves) for _, curves in found)} runs of {len(found)} tables")
-    print("saved: evaluations not run; lost: best validation value given up, in % of (median run - best run);")
-    print("harmed: runs that lose over 1 %")
-    print(f"{'rule':<26} {'saved':>7} {'lost':>7} {'harmed':>7} {'saved of overfit runs':>22}   saved/lost by table")
-    kept: dict[str, dict[str, float]] = {}
-    oracle: Rule = lambda curve: min(range(len(curve)), key=lambda index: curve[index].valid_loss) + 1  # noqa: E731
-    for name, rule in {"oracle (stops at the best)": oracle, **RULES}.items():
-        rows = [_replay(rule, curves) for _, curves in found]
-        mean = [statistics.mean(row[column] for row in rows) for column in range(4)]
-        kept[name] = dict(zip(("saved", "lost", "harmed", "saved_of_overfit_runs"), mean, strict=True))
-        print(
-            f"{name:<26} {mean[0]:>7.1%} {mean[1]:>7.1%} {mean[2]:>7.1%} {mean[3]:>22.1%}   "
-            + " ".join(f"{row[0]:.0%}/{row[1]:.1%}" for row in rows)
-        )
-    print(f"tables: {', '.join(name for name, _ in found)}")
-    record.keep("verdict", "optuna", tables=[name for name, _ in found], rules=kept)
+    TABLES.update({table.name: (table.family, published(table)) for table in curves.load(folder)})
+    if not TABLES:
+        raise SystemExit(f"no tables in {folder}")
+    families = sorted({family for family, _ in TABLES.values()})
+    print(f"\npublished curves: {sum(len(runs) for _, runs in TABLES.values())} runs of {len(TABLES)} tables")
+    print("mean over families of the mean over their tables; saved: evaluations not run; lost: best validation value")
+    print("given up, in % of (median run - best run); harmed: runs that lose over 1 % of that")
+    heads = "".join(f"{family:>15}" for family in families)
+    print(f"{'rule':<30} {'saved':>7} {'lost':>7} {'harmed':>7} {'saved of overfit runs':>22}   saved/lost{heads}")
+    names = ["oracle (stops at the best)", *RULES]
+    jobs = [(rule, table) for rule in names for table in TABLES]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        answers = dict(zip(jobs, pool.map(_job, jobs, chunksize=1), strict=True))
+    columns = ("saved", "lost", "harmed", "saved_of_overfit_runs")
+    kept: dict[str, dict[str, Any]] = {}
+    for name in names:
+        by_family = {
+            family: np.mean([answers[name, table] for table in TABLES if TABLES[table][0] == family], axis=0)
+            for family in families
+        }
+        mean = np.mean(list(by_family.values()), axis=0)
+        kept[name] = dict(zip(columns, mean.tolist(), strict=True))
+        kept[name]["families"] = {
+            family: dict(zip(columns, row.tolist(), strict=True)) for family, row in by_family.items()
+        }
+        rows = "".join(f"{f'{row[0]:.0%}/{row[1]:.1%}':>15}" for row in by_family.values())
+        print(f"{name:<30} {mean[0]:>7.1%} {mean[1]:>7.1%} {mean[2]:>7.1%} {mean[3]:>22.1%}             {rows}")
+    record.keep("verdict", "optuna", tables={name: len(runs) for name, (_, runs) in TABLES.items()}, rules=kept)
 
 
 def _replay(rule: Rule, curves: list[Curve]) -> tuple[float, float, float, float]:

@@ -2,9 +2,12 @@
 
 Knows nothing of Optuna, Ray, torch or SQL. The stop rule joins a Mann-Kendall test for a rising trend
 (Mann, Econometrica 13, 1945; Kendall, Rank Correlation Methods, 1975) over the last validation losses with plain
-patience, after a warm-up. Validation loss alone says *when* to stop; the trend of the training loss says *why*:
+patience, after a warm-up. Validation loss says *when* to stop; the trend of the training loss says *why*:
 still falling means overfitting, flat a plateau, rising divergence. The rule depends on the order of losses only,
 so it is the same in nats, bits or any other unit.
+
+Under a schedule that decays, most runs that stand still gain once more when the learning rate comes down. Until it has,
+only overfitting ends a run: validation loss that rises while training loss falls.
 """
 
 from __future__ import annotations
@@ -40,6 +43,10 @@ class Verdict(StrEnum):
 
 TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the rule are made for."""
+SETTLED = 0.1
+"""Part of the learning rate's decay that may be left when a run that stands still is ended."""
+EXPLODED_FOR = 3
+"""Evaluations in a row whose training loss must lie above the limit: a single peak often heals."""
 
 
 class OverfitRule(Strict):
@@ -50,8 +57,8 @@ class OverfitRule(Strict):
     """
 
     window: int = Field(7, ge=4, description="Validation losses looked at for a rising trend.")
-    z: float = Field(1.64, gt=0, description="Mann-Kendall z above which the trend counts as rising (1.64: p < 0.05).")
-    patience: int = Field(10, ge=2, description="Evaluations without a new best that end the run as well.")
+    z: float = Field(1.96, gt=0, description="Mann-Kendall z above which the trend counts as rising (1.96: p < 0.025).")
+    patience: int = Field(7, ge=2, description="Evaluations without a new best that end the run as well.")
     warmup: float = Field(0.2, ge=0, lt=1, description="Part of the run before which it is too early to tell.")
     explode_factor: float = Field(
         2.0, gt=1, description="Training loss above this multiple of its first value counts as exploding."
@@ -63,7 +70,8 @@ class Evidence:
     """The numbers that led to a verdict."""
 
     rule: str
-    """Which test spoke: `too early`, `falling`, `rising trend`, `patience`, `non-finite` or `exploding`."""
+    """What decided: `too early`, `falling`, `no trend`, `decay to come`, `rising trend`, `patience`, `non-finite` or
+    `exploding`."""
     evaluations: int
     best_evaluation: int | None
     best_valid_loss: float | None
@@ -96,14 +104,23 @@ class Judgement:
 
 
 def judge(
-    curve: Sequence[Losses], total_evaluations: int, rule: OverfitRule, *, evaluations_per_epoch: int = 1
+    curve: Sequence[Losses],
+    total_evaluations: int,
+    rule: OverfitRule,
+    *,
+    evaluations_per_epoch: int = 1,
+    decay_to_come: float = 0.0,
 ) -> Judgement:
     """The verdict on a run after `len(curve)` of `total_evaluations` evaluations.
 
     Training loss falls in steps, at the ends of epochs, when the model meets what it has seen before; so its trend
     compares evaluations at the same place within their epochs only.
 
-    A loss that is not finite, or a training loss that explodes, is `diverging` at once; every other stop waits for
+    `decay_to_come` is the part of the learning rate's decay that the schedule has not made yet: 1 before it begins, 0
+    at its end and where it never decays. A run that would end for anything but overfitting goes on while it is above
+    `SETTLED`.
+
+    A loss that is not finite, or a training loss that has exploded, is `diverging` at once; every other stop waits for
     the warm-up. An empty curve is `too early`.
     """
     valid = [point.valid_loss for point in curve]
@@ -134,14 +151,18 @@ def judge(
 
     if not finite:
         return judgement(Verdict.DIVERGING, "non-finite")
-    if train and train[-1] > rule.explode_factor * train[0]:
+    if len(train) > EXPLODED_FOR and min(train[-EXPLODED_FOR:]) > rule.explode_factor * train[0]:
         return judgement(Verdict.DIVERGING, "exploding")
     if len(curve) < max(math.ceil(rule.warmup * total_evaluations), 1):
         return judgement(Verdict.TOO_EARLY, "too early")
-    if rising is not None and rising > rule.z:
-        return judgement(_cause(training, rule), "rising trend")
-    if since_best >= rule.patience * block:
-        return judgement(_cause(training, rule), "patience")
+    cause, is_settled = _cause(training, rule), decay_to_come <= SETTLED
+    is_rising, is_spent = rising is not None and rising > rule.z, since_best >= rule.patience * block
+    if is_rising and (is_settled or cause is Verdict.OVERFITTING):
+        return judgement(cause, "rising trend")
+    if is_spent and is_settled:
+        return judgement(cause, "patience")
+    if is_rising or is_spent:
+        return judgement(Verdict.HEALTHY, "decay to come")
     if rising is None:
         return judgement(Verdict.TOO_EARLY, "too early")
     return judgement(Verdict.HEALTHY, "falling" if since_best == 0 else "no trend")
@@ -160,8 +181,8 @@ def mann_kendall_z(values: Sequence[float], *, period: int = 1) -> float:
     """Mann-Kendall trend of a short series as a z score; positive when it rises, 0 when there is nothing to compare.
 
     With a period, the seasonal test of Hirsch, Slack & Smith (Water Resources Research 18, 1982): only values a whole
-    number of periods apart are compared. Without the continuity correction, so that the default of 1.64 over 7 values
-    means S >= 11; ties are not corrected for, which is conservative.
+    number of periods apart are compared. Without the continuity correction, so that the default of 1.96 over 7 values
+    means S >= 15; ties are not corrected for, which is conservative.
     """
     if len(values) <= period:
         period = 1

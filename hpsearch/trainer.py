@@ -501,17 +501,29 @@ class Trainer:
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up to the peak, then the schedule down to `final_lr_fraction` of it at the last step."""
         settings = self.settings
-        warmup = round(settings.warmup_fraction * self.total_steps)
-        if step < warmup:
-            return settings.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.total_steps - 1 - warmup)
-        decay = {
+        if step < self._warmup_steps:
+            return settings.learning_rate * (step + 1) / self._warmup_steps
+        floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
+        return settings.learning_rate * (floor + (1.0 - floor) * self._decay(step))
+
+    def decay_to_come(self, step: int) -> float:
+        """Part of the learning rate's decay that is left at a step: 1 before it begins, 0 where there is none."""
+        if self.settings.schedule == "constant" or self.settings.final_lr_fraction == 1.0:
+            return 0.0
+        return 1.0 if step < self._warmup_steps else self._decay(step)
+
+    @property
+    def _warmup_steps(self) -> int:
+        return round(self.settings.warmup_fraction * self.total_steps)
+
+    def _decay(self, step: int) -> float:
+        """From 1 at the end of the warm-up to 0 at the last step, or always 1."""
+        progress = min(1.0, (step - self._warmup_steps) / max(1, self.total_steps - 1 - self._warmup_steps))
+        return {
             "constant": 1.0,
             "linear": 1.0 - progress,
             "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-        }[settings.schedule]
-        floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
-        return settings.learning_rate * (floor + (1.0 - floor) * decay)
+        }[self.settings.schedule]
 
     def _keep(self, point: Point) -> None:
         """Make these weights the best so far, in memory; `_checkpoint` brings them to the disk."""

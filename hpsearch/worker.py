@@ -307,7 +307,13 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
     with closing(trainer.points()) as points:
         for point in points:
             curve.append(point)
-            judgement = judge(curve, trainer.total_evaluations, rule, evaluations_per_epoch=per_epoch)
+            judgement = judge(
+                curve,
+                trainer.total_evaluations,
+                rule,
+                evaluations_per_epoch=per_epoch,
+                decay_to_come=trainer.decay_to_come(point.step),
+            )
             stops = judgement.stops and (config.rule is not None or _is_broken(judgement))
             if point.evaluation > trainer.resumed_evaluations:
                 said = "evaluation %d at epoch %.4g: train %.4g, valid %.4g, %s"

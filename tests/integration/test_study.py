@@ -96,8 +96,8 @@ def test_runs_that_overfit_are_pruned_scored_and_ranked(tiny: Path) -> None:
         last = trial["decisions"][-1]
         assert (last["verdict"], last["action"]) == ("overfitting", "stop")
         assert last["evidence"]["best_evaluation"] == trial["best_evaluation"]
-        assert last["evidence"]["valid_trend_z"] > 1.64 or last["evidence"]["since_best"] >= 10
-        assert last["evidence"]["train_trend_z"] < -1.64
+        assert last["evidence"]["valid_trend_z"] > 1.96 or last["evidence"]["since_best"] >= 7
+        assert last["evidence"]["train_trend_z"] < -1.96
     assert len(study.leaderboard()) == 2
 
 

@@ -61,7 +61,7 @@ FLAT = [1.0] * 40
         ),
         pytest.param([1.0, 1.0, math.nan] + [1.0] * 37, [2.0] * 40, Verdict.DIVERGING, 3, id="training NaN"),
         pytest.param([1.0] * 40, [2.0, math.inf] + [2.0] * 38, Verdict.DIVERGING, 2, id="validation inf"),
-        pytest.param([5.0, 4.0, 30.0] + [30.0] * 37, [5.0] * 40, Verdict.DIVERGING, 3, id="exploding"),
+        pytest.param([5.0, 4.0, 30.0] + [30.0] * 37, [5.0] * 40, Verdict.DIVERGING, 5, id="exploding"),
     ],
 )
 def test_a_run_that_has_turned_is_stopped(
@@ -130,7 +130,39 @@ def test_every_threshold_is_a_setting() -> None:
     assert run(falling(40), valid, OverfitRule(z=2.9))[0] > default
     assert run(falling(40), valid, OverfitRule(warmup=0.8))[0] == 32
     assert run(falling(40), valid, OverfitRule(patience=2))[0] < default
-    assert run([1.0, 1.4] * 20, falling(40), OverfitRule(explode_factor=1.3))[1].verdict == Verdict.DIVERGING
+    exploded = [1.0] + [1.4] * 39
+    assert run(exploded, falling(40))[1].verdict == Verdict.HEALTHY
+    assert run(exploded, falling(40), OverfitRule(explode_factor=1.3))[1].verdict == Verdict.DIVERGING
+
+
+def test_a_peak_of_the_training_loss_is_no_explosion() -> None:
+    train = falling(40)
+    train[3:5] = [30.0, 30.0]
+    assert run(train, falling(40))[1].verdict == Verdict.HEALTHY
+
+
+def _under_decay(train: Sequence[float], valid: Sequence[float], left: float) -> Judgement:
+    return judge([P(t, v) for t, v in zip(train, valid, strict=True)], 40, RULE, decay_to_come=left)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "verdict"),
+    [
+        pytest.param([1.0] * 20, [2.0] * 20, Verdict.PLATEAU, id="stands still"),
+        pytest.param([1 + 0.02 * i for i in range(20)], u_shaped(20, 10), Verdict.DIVERGING, id="both rise"),
+        pytest.param(falling(20), falling(8, 5, 2) + [2.1] * 12, Verdict.OVERFITTING, id="fits training alone"),
+    ],
+)
+def test_a_run_that_stands_still_waits_for_the_decay(train: list[float], valid: list[float], verdict: Verdict) -> None:
+    waits = _under_decay(train, valid, 0.5)
+    assert (waits.verdict, waits.evidence.rule) == (Verdict.HEALTHY, "decay to come")
+    assert _under_decay(train, valid, 0.1).verdict == verdict
+    assert _under_decay(train, valid, 0.0).verdict == verdict
+
+
+def test_overfitting_waits_for_no_decay() -> None:
+    judgement = _under_decay(falling(20), u_shaped(20, 10), 0.9)
+    assert (judgement.verdict, judgement.evidence.rule) == (Verdict.OVERFITTING, "rising trend")
 
 
 def test_the_evidence_names_the_best_checkpoint_and_the_trend() -> None:
