@@ -20,9 +20,12 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import logging
 import math
 import multiprocessing
 import os
+import random
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -267,6 +270,125 @@ class SyneTune(Peer):
         return bool(self._scheduler.on_trial_result(there, result) == "CONTINUE")
 
 
+class Budgeted(Peer):
+    """A peer that is asked for settings and for how many epochs, and told the value at their end."""
+
+    def __init__(self) -> None:
+        self._asked: list[Any] = []
+        """Of each trial what was asked for last."""
+        self._until: list[int] = []
+
+    def next(self) -> tuple[int, dict[str, float] | None]:
+        asked, before, until, config = self._ask()
+        if before is not None:
+            trial = next(number for number, one in enumerate(self._asked) if one is before)
+            self._asked[trial], self._until[trial] = asked, until
+            return trial, None
+        self._asked.append(asked)
+        self._until.append(until)
+        return len(self._asked) - 1, config
+
+    def report(self, trial: int, epoch: int, value: float, *, ends: bool) -> bool:
+        if not ends and epoch < self._until[trial]:
+            return True
+        self._tell(self._asked[trial], value)
+        return False
+
+    def _ask(self) -> tuple[Any, Any, int, dict[str, float]]:
+        """What is asked for, what of before it goes on from (or None), up to which epoch, and the settings."""
+        raise NotImplementedError
+
+    def _tell(self, asked: Any, value: float) -> None:
+        raise NotImplementedError
+
+
+class NePS(Budgeted):
+    """NePS with what it chooses for a space with epochs and without priors: Hyperband, whose runs go on."""
+
+    def __init__(self, table: Table, seed: int) -> None:
+        import neps
+        import torch
+
+        super().__init__()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        space = neps.SearchSpace(
+            {
+                "epoch": neps.HPOInteger(1, table.epochs, is_fidelity=True),
+                **{
+                    setting.name: neps.HPOInteger(0, len(setting.values) - 1)
+                    if setting.is_choice
+                    else neps.HPOFloat(setting.values[0], setting.values[-1], log=setting.is_log)
+                    for setting in table.settings
+                },
+            }
+        )
+        chosen = neps.algorithms.determine_optimizer_automatically(space)
+        self._neps = neps.AskAndTell(getattr(neps.algorithms, chosen)(space))
+        self._by_id: dict[str, Any] = {}
+
+    def _ask(self) -> tuple[Any, Any, int, dict[str, float]]:
+        asked = self._neps.ask()
+        config = dict(asked.config)
+        self._by_id[asked.metadata.id] = asked
+        until = int(config.pop("epoch"))
+        return asked, self._by_id.get(asked.metadata.previous_trial_id), until, config
+
+    def _tell(self, asked: Any, value: float) -> None:
+        self._neps.tell(asked, value)
+
+
+class Smac(Budgeted):
+    """SMAC's MultiFidelityFacade; its acquisition function is maximised over 200 points, where 5,000 take minutes.
+
+    It proposes no settings twice: when a space of choices has none left, random ones run in full.
+    """
+
+    def __init__(self, table: Table, seed: int) -> None:
+        import ConfigSpace
+        import smac
+
+        super().__init__()
+        logging.getLogger("smac").setLevel(logging.ERROR)
+        space = ConfigSpace.ConfigurationSpace(seed=seed)
+        for setting in table.settings:
+            space.add(
+                ConfigSpace.Integer(setting.name, (0, len(setting.values) - 1))
+                if setting.is_choice
+                else ConfigSpace.Float(setting.name, (setting.values[0], setting.values[-1]), log=setting.is_log)
+            )
+        scenario = smac.Scenario(
+            space, deterministic=True, min_budget=1, max_budget=table.epochs, n_trials=100_000, seed=seed,
+            output_directory=Path(tempfile.mkdtemp(prefix="smac-")),
+        )  # fmt: skip
+        facade = smac.MultiFidelityFacade
+        self._smac = facade(
+            scenario, lambda config, seed=0, budget=0: 0.0, overwrite=True, logging_level=False,
+            acquisition_maximizer=facade.get_acquisition_maximizer(scenario, challengers=200),
+        )  # fmt: skip
+        self._by_config: dict[Any, Any] = {}
+        self._space, self._epochs = space, table.epochs
+
+    def _ask(self) -> tuple[Any, Any, int, dict[str, float]]:
+        from smac.main.exceptions import ConfigurationSpaceExhaustedException
+
+        try:
+            asked = self._smac.ask()
+        except (ConfigurationSpaceExhaustedException, StopIteration):
+            return None, None, self._epochs, dict(self._space.sample_configuration())
+        before = self._by_config.get(asked.config)
+        if before is not None and before.budget >= asked.budget:
+            before = None
+        self._by_config[asked.config] = asked
+        return asked, before, max(1, round(asked.budget)), dict(asked.config)
+
+    def _tell(self, asked: Any, value: float) -> None:
+        from smac.runhistory import TrialValue
+
+        if asked is not None:
+            self._smac.tell(asked, TrialValue(cost=value), save=False)
+
+
 def _tpe(seed: int) -> optuna.samplers.TPESampler:
     return optuna.samplers.TPESampler(seed=seed)
 
@@ -286,6 +408,8 @@ METHODS: dict[str, Callable[[Table, int], Method]] = {
     "Ray Tune ASHA, random": lambda table, seed: RayTune(table, seed, by_optuna=False),
     "Ray Tune ASHA + OptunaSearch": lambda table, seed: RayTune(table, seed, by_optuna=True),
     "Syne Tune ASHA": SyneTune,
+    "NePS (its choice: Hyperband)": NePS,
+    "SMAC MultiFidelity": Smac,
     "random": lambda table, seed: Optuna(table, optuna.samplers.RandomSampler(seed=seed), optuna.pruners.NopPruner()),
 }
 TABLES: dict[str, Table] = {}
@@ -465,7 +589,16 @@ def main() -> None:
             print(f"failed: {name}: {why}")
         results[f"{workers} at once"] = found
     record.keep(
-        "search", "optuna", "ray", "syne-tune", "cmaes", seeds=options.seeds, budget_full_runs=BUDGET, results=results
+        "search",
+        "optuna",
+        "ray",
+        "syne-tune",
+        "cmaes",
+        "neural-pipeline-search",
+        "smac",
+        seeds=options.seeds,
+        budget_full_runs=BUDGET,
+        results=results,
     )
 
 
