@@ -51,17 +51,24 @@ def trial_of(folder: Folder) -> int | None:
 class CheckpointKeeper:
     """Collects the checkpoints of a running study that nobody needs any more."""
 
-    def __init__(self, store: Store, study: Row, keep: int) -> None:
+    def __init__(self, store: Store, study: Row, keep: int, run: Folder) -> None:
+        """Take up the study's checkpoints, and remove what a launch that was killed had begun to."""
         self._store = store
         self._metric = study["metric"]
         self._sign = -1.0 if study["higher_is_better"] else 1.0
         self._keep = keep
         scores = store.study_scores(study["id"])
+        rows = {row["number"]: row for row in store.trials(study["id"])}
         self._kept = sorted(
             (self._sign * scores[row["number"]][self._metric]["value"], row["number"], row["id"], row["checkpoint"])
-            for row in store.trials(study["id"])
+            for row in rows.values()
             if row["checkpoint"] is not None and row["repeat_of"] is None and row["number"] in scores
         )
+        for _, folder in trial_folders(run):
+            row = rows.get(trial_of(folder))
+            if row and row["state"] not in UNFINISHED and str(folder) != row["checkpoint"]:
+                storage.remove(folder)
+        self._collect_below_the_top()
 
     def trial_ended(self, row_id: int, number: int, result: TrialResult, run: Folder, *, is_repeat: bool) -> None:
         """Remove what the end of a trial has made needless. Its end is on record by now.
@@ -78,6 +85,9 @@ class CheckpointKeeper:
             self._collect(row_id, result.checkpoint)
             return
         self._kept = sorted([*self._kept, (self._sign * score, number, row_id, result.checkpoint)])
+        self._collect_below_the_top()
+
+    def _collect_below_the_top(self) -> None:
         for _, _, old_id, checkpoint in self._kept[self._keep :]:
             self._collect(old_id, checkpoint)
         del self._kept[self._keep :]

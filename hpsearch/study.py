@@ -150,7 +150,7 @@ class StudyRun:
         self._on_cluster_lost = on_cluster_lost
         self._repeats = None if repeats is None else list(repeats)
         rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
-        self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints)
+        self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints, self._folder)
         self._queue: deque[_Waiting] = deque()
         self._paused: dict[int, _Waiting] = {}
         self._losses: dict[int, int] = {}

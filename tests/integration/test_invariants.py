@@ -117,5 +117,19 @@ def test_only_the_best_checkpoints_stay_as_the_study_runs(tiny: Path) -> None:
     assert hpsearch.doctor(store=study.store) == []
 
 
+def test_the_next_launch_ends_a_removal_that_was_cut_short(tiny: Path) -> None:
+    study = hpsearch.launch(tiny, trials=2, overrides=["limits.keep_checkpoints=1"])
+    (best,) = kept(study)
+    (folder,) = Path(study.store.removeprefix("sqlite:///")).parent.glob("runs/tiny-*/trial-*")
+    left = folder.with_name(f"trial-{1 - best:05d}")
+    left.mkdir()
+    (left / "config.json").touch()
+    assert any("this is not its checkpoint" in finding.problem for finding in hpsearch.doctor(store=study.store))
+    hpsearch.launch(tiny, trials=2, overrides=["limits.keep_checkpoints=1"])
+    assert hpsearch.doctor(store=study.store) == []
+    assert folder.is_dir()
+    assert not left.exists()
+
+
 def kept(study: Study) -> list[int]:
     return [row["trial"] for row in study.board().rows if row["checkpoint"]]
