@@ -679,7 +679,7 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
     row = store.find_study(spec.name)
     if row is None:
         metric = RANKING_METRIC[spec.task]
-        store.add_study(
+        row = store.add_study(
             NewStudy(
                 name=spec.name,
                 task=spec.task,
@@ -694,7 +694,6 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
                 placement=spec.placement(),
             )
         )
-        return store.study(spec.name)
     if row["data"]["fingerprint"] != card.fingerprint:
         raise UsageError(
             f"study '{spec.name}' was begun on other text (data fingerprint {row['data']['fingerprint']}, now "

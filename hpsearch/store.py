@@ -216,13 +216,15 @@ class Store:
 
     # Studies
 
-    def add_study(self, study: NewStudy) -> int:
+    def add_study(self, study: NewStudy) -> Row:
+        """The study of this name: this one, or the one that another launch has added at the same moment."""
         with self._guarded(), self._engine.begin() as connection:
             values = {**asdict(study), "created_at": _now()}
-            inserted = connection.execute(sa.insert(_studies).values(values).returning(_studies.c.id))
-            study_id = int(inserted.scalar_one())
-            _record_spec(connection, study_id, study.spec, study.fingerprint, study.budget_trials)
-            return study_id
+            insert = _insert(connection, _studies).values(values).on_conflict_do_nothing()
+            study_id = connection.execute(insert.returning(_studies.c.id)).scalar_one_or_none()
+            if study_id is not None:
+                _record_spec(connection, study_id, study.spec, study.fingerprint, study.budget_trials)
+        return self.study(study.name)
 
     def update_study(self, study_id: int, *, overrides: list[str], placement: dict[str, Any]) -> None:
         """What may change from launch to launch of one study."""

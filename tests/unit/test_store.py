@@ -62,9 +62,8 @@ def scored(perplexity: float, valid_loss: float) -> TrialResult:
 
 
 def start(store: Store, number: int, **params: object) -> int:
-    row = store.find_study("s")
-    study_id = row["id"] if row else store.add_study(STUDY)
-    return store.start_trial(study_id, config(number, **params))
+    row = store.find_study("s") or store.add_study(STUDY)
+    return store.start_trial(row["id"], config(number, **params))
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -85,6 +84,14 @@ def test_what_is_written_is_read(store: Store) -> None:
     assert (second["valid_loss"], second["train_loss"]) == (None, None)
     assert store.decisions(trial)[0]["evidence"] == {"z": None, "rule": "r"}
     assert [score["metric"] for score in store.scores(trial)] == ["perplexity", "bits_per_byte"]
+
+
+def test_launches_that_add_one_study_at_once_share_it(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda number: store.add_study(replace(STUDY, budget_trials=number)), range(8)))
+    assert len({row["id"] for row in rows}) == 1
+    assert len({row["budget_trials"] for row in rows}) == 1
+    assert len(store.spec_versions(rows[0]["id"])) == 1
 
 
 def test_a_finished_trial_stays_finished(store: Store) -> None:
