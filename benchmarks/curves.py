@@ -1,4 +1,4 @@
-"""Published learning curves, as tables to search on: runs of others, with their settings. None is part of this project.
+"""Learning curves, as tables to search on: mostly published runs of others. None is part of this project.
 
 A folder of tables holds, as far as someone has fetched them:
 
@@ -12,6 +12,7 @@ A folder of tables holds, as far as someone has fetched them:
 - algoperf/: logs of AlgoPerf (Dahl et al., arXiv 2306.07179), translation, molecules and speech, by algorithms of many
   kinds, most with learning rates that decay by a cosine. github.com/mlcommons/submissions_algorithms (Apache-2.0): its
   eval_measurements.csv files, in their folders. For stop rules only: their settings are not of one space.
+- live_NAME.json.gz: runs of our own example studies, made on the spot by `benchmarks/live.py`.
 - nasbench-nlp/logs.zip: NAS-Bench-NLP (Klyuchnikov et al., arXiv 2006.07116), recurrent language models on WikiText-2.
   github.com/fmsnew/nas-bench-nlp-release, train_logs_wikitext-2 (Apache-2.0). For stop rules only.
 """
@@ -146,7 +147,10 @@ def _files(folder: Path) -> Iterator[Table]:
             # Index 0 is the untrained model.
             valid = [_losses(run["valid"]["loss"][1:]) for run in runs]
             train = [_losses(run["train"]["loss"][1:]) for run in runs]
-            yield _table(name, "TaskSet", [run["hp"] for run in runs], valid, train)
+            # benchmarks/live.py writes its own tables in the same way.
+            family = "own runs" if name.startswith("live_") else "TaskSet"
+            table = _table(name, family, [run["hp"] for run in runs], valid, train)
+            yield replace(table, is_cosine=tuple(run.get("cosine", False) for run in runs))
         elif "perplexity_curve" in runs[0]:
             valid = [_losses([_log(value) for value in run["perplexity_curve"]]) for run in runs]
             # Some runs went on for many times as long as nearly all others: none here does.

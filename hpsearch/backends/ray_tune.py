@@ -44,6 +44,8 @@ COUNT_NODES_EVERY_S = 2.0
 NODE_LOST = f"{PREEMPTED}: its node was lost"
 NODE_NOTICED_S = 3.0
 """The death of a worker is heard a moment before that of its node."""
+NODE_REMEMBERED_S = 30.0
+"""So long after a node was lost, a worker that died before its first report counts as lost with it."""
 DISMISSED_S = 60.0
 """What the other processes of a trial get to end, once they are told that it is over."""
 
@@ -190,6 +192,9 @@ class _Bridge:
         self._capacity = 0
         self._gpus = 0.0
         self._counted = -math.inf
+        self._alive: set[str] = set()
+        self._lost_at = -math.inf
+        """When a node was last seen to be gone."""
         self.shares: dict[str, float] = {}
         """Tune's trial id to the GPUs that the trial takes."""
         self.numbers: dict[str, int] = {}
@@ -218,7 +223,7 @@ class _Bridge:
         """
         if time.monotonic() - self._counted > COUNT_NODES_EVERY_S:
             self._counted = time.monotonic()
-            nodes = [node["Resources"] for node in alive_nodes()]
+            nodes = [node["Resources"] for node in self._look()]
             self._gpus = sum(node.get("GPU", 0.0) for node in nodes)
             self._capacity = int(min(self._most, _capacity(self.place, nodes)))
         if self.place.is_packed and sum(self.shares.values()) + SMALLEST_SHARE > self._gpus:
@@ -226,16 +231,29 @@ class _Bridge:
         return len(self.numbers) < self._capacity
 
     def has_lost_node(self, trial_id: str) -> bool:
-        """Whether the node of a trial whose worker has died went with it; waits a moment for the news."""
+        """Whether the node of a trial whose worker has died went with it; waits a moment for the news.
+
+        Before a trial's first report its node is not known: any that was lost lately is taken for it.
+        """
         node = self.nodes.pop(trial_id, None)
-        if node is None or len(alive_nodes()) == 1:
-            return False
         until = time.monotonic() + NODE_NOTICED_S
-        while time.monotonic() < until:
-            if all(alive["NodeID"] != node for alive in alive_nodes()):
+        is_alone = len(self._alive) == 1 and self._lost_at == -math.inf
+        while not is_alone and time.monotonic() < until:
+            self._look()
+            if node is None and time.monotonic() - self._lost_at < NODE_REMEMBERED_S:
+                return True
+            if node is not None and node not in self._alive:
                 return True
             time.sleep(0.2)
         return False
+
+    def _look(self) -> list[dict[str, Any]]:
+        nodes = alive_nodes()
+        alive = {node["NodeID"] for node in nodes}
+        if self._alive - alive:
+            self._lost_at = time.monotonic()
+        self._alive = alive
+        return nodes
 
     @contextmanager
     def events(self) -> Iterator[StudyRun]:

@@ -228,7 +228,7 @@ def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tm
         workers = {
             child.pid
             for child in psutil.Process(cluster.nodes[2].pid).children(recursive=True)
-            if "_Trainable" in child.name() + " ".join(child.cmdline())
+            if "Trainable" in child.name() + " ".join(child.cmdline())
         }
         found = set()
         for file in (cluster.root / "shared").glob("tiny-*/trial-*/pulse.json"):
@@ -283,6 +283,7 @@ def test_a_trial_on_several_gpus_has_a_process_for_each(
         store = f"sqlite:///{tmp_path}/{name}.db"
         done = cluster.run(
             "launch", "study.yaml", "--trials=2", "--store", store, "--address", cluster.address,
+            "--set=search.learning_rate={min: 1e-3, max: 1e-2, scale: log}",  # rounding grows with larger ones
             f"--set=resources.gpus_per_trial={gpus}", *options, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
