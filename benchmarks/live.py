@@ -66,6 +66,8 @@ def main() -> None:
         if options.only and not any(word in file for word in options.only):
             continue
         curves = train(file, options.runs, options.seed)
+        if not curves:
+            continue
         target = options.folder / f"live_{Path(file).stem}.json.gz"
         with gzip.open(target, "wt") as stream:
             json.dump(curves, stream)

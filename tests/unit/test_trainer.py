@@ -168,6 +168,13 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(make: Callable[...,
     assert all(later > earlier for earlier, later in pairwise(rates[:warmup]))
     assert all(later <= earlier for earlier, later in pairwise(rates[warmup:]))
     assert rates[-1] == pytest.approx(1e-2 if schedule == "constant" else 2e-3)
+    left = [trainer.decay_to_come(step) for step in range(trainer.total_steps + 1)]
+    if schedule == "constant":
+        assert set(left) == {0.0}
+        return
+    assert [left[0], left[-2], left[-1]] == pytest.approx([1.0, 0.0, 0.0])
+    assert all(later <= earlier for earlier, later in pairwise(left))
+    assert [1e-2 * (0.2 + 0.8 * part) for part in left[-4:-1]] == pytest.approx(rates[-3:])
 
 
 def test_only_matrices_are_decayed(make: Callable[..., Trainer]) -> None:
