@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-whole clean
+.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ format: .venv/.dev ## Format the code and sort imports
 screenshots: .venv/.dev ## The README's pictures of pages, from the store of `make demo` (needs chromium)
 	$(BIN)/python -m tests.browser.screenshots
 
-bench: bench-verdict $(if $(TABLES),bench-search) bench-trainer bench-orchestration bench-whole bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
+bench: bench-verdict $(if $(TABLES),bench-search bench-warm) bench-trainer bench-orchestration bench-whole bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
 
 bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
 	$(BIN)/python benchmarks/faults.py
@@ -55,11 +55,14 @@ bench-report: .venv/.demo ## How long a report takes and how large it is, up to 
 bench-orchestration: .venv/.dev ## What a trial costs beside its training, for hpsearch, Ray Tune + OptunaSearch and Optuna (ten minutes)
 	$(BIN)/python benchmarks/orchestration.py
 
-bench-search: .venv/.peers ## Search quality on published curves beside Optuna, Ray Tune and Syne Tune (TABLES=FOLDER; ten minutes)
+bench-search: .venv/.peers ## Search quality on published curves beside Optuna, Ray Tune, Syne Tune, NePS and SMAC (TABLES=FOLDER; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search.py $(if $(TABLES),--tables $(TABLES))
 
 bench-trainer: .venv/.dev ## Our training loop beside the HF Trainer (five minutes)
 	$(BIN)/python benchmarks/trainer.py
+
+bench-warm: .venv/.peers ## What an earlier study is worth to a new one, on published curves (TABLES=FOLDER; five minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/warm.py $(if $(TABLES),--tables $(TABLES))
 
 bench-whole: .venv/.dev ## How long to the validation loss that Ray Tune + OptunaSearch + ASHA + HF Trainer ends at (hours)
 	$(BIN)/python benchmarks/whole.py

@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import record
 import sqlalchemy as sa
 
 import hpsearch
@@ -203,6 +204,7 @@ def main() -> None:
     heads = ["store", "trials", "CPU ms a trial", "ms a trial", "SQL a trial", "take up, s"]
     heads += ["rank --top 20, s", "show, s", "report, s"]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    rows = []
     folder = Path(tempfile.mkdtemp(prefix="hps-growth-"))
     try:
         file = folder / "growth.yaml"
@@ -218,10 +220,14 @@ def main() -> None:
                         measure_command("show", "growth", "1", url=url),
                         measure_command("report", "growth", "-o", str(folder / "report.html"), url=url),
                     ]
+                    rows.append(
+                        dict(zip(heads, [kind, trials, cpu, wall, statements, resumed, *commands], strict=True))
+                    )
                     cells = [kind, f"{trials:,}", f"{cpu:.1f}", f"{wall:.1f}", f"{statements:.0f}", f"{resumed:.1f}"]
                     print("| " + " | ".join([*cells, *(f"{seconds:.1f}" for seconds in commands)]) + " |", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    record.keep("growth", "optuna", "sqlalchemy", "psycopg", rows=rows)
 
 
 if __name__ == "__main__":

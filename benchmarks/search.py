@@ -98,18 +98,31 @@ def coded(table: Table, config: dict[str, float]) -> NDArray[np.float64]:
 class Ours:
     """The default of a study: `Search` as a launch uses it, without a store."""
 
-    def __init__(self, table: Table, seed: int) -> None:
+    def __init__(
+        self,
+        table: Table,
+        seed: int,
+        *,
+        starts: Sequence[dict[str, float]] = (),
+        priors: dict[str, float] | None = None,
+    ) -> None:
+        """`starts` are settings to try first, `priors` beliefs, both as the study's own parameters."""
+        priors = priors or {}
         dimensions = {
-            setting.name: Range(low=0, high=len(setting.values) - 1, integer=True, step=1)
+            setting.name: Range(
+                low=0, high=len(setting.values) - 1, integer=True, step=1, prior=priors.get(setting.name)
+            )
             if setting.is_choice
-            else Range(low=setting.values[0], high=setting.values[-1], log=setting.is_log)
+            else Range(
+                low=setting.values[0], high=setting.values[-1], log=setting.is_log, prior=priors.get(setting.name)
+            )
             for setting in table.settings
         }
         spec = StudySpec.model_validate(
             {"name": "table", "task": "causal_lm", "data": {"corpus": "python_docs"}, "seed": seed}
         )
         spec._space = Space(fixed={}, dimensions=dict(dimensions))
-        self._search = Search(spec, None)
+        self._search = Search(spec, None, starts=[start for start in (*starts, priors) if start])
         self._keep = spec.limits.keep_paused
         places = rungs.places(spec.prune.unpromising.reduction_factor, warmup_fraction=0.0)
         self._rung_at = {max(1, math.ceil(part * table.epochs)): rung for rung, part in enumerate(places)}
@@ -142,6 +155,10 @@ class Ours:
 
     def overfits(self, table: Table, run: int, epoch: int) -> bool:
         return epoch >= stopped_after(table.name, run)
+
+    def ranked(self) -> list[dict[str, float]]:
+        """The settings that were tried, best first."""
+        return [self._search.params(trial) for trial in sorted(self._best, key=lambda trial: self._best[trial])]
 
 
 @dataclass(frozen=True)
@@ -556,7 +573,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for workers in options.workers:
         jobs = [(name, table, seed, workers) for name in methods for table in TABLES for seed in range(options.seeds)]
-        with multiprocessing.get_context("fork").Pool(os.cpu_count(), initializer=_quiet) as pool:
+        with multiprocessing.get_context("fork").Pool(os.cpu_count(), initializer=quiet) as pool:
             answers = dict(zip(jobs, pool.map(run, jobs, chunksize=2), strict=True))
         failed = {job[0]: answer for job, answer in answers.items() if isinstance(answer, str)}
         regrets = {
@@ -602,7 +619,7 @@ def main() -> None:
     )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore")
 
