@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,10 +102,24 @@ def _start(scratch: Path, note: Callable[[str], None]) -> None:
             return
         except Exception as error:
             ray.shutdown()
+            _end_what_is_left(scratch)
             if attempt == START_ATTEMPTS:
                 raise ClusterError(f"Ray did not start in {attempt} attempts: {error}") from error
             note(f"Ray did not start ({str(error).splitlines()[0]}); trying again")
             time.sleep(attempt)
+
+
+def _end_what_is_left(scratch: Path) -> None:
+    """End the processes of a node that did not come up: Ray keeps no account of it, and they run on."""
+    import psutil
+
+    left = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(str(scratch) in part for part in child.cmdline()):
+                child.kill()
+                left.append(child)
+    psutil.wait_procs(left, timeout=5)
 
 
 def _join(address: str) -> None:

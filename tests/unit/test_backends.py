@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hpsearch.backends import Placement
+from hpsearch.backends import Placement, ray_cluster
 from hpsearch.backends.ray_cluster import _in_this_folder
 from hpsearch.backends.ray_tune import _Bridge, _place
 from hpsearch.errors import ClusterError
@@ -47,6 +50,32 @@ def test_what_the_machine_lacks_is_said_before_anything_starts(tmp_path: Path) -
         place(tmp_path, "{gpus_per_trial: 1}", CPU=2)
     with pytest.raises(ClusterError, match="cpus_per_trial is 9, but no node of Ray has more than 2 CPU"):
         place(tmp_path, "{cpus_per_trial: 9}", CPU=2)
+
+
+def test_a_ray_that_does_not_come_up_leaves_nothing_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def init(**options: Any) -> None:
+        nodes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", options["_temp_dir"]]))
+        if len(nodes) == 1:
+            raise RuntimeError("The current node timed out during startup.")
+
+    # No Ray fails to start when it is asked to.
+    monkeypatch.setattr(ray_cluster.ray, "init", init)
+    monkeypatch.setattr(ray_cluster.ray, "shutdown", lambda: None)
+    notes: list[str] = []
+    ray_cluster._start(tmp_path, notes.append)
+    first, second = nodes
+    try:
+        assert notes == ["Ray did not start (The current node timed out during startup.); trying again"]
+        assert first.poll() is not None
+        assert second.poll() is None
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
 
 
 def test_no_trial_lies_on_two_nodes(tmp_path: Path) -> None:
