@@ -294,13 +294,18 @@ class Budgeted(Peer):
         self._asked: list[Any] = []
         """Of each trial what was asked for last."""
         self._until: list[int] = []
+        self._ended: dict[int, float] = {}
+        """Trials whose runs ended by themselves, with their last value: they come to no more in more epochs."""
 
     def next(self) -> tuple[int, dict[str, float] | None]:
         asked, before, until, config = self._ask()
-        if before is not None:
+        while before is not None:
             trial = next(number for number, one in enumerate(self._asked) if one is before)
             self._asked[trial], self._until[trial] = asked, until
-            return trial, None
+            if trial not in self._ended:
+                return trial, None
+            self._tell(asked, self._ended[trial])
+            asked, before, until, config = self._ask()
         self._asked.append(asked)
         self._until.append(until)
         return len(self._asked) - 1, config
@@ -308,6 +313,8 @@ class Budgeted(Peer):
     def report(self, trial: int, epoch: int, value: float, *, ends: bool) -> bool:
         if not ends and epoch < self._until[trial]:
             return True
+        if ends:
+            self._ended[trial] = value
         self._tell(self._asked[trial], value)
         return False
 
