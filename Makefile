@@ -61,7 +61,7 @@ bench-search: .venv/.peers ## Search quality on published curves beside Optuna, 
 bench-trainer: .venv/.dev ## Our training loop beside the HF Trainer (five minutes)
 	$(BIN)/python benchmarks/trainer.py
 
-bench-warm: .venv/.peers ## What an earlier study is worth to a new one, on published curves (TABLES=FOLDER; five minutes)
+bench-warm: .venv/.peers ## What an earlier study is worth to a new one, on published curves (TABLES=FOLDER; a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/warm.py $(if $(TABLES),--tables $(TABLES))
 
 bench-whole: .venv/.dev ## How long to the validation loss that Ray Tune + OptunaSearch + ASHA + HF Trainer ends at (hours)

@@ -4,7 +4,7 @@
 
 For each of two example studies, with its number of epochs set (runs of one table must be comparable) and its learning
 rates decaying by a cosine as they do by default, FOLDER gets a live_NAME.json.gz that `benchmarks/search.py` and
-`benchmarks/verdict.py` read beside the published tables (`benchmarks/curves.py`). Half an hour on two cores.
+`benchmarks/verdict.py` read beside the published tables (`benchmarks/curves.py`).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import random
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -287,7 +288,7 @@ class SyneTune(Peer):
         return bool(self._scheduler.on_trial_result(there, result) == "CONTINUE")
 
 
-class Budgeted(Peer):
+class Budgeted(Peer, ABC):
     """A peer that is asked for settings and for how many epochs, and told the value at their end."""
 
     def __init__(self) -> None:
@@ -318,12 +319,13 @@ class Budgeted(Peer):
         self._tell(self._asked[trial], value)
         return False
 
+    @abstractmethod
     def _ask(self) -> tuple[Any, Any, int, dict[str, float]]:
         """What is asked for, what of before it goes on from (or None), up to which epoch, and the settings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tell(self, asked: Any, value: float) -> None:
-        raise NotImplementedError
+        """The value at the end of what was asked for."""
 
 
 class NePS(Budgeted):

@@ -6,8 +6,8 @@ patience, after a warm-up. Validation loss says *when* to stop; the trend of the
 still falling means overfitting, flat a plateau, rising divergence. The rule depends on the order of losses only,
 so it is the same in nats, bits or any other unit.
 
-Under a schedule that decays, most runs that stand still gain once more when the learning rate comes down. Until it has,
-only overfitting ends a run: validation loss that rises while training loss falls.
+Under a schedule that decays, many a run that stands still gains once more when the learning rate comes down. Until it
+has, only overfitting ends a run: validation loss that rises while training loss falls.
 """
 
 from __future__ import annotations
