@@ -255,4 +255,14 @@ def _nothing_lost(dialect: str) -> list[str]:
     ]
 
 
-STEPS: list[Callable[[str], list[str]]] = [_first_tables, _details, _evidence, _nothing_lost]
+def _optimizers(dialect: str) -> list[str]:
+    """Studies that were begun before optimizers could be chosen go on with the one that there was."""
+    if dialect == "sqlite":
+        changed = "json_set(spec, '$.training.optimizer', 'adamw', '$.training.weight_average', 0.0)"
+    else:
+        before = """CAST('{"optimizer": "adamw", "weight_average": 0.0}' AS JSONB)"""
+        changed = f"spec || jsonb_build_object('training', COALESCE(spec -> 'training', '{{}}') || {before})"
+    return [f"UPDATE {table} SET spec = {changed}" for table in ("hpsearch_studies", "hpsearch_specs")]
+
+
+STEPS: list[Callable[[str], list[str]]] = [_first_tables, _details, _evidence, _nothing_lost, _optimizers]

@@ -71,6 +71,18 @@ class TrainingSettings(Strict):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="Of training losses (translation, classification); validation losses have none."
     )
+    optimizer: Literal["muon", "adamw"] | None = Field(
+        None,
+        description="muon takes Muon for the matrices of the transformer blocks and AdamW for all other weights. By "
+        "default muon for a model from scratch, adamw for a pretrained one.",
+    )
+    weight_average: float = Field(
+        0.1,
+        ge=0,
+        le=0.25,
+        description="What is judged and kept is an average of the weights over about this part of the steps so far; 0 "
+        "takes the last ones.",
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)

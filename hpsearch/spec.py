@@ -385,12 +385,10 @@ class StudySpec(Strict):
         settings = {**self.model.model_dump(), **model}
         if self.model.pretrained is None:
             settings["architecture"] = settings["architecture"] or DEFAULT_ARCHITECTURE[self.task]
-        return (
-            ModelSettings(**settings),
-            RunSettings(
-                **{**self.training.model_dump(), **training, "evaluations_per_epoch": self.evaluations_per_epoch}
-            ),
-        )
+        run = {**self.training.model_dump(), **training, "evaluations_per_epoch": self.evaluations_per_epoch}
+        # Weights that AdamW has trained gain nothing from Muon (Liu et al., arXiv 2502.16982, section 3.5).
+        run["optimizer"] = run["optimizer"] or ("muon" if self.model.pretrained is None else "adamw")
+        return ModelSettings(**settings), RunSettings(**run)
 
     def record(self) -> dict[str, Any]:
         """What identifies the study, as JSON: everything but where it runs and where it is kept.

@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -41,14 +41,18 @@ from hpsearch.trial_log import LOGGER
 
 CHECKPOINT_SHARE = 0.05
 """Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
-STATE_BYTES = 16
-"""Of a state for each weight that is trained: itself, two moments, and itself at its best."""
+STATE_BYTES = 20
+"""Of a state for each weight that is trained: itself, two moments, its average, and that at its best."""
 DISK_SPEED = 500e6
 """Bytes a second that a disk is taken to write until it has been seen to."""
 
 
 MICRO_BATCH = "micro-batch.txt"
 """File in the folder of an attempt that ran out of memory on one of several devices: what the next one begins with."""
+
+
+Optimizers = Mapping[str, torch.optim.Optimizer]
+"""By the names that their states have in a checkpoint."""
 
 
 class Order(IntEnum):
@@ -190,6 +194,11 @@ class Trainer:
         self._is_partial = any(not parameter.requires_grad for parameter in task.model.parameters())
         self._order = np.random.default_rng(seed)
         self._model: nn.Module = task.model.to(device)
+        self._trained = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+        self._average_power = _average_power(settings.weight_average) if settings.weight_average else None
+        self._average = {
+            name: value.detach().clone() for name, value in self._trained.items() if settings.weight_average
+        }
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self._half = settings.precision == "bfloat16" or (
@@ -246,8 +255,8 @@ class Trainer:
 
         Close it to stop early. Raises OutOfMemoryError, SmallerMicroBatchError, PreemptedError, DiskFullError.
         """
-        optimizer = self._optimizer()
-        position = self._resume(optimizer)
+        optimizers = self._optimizers()
+        position = self._resume(optimizers)
         for point in list(self.curve):
             if (yield from self._hand_out(point)):
                 return
@@ -259,25 +268,27 @@ class Trainer:
             while position.step_in_epoch < len(batches):
                 asked = Order(self._ranks.largest(self._pulse()))
                 if asked is Order.PREEMPT:
-                    self._checkpoint(optimizer, order)
+                    self._checkpoint(optimizers, order)
                     raise PreemptedError
                 if asked is Order.TIME_UP:
                     if self.best is None and position.loss_count:
                         yield from self._hand_out(self._evaluate_now())
                     return
-                for group in optimizer.param_groups:
-                    group["lr"] = self._learning_rate(position.step)
-                batch_loss, count = self._step(optimizer, batches[position.step_in_epoch])
+                for optimizer in optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = self._learning_rate(position.step)
+                batch_loss, count = self._step(optimizers, batches[position.step_in_epoch])
                 self._loss_sum += batch_loss
                 position.loss_count += count
                 position.tokens += count
                 position.step += 1
                 position.step_in_epoch += 1
+                self._update_average()
                 if position.step_in_epoch not in evaluation_steps:
                     continue
                 point = self._evaluate_now()
                 if point.evaluation in self.rungs or self._checkpoint_is_due():
-                    self._checkpoint(optimizer, order)
+                    self._checkpoint(optimizers, order)
                 if (yield from self._hand_out(point)):
                     return
                 self._model.train()
@@ -298,31 +309,55 @@ class Trainer:
         """A point of the curve at this step."""
         position = self._position
         position.evaluation += 1
-        valid_loss = self._mean_loss("validation")
         takes_score = self.objective != "loss" and position.step_in_epoch == self.steps_per_epoch
-        point = Point(
-            evaluation=position.evaluation,
-            epoch=position.epoch + position.step_in_epoch / self.steps_per_epoch,
-            step=position.step,
-            train_loss=self._ranks.add(self._loss_sum).item() / position.loss_count,
-            valid_loss=valid_loss,
-            learning_rate=self._learning_rate(max(0, position.step - 1)),
-            tokens=position.tokens,
-            valid_score=self._validation_score() if takes_score else None,
-            seconds=self.seconds,
-        )
-        self.curve.append(point)
+        with self._averaged():
+            point = Point(
+                evaluation=position.evaluation,
+                epoch=position.epoch + position.step_in_epoch / self.steps_per_epoch,
+                step=position.step,
+                train_loss=self._ranks.add(self._loss_sum).item() / position.loss_count,
+                valid_loss=self._mean_loss("validation"),
+                learning_rate=self._learning_rate(max(0, position.step - 1)),
+                tokens=position.tokens,
+                valid_score=self._validation_score() if takes_score else None,
+                seconds=self.seconds,
+            )
+            self.curve.append(point)
+            if self._is_better(point):
+                self._keep(point)
         self._loss_sum.zero_()
         position.loss_count = 0
-        if self._is_better(point):
-            self._keep(point)
         return point
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """The average whose width grows with the run: the power function of Karras et al. (arXiv 2312.02696)."""
+        if self._average_power is not None:
+            share = 1.0 - (1.0 - 1.0 / self._position.step) ** (self._average_power + 1.0)
+            torch._foreach_lerp_(list(self._average.values()), list(self._trained.values()), share)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with averaged weights."""
+        if self._average_power is None:
+            yield
+            return
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        for name, value in self._trained.items():
+            value.data, self._average[name] = self._average[name], value.data
 
     def settle(self, last: Point) -> None:
         """Make the last point the best one if a run was stopped before its first validation score."""
         if self.best is None and self.objective != "loss" and math.isfinite(last.valid_loss):
             self._ranks.tell(b"judge")
-            self._keep(replace(last, valid_score=self._validation_score()))
+            with self._averaged():
+                self._keep(replace(last, valid_score=self._validation_score()))
 
     def score(self) -> Scored:
         """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
@@ -337,7 +372,8 @@ class Trainer:
             if command == b"score":
                 self._score()
             else:
-                self._validation_score()
+                with self._averaged():
+                    self._validation_score()
 
     def dismiss(self) -> None:
         """Tell the others, who `follow`, that the run is over."""
@@ -381,12 +417,13 @@ class Trainer:
             return False
         return self.best is None or point.valid_score > (self.best.valid_score or 0.0)
 
-    def _step(self, optimizer: torch.optim.Optimizer, indices: Indices) -> tuple[Tensor, int]:
+    def _step(self, optimizers: Optimizers, indices: Indices) -> tuple[Tensor, int]:
         """One optimizer step over a whole batch; returns its summed loss (on the device) and predicted tokens."""
         while True:
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
             try:
-                return self._accumulate_and_step(optimizer, indices)
+                return self._accumulate_and_step(optimizers, indices)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -406,7 +443,7 @@ class Trainer:
         said = str(error).splitlines()[0]
         return SmallerMicroBatchError(f"out of memory in one of {self._ranks.size} processes; {remedy} ({said})")
 
-    def _accumulate_and_step(self, optimizer: torch.optim.Optimizer, indices: Indices) -> tuple[Tensor, int]:
+    def _accumulate_and_step(self, optimizers: Optimizers, indices: Indices) -> tuple[Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = self.task.predicted("train", indices)
         own = indices[self._ranks.rank :: self._ranks.size]
@@ -426,7 +463,8 @@ class Trainer:
         torch._foreach_div_(gradients, count / self._ranks.size)
         if self.settings.gradient_clip:
             nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         return total, count
 
     def _mean_loss(self, split: str) -> float:
@@ -482,21 +520,36 @@ class Trainer:
             self._pulse()
             yield indices, answer
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """AdamW (Loshchilov & Hutter, 2019); biases, gains and other vectors are not decayed."""
+    def _optimizers(self) -> Optimizers:
+        """AdamW (Loshchilov & Hutter, 2019) and, for hidden matrices, Muon (Jordan et al., 2024).
+
+        Biases, gains and other vectors are not decayed. Muon's steps are as long as AdamW's, so that one learning rate
+        serves both (Liu et al., arXiv 2502.16982).
+        """
         settings = self.settings
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        hidden = [] if settings.optimizer == "adamw" else architecture.hidden_matrices(self.task.model)
+        apart = {id(parameter) for parameter in hidden}
+        others = [parameter for parameter in self._trained.values() if id(parameter) not in apart]
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in others if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             groups,
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             fused=True,
         )
+        if not hidden:
+            return {"optimizer": adamw}
+        muon = torch.optim.Muon(
+            hidden,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        return {"optimizer": adamw, "muon": muon}
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up to the peak, then the schedule down to `final_lr_fraction` of it at the last step."""
@@ -541,8 +594,7 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         """What training changes, each shared tensor once; of a model that is frozen in part, only the rest."""
-        trained = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
-        return {**trained, **dict(self._model.named_buffers())}
+        return {**self._trained, **dict(self._model.named_buffers())}
 
     @torch.no_grad()
     def _restore(self, weights: Mapping[str, Tensor]) -> None:
@@ -555,7 +607,7 @@ class Trainer:
         is_due = CHECKPOINT_SHARE * (time.perf_counter() - self._saved) >= self._save_seconds
         return bool(self._ranks.largest(is_due and not self._ranks.rank))
 
-    def _checkpoint(self, optimizer: torch.optim.Optimizer, order: Mapping[str, Any]) -> None:
+    def _checkpoint(self, optimizers: Optimizers, order: Mapping[str, Any]) -> None:
         """Write the state of the run, and the best weights that it names; keep it and the state before it."""
         began = time.perf_counter()
         step = self._position.step
@@ -570,8 +622,11 @@ class Trainer:
         numpy_state = np.random.get_state(legacy=False)
         words = numpy_state["state"]
         tensors = {f"model.{name}": value for name, value in self._weights().items()}
-        for number, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        if self._average_power is not None:
+            tensors |= {f"average.{name}": value for name, value in self._average.items()}
+        for kind, optimizer in optimizers.items():
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{kind}.{number}.{name}": value for name, value in state.items()}
         tensors |= random_states
         facts = {
             "position": {**asdict(self._position), "seconds": self.seconds},
@@ -612,28 +667,28 @@ class Trainer:
             for rank, content in enumerate(self._ranks.gather(state.numpy().tobytes()))
         }
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> _Position:
+    def _resume(self, optimizers: Optimizers) -> _Position:
         """Take up the newest whole state of this run, if there is one; returns where the run is then."""
         self._began = self._saved = time.perf_counter()
         if self._ranks.rank:
-            self._resume_as_told(optimizer)
+            self._resume_as_told(optimizers)
         else:
-            self._resume_newest(optimizer)
+            self._resume_newest(optimizers)
         self._shrink_micro_batch()
         return self._position
 
-    def _resume_newest(self, optimizer: torch.optim.Optimizer) -> None:
+    def _resume_newest(self, optimizers: Optimizers) -> None:
         for file, (tensors, facts) in checkpoints.newest(self._earlier):
             best = checkpoints.read(file.parent / facts["best_file"]) if facts["best_file"] else None
             if facts["best_file"] and best is None:
                 continue  # the state before this one may still have its best weights
             self._ranks.tell(str(file).encode())
-            self._take_up(optimizer, tensors, facts, best[0] if best else {})
+            self._take_up(optimizers, tensors, facts, best[0] if best else {})
             LOGGER.info("goes on from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
             return
         self._ranks.tell(b"")
 
-    def _resume_as_told(self, optimizer: torch.optim.Optimizer) -> None:
+    def _resume_as_told(self, optimizers: Optimizers) -> None:
         """The state that the first process resumes from, if it does; it alone keeps the best weights."""
         file = self._ranks.tell().decode()
         if not file:
@@ -641,7 +696,7 @@ class Trainer:
         state = checkpoints.read(locate(file))
         if state is None:
             raise RuntimeError(f"process {self._ranks.rank} cannot read {file}, which the first one can")
-        self._take_up(optimizer, *state, {})
+        self._take_up(optimizers, *state, {})
 
     def _shrink_micro_batch(self) -> None:
         """Heed what earlier attempts have learnt about memory. Raises OutOfMemoryError when it is that nothing fits."""
@@ -652,17 +707,20 @@ class Trainer:
 
     def _take_up(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Optimizers,
         tensors: Mapping[str, Tensor],
         facts: Mapping[str, Any],
         best: dict[str, Tensor],
     ) -> None:
         self._restore(_below(tensors, "model."))
-        parts: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below(tensors, "optimizer.").items():
-            number, _, part = name.partition(".")
-            parts.setdefault(int(number), {})[part] = value
-        optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, value in _below(tensors, "average.").items():
+            self._average[name].copy_(value)
+        for kind, optimizer in optimizers.items():
+            parts: dict[int, dict[str, Tensor]] = {}
+            for name, value in _below(tensors, f"{kind}.").items():
+                number, _, part = name.partition(".")
+                parts.setdefault(int(number), {})[part] = value
+            optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
         self._position = _Position(**facts["position"])
         self._loss_sum.fill_(0.0 if self._ranks.rank else facts["loss_sum"])
         self.micro_batch_size = facts["micro_batch_size"]
@@ -685,6 +743,14 @@ class Trainer:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _average_power(width: float) -> float:
+    """The exponent of an average whose weights have this standard deviation, as a part of the steps so far.
+
+    The positive root of a cubic: Karras et al. (arXiv 2312.02696), algorithm 2.
+    """
+    return float(np.roots([1.0, 7.0, 16.0 - width**-2, 12.0 - width**-2]).real.max())
 
 
 def _random_name(kind: str, rank: int) -> str:

@@ -78,6 +78,13 @@ def has_dropout(model: PreTrainedModel) -> bool:
     return any(getattr(model.config, name, None) for name in _DROPOUT_NAMES)
 
 
+def hidden_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Weights of linear layers within the transformer blocks that are trained: neither embeddings nor heads."""
+    layers = (module for half in _blocks(model) for module in half.modules() if isinstance(module, nn.Linear | Conv1D))
+    weights = {id(layer.weight): layer.weight for layer in layers}
+    return [weight for weight in weights.values() if isinstance(weight, nn.Parameter) and weight.requires_grad]
+
+
 def merge_adapters(model: PreTrainedModel) -> None:
     """Add what low-rank adapters learned to the weights below them, and take the adapters out, if there are any."""
     if not any(".lora_" in name for name, _ in model.named_parameters()):

@@ -134,9 +134,10 @@ def assert_equal(
 
 @pytest.mark.parametrize("task", MODELS)
 def test_three_processes_learn_what_one_learns(configure: Callable[..., TrialConfig], pool: Pool, task: str) -> None:
-    alone = drain(run_trial(configure(task, "alone")))
+    # Muon's products in bfloat16 let differences of rounding grow until an example changes its class.
+    alone = drain(run_trial(configure(task, "alone", optimizer="adamw")))
     team = Processes(pool)
-    together = drain(run_trial(configure(task, "together"), team=team))
+    together = drain(run_trial(configure(task, "together", optimizer="adamw"), team=team))
     assert together[1].state is TrialState.COMPLETED, together[1].error
     assert together[1].provenance["processes"] == SIZE
     assert_equal(alone, together)

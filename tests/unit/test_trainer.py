@@ -178,10 +178,58 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(make: Callable[...,
 
 
 def test_only_matrices_are_decayed(make: Callable[..., Trainer]) -> None:
-    decayed, spared = make(RUN.model_copy(update={"weight_decay": 0.1}))._optimizer().param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert {parameter.dim() for parameter in decayed["params"]} == {2}
-    assert {parameter.dim() for parameter in spared["params"]} == {1}
+    optimizers = make(RUN.model_copy(update={"weight_decay": 0.1}))._optimizers()
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    assert {(parameter.dim(), group["weight_decay"]) for group in groups for parameter in group["params"]} == {
+        (2, 0.1),
+        (1, 0.0),
+    }
+
+
+def test_muon_turns_the_matrices_of_the_blocks_and_adamw_all_other_weights(make: Callable[..., Trainer]) -> None:
+    one_step = RUN.model_copy(
+        update={"batch_size": 10_000, "num_epochs": 1, "weight_decay": 0.0, "warmup_fraction": 0.0}
+    )
+    moved: dict[str, dict[str, torch.Tensor]] = {}
+    for optimizer in ("muon", "adamw"):
+        trainer = make(one_step.model_copy(update={"optimizer": optimizer, "evaluations_per_epoch": 1}))
+        before = {name: value.clone() for name, value in trainer._weights().items()}
+        list(trainer.points())
+        moved[optimizer] = {name: value.detach() - before[name].detach() for name, value in trainer._weights().items()}
+    for name, change in moved["muon"].items():
+        matters = ".h." in name and change.dim() == 2
+        assert torch.equal(change, moved["adamw"][name]) is not matters, name
+        if matters:
+            stretch = torch.linalg.svdvals(change)
+            length = 0.2 * max(change.shape) ** 0.5 * one_step.learning_rate
+            assert stretch.median() == pytest.approx(length, rel=0.3)
+            assert stretch[0] < 1.3 * length, "in no direction much farther than in others"
+            adamw = torch.linalg.svdvals(moved["adamw"][name])
+            assert adamw[0] > 3 * adamw.median(), "as AdamW does"
+
+
+def test_what_is_judged_and_kept_is_the_average_of_the_weights(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = make(RUN.model_copy(update={"weight_average": 0.25}))
+    weights: list[list[torch.Tensor]] = []
+    update = trainer._update_average
+    trainer._update_average = lambda: (  # type: ignore[method-assign]
+        weights.append([value.detach().clone() for value in trainer._trained.values()]),
+        update(),
+    )[1]
+    last = list(trainer.points())[-1]
+    # The share of each step's weights is the power law's, whose deviation is a quarter of the steps.
+    count = len(weights)
+    edges = (np.arange(count + 1) / count) ** (0.71982395800071 + 1)
+    shares = np.diff(edges)
+    centre = (shares * np.arange(1, count + 1)).sum()
+    deviation = math.sqrt((shares * (np.arange(1, count + 1) - centre) ** 2).sum())
+    assert deviation == pytest.approx(0.25 * count, rel=0.05)
+    for number, value in enumerate(trainer._trained.values()):
+        value.data = sum(float(share) * there[number] for share, there in zip(shares, weights, strict=True))  # type: ignore[assignment]
+    assert trainer._mean_loss("validation") == pytest.approx(last.valid_loss, rel=1e-4)
+    plain = list(make(RUN.model_copy(update={"weight_average": 0.0})).points())[-1]
+    assert plain.train_loss == last.train_loss, "training itself goes on from the last weights"
+    assert plain.valid_loss != last.valid_loss
 
 
 @pytest.mark.slow
