@@ -7,7 +7,11 @@ same two cores, same seeds. It runs to the end of its trials; then `hpsearch lau
 reached the best validation loss that the peer has ended with, in at most four times as many trials (of ours most pause
 early) and twice the peer's time: `never` is what was not reached by then. The table says when it was reached, how many
 of its own seconds of training it had spent by then, and when the first validation loss came in from either. Text is
-tokenized before either starts.
+tokenized before either starts, and hpsearch has tried to build its models, as after a first launch beside that text.
+
+Both begin with the same learning rates, batch sizes, layers and epochs. The HF Trainer trains with its own AdamW, with
+hpsearch's decay, warm-up and clipping; hpsearch takes what it comes with, which is Muon and averaged weights: `--adamw`
+takes that from it.
 """
 
 from __future__ import annotations
@@ -36,13 +40,15 @@ LONGER = 2
 STUDIES = {"causal LM": "lm.yaml", "translation": "translation.yaml", "classification": "classification.yaml"}
 
 
-def study(case: str) -> dict[str, Any]:
+def study(case: str, *, adamw: bool = False) -> dict[str, Any]:
     from hpsearch.study_file import read_study_file
 
     # YAML 1.2, whose 1e-3 is a number.
     content: dict[str, Any] = json.loads(json.dumps(read_study_file(HERE.parent / "studies" / STUDIES[case]).content))
     for name in ("store", "prune"):  # both as they are by default
         content.pop(name, None)
+    if adamw:
+        content["training"] = {"optimizer": "adamw", "weight_average": 0.0}
     content["resources"] = {"cpus_per_trial": 1, "gpus_per_trial": 0, "parallel": 2}
     return content
 
@@ -83,9 +89,9 @@ hpsearch.launch(study, trials=trials, store=f"sqlite:///{folder}/s.db", folder=f
 
 
 def ours(
-    case: str, folder: Path, runs: Path, *, trials: int, seed: int, goal: float, limit: float
+    case: str, folder: Path, runs: Path, *, trials: int, seed: int, adamw: bool, goal: float, limit: float
 ) -> list[dict[str, Any]]:
-    content = {**study(case), "seed": seed}
+    content = {**study(case, adamw=adamw), "seed": seed}
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     (folder / "runs").mkdir()
     for entry in runs.iterdir():
@@ -103,15 +109,15 @@ def finite(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for one in reports if math.isfinite(one["loss"])]
 
 
-def compare(case: str, seed: int, trials: int) -> dict[str, Any]:
-    from hpsearch.data import prepare
+def compare(case: str, seed: int, trials: int, *, adamw: bool) -> dict[str, Any]:
+    from hpsearch.api import _prepare_data
     from hpsearch.spec import load_study
 
     with tempfile.TemporaryDirectory(prefix="hps-w-") as place:
         folder = Path(place)
         (folder / "prepared.yaml").write_text(yaml.safe_dump(study(case)))
         spec = load_study(folder / "prepared.yaml", folder=str(folder / "data"))
-        data = prepare(spec)[0]
+        data = _prepare_data(spec)[0]
         for name in ("peer", "ours"):
             (folder / name).mkdir()
         theirs = finite(peer(case, folder / "peer", data, spec.evaluations_per_epoch, trials=trials, seed=seed))
@@ -119,7 +125,7 @@ def compare(case: str, seed: int, trials: int) -> dict[str, Any]:
         goal = min(one["loss"] for one in theirs)
         wall = max(one["at"] for one in theirs)
         limits = {"goal": goal, "limit": LONGER * wall}
-        mine = finite(ours(case, folder / "ours", folder / "data", trials=trials, seed=seed, **limits))
+        mine = finite(ours(case, folder / "ours", folder / "data", trials=trials, seed=seed, adamw=adamw, **limits))
     there = next((one["at"] for one in mine if one["loss"] <= goal), None)
     spent: dict[int, float] = {}
     for one in mine:
@@ -144,6 +150,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=None, help="of both; by default those of the study file")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="tasks whose names hold one of these")
+    parser.add_argument("--adamw", action="store_true", help="the HF Trainer's optimizer for hpsearch, too; not kept")
     options = parser.parse_args()
     rows: dict[str, list[dict[str, Any]]] = {}
     print("seconds of wall time; 'reached': ours at the validation loss that the peer ends with")
@@ -153,7 +160,7 @@ def main() -> None:
     for seed in range(options.seeds):
         for case in cases:
             trials = options.trials or study(case)["budget"]["trials"]
-            one = compare(case, seed, trials)
+            one = compare(case, seed, trials, adamw=options.adamw)
             rows.setdefault(case, []).append({**one, "trials": trials})
             reached = "never" if one["wall_s"] is None else f"{one['wall_s']:.0f}"
             part = "-" if one["wall_s"] is None else f"{one['wall_s'] / one['peer_wall_s']:.2f}"
@@ -163,6 +170,8 @@ def main() -> None:
                 f"{one['peer_first_report_s']:>18.1f}{one['first_report_s']:>7.1f}",
                 flush=True,
             )
+        if options.adamw:
+            continue
         # It takes hours: what is there is kept.
         record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=seed + 1, rows=rows)
     for case, found in rows.items():

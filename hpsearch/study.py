@@ -147,6 +147,8 @@ class StudyRun:
         """When workers were last looked at."""
         self._outcomes: list[str] = []
         """How the trials of this launch failed, while all of them do."""
+        self._suspicion: str | None = None
+        """Why the study ends, unless a trial that runs fares better than those that have failed."""
         self._on_cluster_lost = on_cluster_lost
         self._repeats = None if repeats is None else list(repeats)
         rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
@@ -246,7 +248,7 @@ class StudyRun:
 
         When nothing is left to run, the trials that were never promoted end.
         """
-        if self.stop_reason is not None or not self._has_room():
+        if self.stop_reason is not None or not self._has_room() or (self._suspicion and self._live):
             return None
         if self._queue:
             waiting = self._queue.popleft()
@@ -276,6 +278,8 @@ class StudyRun:
     def on_progress(self, number: int, progress: Progress) -> Decision:
         """Record a point; STOP, or PAUSE at a rung, when the other trials show this one to be unpromising."""
         live = self._live[number]
+        if self._suspicion is not None:
+            self._trust()
         point, judgement = progress.point, progress.judgement
         self._outbox.put(lambda: self._store.add_point(live.row_id, point))
         if math.isfinite(point.valid_loss):
@@ -332,7 +336,7 @@ class StudyRun:
         self._paused[number] = _wait(live)
         self._search.pause(number)
         self._count(TrialState.PAUSED)
-        self._outcomes = [""] * SAME_FAILURES  # it runs as it should
+        self._trust()
         self._tell_end(
             live.config, live.last, TrialResult(state=TrialState.PAUSED, reason=reason, **self._last_known(live))
         )
@@ -515,7 +519,7 @@ class StudyRun:
         self._count(result.state)
         self._memory.learn(_settings(live.config), result.micro_batch_size, result.provenance)
         self._tell_end(live.config, live.last, result)
-        self._look_for_a_pattern(result)
+        self._look_for_a_pattern(live, result)
 
     def _at_rung(self, live: _Live, point: Point, rung: int) -> Decision:
         value = live.best if self.spec.objective == "loss" else live.best_score
@@ -592,18 +596,31 @@ class StudyRun:
             )
         )
 
-    def _look_for_a_pattern(self, result: TrialResult) -> None:
-        """End a study whose first trials all break in the same way: the next ones would, too."""
+    def _look_for_a_pattern(self, ended: _Live, result: TrialResult) -> None:
+        """End a study whose first trials all break in the same way: the next ones would, too.
+
+        Of several trials at once those that break are the first to end: where they broke before their first report, the
+        others are waited for.
+        """
         if result.state not in (TrialState.FAILED, TrialState.INFEASIBLE):
-            self._outcomes = [""] * SAME_FAILURES
+            self._trust()
             return
-        if len(self._outcomes) < SAME_FAILURES:
+        if len(self._outcomes) < SAME_FAILURES or self._suspicion is not None:
             self._outcomes.append(re.sub(r"\d+(\.\d+)?", "N", result.reason))
-            if len(self._outcomes) == SAME_FAILURES and len(set(self._outcomes)) == 1:
-                self.request_stop(
-                    f"the first {SAME_FAILURES} trials all ended the same way: {result.state}: {result.reason}",
-                    EXIT_TOO_MANY_FAILED,
-                )
+        if len(self._outcomes) < SAME_FAILURES or "" in self._outcomes:
+            return
+        others = self._live.values()
+        if len(set(self._outcomes)) > 1 or (ended.last is None and any(other.last is not None for other in others)):
+            self._trust()
+            return
+        self._suspicion = f"the first {SAME_FAILURES} trials all ended the same way: {result.state}: {result.reason}"
+        if ended.last is not None or not self._live:
+            self.request_stop(self._suspicion, EXIT_TOO_MANY_FAILED)
+
+    def _trust(self) -> None:
+        """There are trials that run as they should."""
+        self._outcomes = [""] * SAME_FAILURES
+        self._suspicion = None
 
     def _has_room(self) -> bool:
         if self._full_disk is None:

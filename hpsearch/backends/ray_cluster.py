@@ -33,6 +33,8 @@ os.environ.update(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+        # Our searcher knows how many fit. By itself Tune asks for one, and for the next when its worker has come up.
+        "TUNE_MAX_PENDING_TRIALS_PG": "1000",
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "TUNE_WARN_THRESHOLD_S": "10",

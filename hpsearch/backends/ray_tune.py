@@ -69,7 +69,7 @@ class RayTune:
             tune.with_resources(_Trainable, partial(_resources, place)),
             tune_config=tune.TuneConfig(
                 search_alg=_BridgeSearcher(bridge),
-                scheduler=_BridgeScheduler(bridge),
+                scheduler=_BridgeScheduler(bridge, self._scratch),
                 num_samples=-1,
                 reuse_actors=True,
                 trial_name_creator=_trial_name,
@@ -78,7 +78,6 @@ class RayTune:
             run_config=tune.RunConfig(
                 name="tune",
                 **_tune_storage(self.results),
-                callbacks=[_StopWatch(bridge, self._scratch)],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
@@ -276,11 +275,10 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
         if not bridge.has_room():
             return None
         with bridge.events() as run:
+            # Tune may ask again and again without a step between.
+            run.check_stop()
             config = run.next_trial()
             if config is None:
-                if not bridge.numbers:
-                    # Tune may ask again and again without a step between, so a stop must be seen here, too.
-                    run.check_stop()
                 # An interruption or a failure may still free a place in the budget while others run.
                 return None if bridge.numbers or run.is_waiting else Searcher.FINISHED
             share = run.share_of_a_device(config) if bridge.place.is_packed else None
@@ -319,9 +317,46 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
 
 
 class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
-    def __init__(self, bridge: _Bridge) -> None:
+    """Passes reports on, and looks around between Tune's steps.
+
+    A callback of Tune's could do the latter, but for one Tune imports mlflow and wandb where they are installed.
+    """
+
+    def __init__(self, bridge: _Bridge, scratch: Path) -> None:
         super().__init__()
         self._bridge = bridge
+        self._scratch = scratch
+        self._next_look = 0.0
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Tune's own choice, in each of its steps."""
+        self._look_around()
+        chosen: Trial | None = super().choose_trial_to_run(tune_controller)
+        return chosen
+
+    def _look_around(self) -> None:
+        """Break Tune's loop when the study is to stop, an event failed, or Ray has lost a process of its own.
+
+        Tune itself would wait for ever, and Ray would end this process after a minute.
+        """
+        if self._bridge.error is not None:
+            raise self._bridge.error
+        run = self._bridge.run
+        if run is None:
+            return
+        run.check_stop()
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + 0.5
+            if dead := _dead_processes():
+                reason = f"Ray's {' and '.join(dead)} died"
+                self._bridge.numbers.clear()
+                self._bridge.shares.clear()
+                _end_processes()
+                shutil.rmtree(self._scratch, ignore_errors=True)  # this process may not live to do it later
+                run.on_cluster_lost(reason)
+                raise ClusterError(f"{reason}, and the trials on it with it. They go on at the next launch")
+            for config in run.find_silent():
+                _end_silent(config)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         with self._bridge.events() as run:
@@ -344,38 +379,6 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
             text = NODE_LOST
         with self._bridge.events() as run:
             run.on_lost(number, text)
-
-
-class _StopWatch(tune.Callback):  # type: ignore[misc]
-    """Breaks Tune's loop when the study is to stop, when an event failed, and when Ray has lost a process of its own.
-
-    Tune itself would wait for ever, and Ray would end this process after a minute.
-    """
-
-    def __init__(self, bridge: _Bridge, scratch: Path) -> None:
-        self._bridge = bridge
-        self._scratch = scratch
-        self._next_look = 0.0
-
-    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        if self._bridge.error is not None:
-            raise self._bridge.error
-        run = self._bridge.run
-        if run is None:
-            return
-        run.check_stop()
-        if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + 0.5
-            if dead := _dead_processes():
-                reason = f"Ray's {' and '.join(dead)} died"
-                self._bridge.numbers.clear()
-                self._bridge.shares.clear()
-                _end_processes()
-                shutil.rmtree(self._scratch, ignore_errors=True)  # this process may not live to do it later
-                run.on_cluster_lost(reason)
-                raise ClusterError(f"{reason}, and the trials on it with it. They go on at the next launch")
-            for config in run.find_silent():
-                _end_silent(config)
 
 
 class _Trainable(tune.Trainable):  # type: ignore[misc]
