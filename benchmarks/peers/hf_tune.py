@@ -3,8 +3,9 @@
     python benchmarks/peers/hf_tune.py '{"case": ..., "folder": ..., "trials": N, "space": ..., "seed": N, "epochs": N}'
 
 The trainable reports the validation loss at each evaluation through a callback; OptunaSearch has a storage in SQLite,
-ASHA its defaults with the epochs of the longest run; two trials run at once, one CPU each. Writes a line for each
-report: seconds since the start, trial, epoch, validation loss.
+ASHA its defaults with the epochs of the longest run; two trials run at once, one CPU each. A trial writes a line for
+each of its reports: seconds since the start, trial, epoch, validation loss. (A callback of Tune's would write them with
+a second more to start, where mlflow and wandb are installed: Tune imports both to count it.)
 """
 
 from __future__ import annotations
@@ -36,8 +37,13 @@ def train(config: dict[str, Any]) -> None:
 
     class Report(transformers.TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-            if "eval_loss" in metrics:
-                tune.report({"loss": metrics["eval_loss"], "epoch": state.epoch})
+            if "eval_loss" not in metrics:
+                return
+            line = {"at": time.time() - settings["began"], "trial": tune.get_context().get_trial_id(),
+                    "epoch": state.epoch, "loss": metrics["eval_loss"]}  # fmt: skip
+            with (Path(settings["folder"]) / "reports.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            tune.report({"loss": metrics["eval_loss"], "epoch": state.epoch})
 
     chosen = {name: value for name, value in config.items() if name not in ("settings", "benchmarks")}
     settings = config["settings"]
@@ -56,16 +62,7 @@ def main() -> None:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    began = SETTINGS["began"]
     folder = Path(SETTINGS["folder"])
-
-    class Log(tune.Callback):
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
-            with (folder / "reports.jsonl").open("a") as file:
-                line = {"at": time.time() - began, "trial": trial.trial_id, "epoch": result["epoch"],
-                        "loss": result["loss"]}  # fmt: skip
-                file.write(json.dumps(line) + "\n")
-
     space: dict[str, Any] = {}
     for name, values in SETTINGS["space"].items():
         if isinstance(values, list):
@@ -84,7 +81,7 @@ def main() -> None:
             scheduler=ASHAScheduler(time_attr="training_iteration", max_t=SETTINGS["most_evaluations"]),
             num_samples=SETTINGS["trials"], max_concurrent_trials=2, metric="loss", mode="min",
         ),
-        run_config=tune.RunConfig(name="s", storage_path=str(folder / "results"), verbose=0, callbacks=[Log()]),
+        run_config=tune.RunConfig(name="s", storage_path=str(folder / "results"), verbose=0),
     ).fit()  # fmt: skip
     ray.shutdown()
 

@@ -6,16 +6,19 @@ Tune's own record-keeping (loggers, snapshots, pickled searcher state) is off or
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -413,30 +416,33 @@ class _Trainable(tune.Trainable):  # type: ignore[misc]
         """Nothing: the worker reads its own checkpoints."""
 
     def _begin(self, config: dict[str, Any]) -> None:
-        trial = _as_a_worker(config["trial"])
-        from hpsearch.worker import run_trial
-
+        trial, worker = _as_a_worker(config["trial"])
         if config["processes"] > 1 and self._team is None:
             self._team = _Team(config["processes"], is_spread=config["across_nodes"])
-        self._trial = run_trial(trial, own_process=True, team=self._team)
+        self._trial = worker.run_trial(trial, own_process=True, team=self._team)
 
 
-def _as_a_worker(content: str) -> TrialConfig:
-    """The trial, with what torch reads of the environment when it is imported."""
+def _as_a_worker(content: str) -> tuple[TrialConfig, Any]:
+    """The trial, and `hpsearch.worker`, imported in the environment that torch should find."""
     trial = TrialConfig.model_validate_json(content)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["OMP_NUM_THREADS"] = str(trial.threads)
-    return trial
+    if (worker := sys.modules.get("hpsearch.worker")) is None:
+        # Three thousand modules come with it, all to stay: a fifth of the time went into looking for garbage in them.
+        gc.disable()
+        worker = import_module("hpsearch.worker")
+        gc.freeze()
+        gc.enable()
+    return trial, worker
 
 
 class _Follower:
     """An actor that holds one of the other processes of a trial, from trial to trial."""
 
     def follow(self, trial: str, address: str, *, rank: int, size: int, host: str) -> str:
-        config = _as_a_worker(trial)
-        from hpsearch.worker import follow
-
-        return follow(config, address, rank=rank, size=size, host=host or ray.util.get_node_ip_address())
+        config, worker = _as_a_worker(trial)
+        said: str = worker.follow(config, address, rank=rank, size=size, host=host or ray.util.get_node_ip_address())
+        return said
 
 
 class _Team:
