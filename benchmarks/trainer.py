@@ -2,10 +2,12 @@
 
     python benchmarks/trainer.py [--repeats N] [--epochs N] [--device cpu|cuda] [--only WORD ...]
 
-A run trains with dropout, takes the validation loss as often as a study does, and is scored on the test split
-(perplexity; BLEU by greedy decoding; F1): all of that is in its time, building the model is not. Runs are interleaved;
-figures are medians. The HF Trainer is used as its documentation has it: dynamic padding, fused AdamW, batches of 64 in
-evaluation, nothing saved; `group_by_length` is its row with batches of similar length. Ours writes its checkpoints.
+`hpsearch` trains as it comes, with Muon and averaged weights; `hpsearch, AdamW` with the optimizer of the HF Trainer
+and its last weights. A run trains with dropout, takes the validation loss as often as a study does, and is scored on
+the test split (perplexity; BLEU by greedy decoding; F1): all of that is in its time, building the model is not. Runs
+are interleaved; figures are medians. The HF Trainer is used as its documentation has it: dynamic padding, fused AdamW,
+batches of 64 in evaluation, nothing saved; `group_by_length` is its row with batches of similar length. Ours writes its
+checkpoints.
 
 The last column is the part of this machine's matrix-multiply speed, measured in the same run, that the multiplications
 of the model (6 x weights + 12 x layers x context x width a token, a third of it in evaluation) come to.
@@ -178,11 +180,12 @@ class Case:
         )
         return token * (self.tokens["train"] * self.run.num_epochs + evaluated / 3)
 
-    def ours(self, seed: int) -> Outcome:
+    def ours(self, seed: int, *, adamw: bool = False) -> Outcome:
         seed_everything(seed)
         task = build_task(self.config)
         shutil.rmtree(self.config.folder, ignore_errors=True)
-        trainer = Trainer(task, self.run, seed=seed, device=self.device, folder=Path(self.config.folder))
+        run = self.run.model_copy(update={"optimizer": "adamw", "weight_average": 0.0} if adamw else {})
+        trainer = Trainer(task, run, seed=seed, device=self.device, folder=Path(self.config.folder))
         began = _now(self.device)
         last = [point.valid_loss for point in trainer.points()][-1]
         score = trainer.score().scores[0].value
@@ -326,7 +329,11 @@ def matrix_speed(device: torch.device) -> float:
 def measure(name: str, repeats: int, epochs: int, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         case = Case(name, Path(folder), epochs=epochs, device=device)
-        rows: dict[str, Callable[[int], Outcome]] = {"hpsearch": case.ours, "HF Trainer": case.theirs}
+        rows: dict[str, Callable[[int], Outcome]] = {
+            "hpsearch": case.ours,
+            "hpsearch, AdamW": lambda seed: case.ours(seed, adamw=True),
+            "HF Trainer": case.theirs,
+        }
         if case.kind != "causal_lm":
             rows["HF Trainer, group_by_length"] = lambda seed: case.theirs(seed, grouped=True)
         outcomes: dict[str, list[Outcome]] = {row: [] for row in rows}
