@@ -331,11 +331,13 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
         self._scratch = scratch
         self._next_look = 0.0
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Tune's own choice, in each of its steps."""
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        """None, in each of Tune's steps: it starts trials in their order by itself.
+
+        One that is chosen takes the next worker that is free, and Tune ends the one that comes up for it: where trials are
+        shorter than that takes, a slot whose worker has died would stay empty.
+        """
         self._look_around()
-        chosen: Trial | None = super().choose_trial_to_run(tune_controller)
-        return chosen
 
     def _look_around(self) -> None:
         """Break Tune's loop when the study is to stop, an event failed, or Ray has lost a process of its own.
