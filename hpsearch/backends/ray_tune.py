@@ -334,8 +334,8 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
     def choose_trial_to_run(self, tune_controller: Any) -> None:
         """None, in each of Tune's steps: it starts trials in their order by itself.
 
-        One that is chosen takes the next worker that is free, and Tune ends the one that comes up for it: where trials are
-        shorter than that takes, a slot whose worker has died would stay empty.
+        One that is chosen takes the next worker that is free, and Tune ends the one that comes up for it: where trials
+        are shorter than that takes, a slot whose worker has died would stay empty.
         """
         self._look_around()
 
