@@ -6,7 +6,8 @@ Each trial reports five times and ends; two run at once; the record is SQLite. F
 launch; its worker's trainer is replaced), Ray Tune's Tuner with OptunaSearch on an RDBStorage as their documentation
 has it, the same tuned (actors used again, no loggers, no snapshots), and plain Optuna in two processes. None prunes.
 CPU-seconds are of the whole machine, all processes of Ray included, less what it took to start: the same run with two
-trials. Start: from the command to the first report in the driver. Runs are interleaved; figures are medians.
+trials. Start: from the command to the first report in the driver. Runs are interleaved; figures are medians. Before
+them text is tokenized and hpsearch has tried to build its models, as after a first launch beside that text.
 """
 
 from __future__ import annotations
@@ -81,12 +82,12 @@ def run(method: str, trials: int, data: Path) -> dict[str, Any]:
 
 def prepared(folder: Path) -> Path:
     """The tokenized data of the study, in a folder of its own."""
-    from hpsearch.data import prepare
+    from hpsearch.api import _prepare_data
     from hpsearch.spec import load_study
 
     file = folder / "study.yaml"
     file.write_text(STUDY)
-    prepare(load_study(file, folder=str(folder / "data")))
+    _prepare_data(load_study(file, folder=str(folder / "data")))
     return folder / "data"
 
 

@@ -18,7 +18,7 @@ import hpsearch
 from hpsearch.errors import StudyBusyError, UsageError
 from hpsearch.spec import load_study
 from hpsearch.store import Store
-from hpsearch.trial import Event
+from hpsearch.trial import PULSE_FILE, Event
 from tests.faults.harness import Study as Suffering
 
 pytestmark = pytest.mark.slow
@@ -287,6 +287,18 @@ def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: st
     for before in interrupted:
         again = rows[before["number"]]
         assert (again["params"], again["attempt"]) == (before["params"], before["attempt"] + 1)
+
+
+def test_slots_are_filled_without_waiting_for_a_worker_to_come_up(tiny: Path) -> None:
+    has_come_up = []
+
+    def look(event: Event) -> None:
+        if event.kind == "trial_started":
+            # The first thing that a worker leaves in its trial's folder.
+            has_come_up.append(any(tiny.parent.joinpath("runs").rglob(PULSE_FILE)))
+
+    hpsearch.launch(tiny, backend="ray", overrides=["resources.parallel=2"], trials=2, listen=look)
+    assert has_come_up == [False, False]
 
 
 def test_a_trial_that_raises_fails_alone_on_ray(tiny: Path) -> None:
