@@ -76,12 +76,12 @@ class TrainingSettings(Strict):
         description="muon takes Muon for the matrices of the transformer blocks and AdamW for all other weights. By "
         "default muon for a model from scratch, adamw for a pretrained one.",
     )
-    weight_average: float = Field(
-        0.1,
+    weight_average: float | None = Field(
+        None,
         ge=0,
         le=0.25,
         description="What is judged and kept is an average of the weights over about this part of the steps so far; 0 "
-        "takes the last ones.",
+        "takes the last ones. By default 0.1 for a model from scratch, 0 for a pretrained one.",
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)

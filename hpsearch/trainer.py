@@ -527,7 +527,7 @@ class Trainer:
         serves both (Liu et al., arXiv 2502.16982).
         """
         settings = self.settings
-        hidden = [] if settings.optimizer == "adamw" else architecture.hidden_matrices(self.task.model)
+        hidden = architecture.hidden_matrices(self.task.model) if settings.optimizer == "muon" else []
         apart = {id(parameter) for parameter in hidden}
         others = [parameter for parameter in self._trained.values() if id(parameter) not in apart]
         groups = [

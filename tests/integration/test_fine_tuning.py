@@ -58,8 +58,9 @@ def test_fine_tuning_beats_training_from_scratch(gpt: Path, tmp_path: Path) -> N
     alone = launch(tmp_path, "alone", f"{LANGUAGE_MODEL}tokenizer: {{vocab_size: 800}}\n{scratch}{RUN}")
     assert tuned.best is not None
     assert alone.best is not None
-    chosen = [study.trials()[0]["settings"]["training"]["optimizer"] for study in (tuned, alone)]
-    assert chosen == ["adamw", "muon"], "what AdamW has trained goes on with it"
+    trained = [study.trials()[0]["settings"]["training"] for study in (tuned, alone)]
+    assert [run["optimizer"] for run in trained] == ["adamw", "muon"], "what AdamW has trained goes on with it"
+    assert [run["weight_average"] for run in trained] == [0.0, 0.1]
     # The tokenizers differ, so only bits per byte compare; ranked together they are.
     assert tuned.best["test_bits_per_byte"] < 0.9 * alone.best["test_bits_per_byte"]
     board = tuned.board("alone")

@@ -32,7 +32,9 @@ from hpsearch.trial import STOP_FILE, Point, Progress, TrialConfig, TrialResult,
 from hpsearch.worker import run_trial
 
 MODEL = ModelSettings(architecture="gpt2", hidden_size=32, num_heads=2, num_layers=1, context_length=32, init_std=0.08)
-RUN = RunSettings(learning_rate=1e-2, batch_size=16, num_epochs=2, evaluations_per_epoch=2)
+RUN = RunSettings(
+    learning_rate=1e-2, batch_size=16, num_epochs=2, evaluations_per_epoch=2, optimizer="muon", weight_average=0.1
+)
 WIDER = MODEL.model_copy(update={"hidden_size": 64})
 OVERFITTING = RUN.model_copy(update={"num_epochs": 30, "batch_size": 8, "schedule": "constant"})
 """With the wider model, validation loss turns within ten epochs."""
