@@ -386,8 +386,8 @@ class StudySpec(Strict):
         if self.model.pretrained is None:
             settings["architecture"] = settings["architecture"] or DEFAULT_ARCHITECTURE[self.task]
         run = {**self.training.model_dump(), **training, "evaluations_per_epoch": self.evaluations_per_epoch}
-        # Weights that AdamW has trained gain nothing from Muon (Liu et al., arXiv 2502.16982, section 3.5), and an average
-        # lags behind in the few epochs of fine-tuning.
+        # Weights that AdamW has trained gain nothing from Muon (Liu et al., arXiv 2502.16982, section 3.5), and an
+        # average lags behind in the few epochs of fine-tuning.
         is_fresh = self.model.pretrained is None
         defaults = {"optimizer": "muon" if is_fresh else "adamw", "weight_average": 0.1 if is_fresh else 0.0}
         run |= {name: value for name, value in defaults.items() if run[name] is None}

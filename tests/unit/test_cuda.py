@@ -29,7 +29,9 @@ from hpsearch.trainer import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
 MODEL = ModelSettings(architecture="gpt2", hidden_size=128, num_layers=2, context_length=64, init_std=0.08, dropout=0.1)
-RUN = RunSettings(learning_rate=3e-3, batch_size=32, num_epochs=2, evaluations_per_epoch=2)
+RUN = RunSettings(
+    learning_rate=3e-3, batch_size=32, num_epochs=2, evaluations_per_epoch=2, optimizer="muon", weight_average=0.1
+)
 GPU = pick_device("auto")
 Make = Callable[..., Trainer]
 

@@ -26,7 +26,9 @@ from tests.unit.test_trainer import OVERFITTING, WIDER, drain
 
 pytestmark = pytest.mark.slow
 SIZE = 3
-RUN = RunSettings(learning_rate=3e-3, batch_size=16, num_epochs=2, evaluations_per_epoch=2)
+RUN = RunSettings(
+    learning_rate=3e-3, batch_size=16, num_epochs=2, evaluations_per_epoch=2, optimizer="muon", weight_average=0.1
+)
 MODELS = {
     "causal_lm": ModelSettings(architecture="gpt2", hidden_size=32, num_heads=2, num_layers=1, context_length=32),
     "translation": ModelSettings(architecture="marian", hidden_size=32, num_heads=2, num_layers=1, context_length=32),

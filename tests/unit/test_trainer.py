@@ -323,7 +323,9 @@ def test_what_does_not_fit_is_infeasible(config: TrialConfig, monkeypatch: pytes
     assert "micro-batch 1" in result.reason
 
 
-LONG = RunSettings(learning_rate=1e-2, batch_size=16, num_epochs=3, evaluations_per_epoch=4)
+LONG = RunSettings(
+    learning_rate=1e-2, batch_size=16, num_epochs=3, evaluations_per_epoch=4, optimizer="muon", weight_average=0.1
+)
 DROPPING = MODEL.model_copy(update={"dropout": 0.2})
 
 
