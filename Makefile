@@ -64,7 +64,7 @@ bench-trainer: .venv/.dev ## Our training loop beside the HF Trainer (five minut
 bench-warm: .venv/.peers ## What an earlier study is worth to a new one, on published curves (TABLES=FOLDER; a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/warm.py $(if $(TABLES),--tables $(TABLES))
 
-bench-whole: .venv/.dev ## How long to the validation loss that Ray Tune + OptunaSearch + ASHA + HF Trainer ends at (hours)
+bench-whole: .venv/.dev ## How long to the validation loss that Ray Tune + OptunaSearch + ASHA + HF Trainer ends at (40 minutes)
 	$(BIN)/python benchmarks/whole.py
 
 bench-verdict: .venv/.demo ## The overfitting rule beside other stop rules; TABLES=FOLDER adds published curves

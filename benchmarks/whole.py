@@ -172,7 +172,7 @@ def main() -> None:
             )
         if options.adamw:
             continue
-        # It takes hours: what is there is kept.
+        # It takes long: what is there is kept.
         record.keep("whole", "ray", "optuna", "torch", "transformers", seeds=seed + 1, rows=rows)
     for case, found in rows.items():
         # What was never reached counts as worse than all that was.

@@ -150,6 +150,7 @@ SYNONYMS = {
     "wd": "weight_decay",
     "warmup_ratio": "warmup_fraction",
     "lr_scheduler_type": "schedule",
+    "optim": "optimizer",
     "max_grad_norm": "gradient_clip",
     "clip": "gradient_clip",
     "d_model": "hidden_size",

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,6 @@ class Trainer:
         self._order = np.random.default_rng(seed)
         self._model: nn.Module = task.model.to(device)
         self._trained = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
-        self._average_power = _average_power(settings.weight_average) if settings.weight_average else None
         self._average = {
             name: value.detach().clone() for name, value in self._trained.items() if settings.weight_average
         }
@@ -332,16 +331,13 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         """The average whose width grows with the run: the power function of Karras et al. (arXiv 2312.02696)."""
-        if self._average_power is not None:
-            share = 1.0 - (1.0 - 1.0 / self._position.step) ** (self._average_power + 1.0)
+        if self.settings.weight_average:
+            share = 1.0 - (1.0 - 1.0 / self._position.step) ** (_average_power(self.settings.weight_average) + 1.0)
             torch._foreach_lerp_(list(self._average.values()), list(self._trained.values()), share)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The model with averaged weights."""
-        if self._average_power is None:
-            yield
-            return
+        """The model with averaged weights, if there are any."""
         self._swap_average()
         try:
             yield
@@ -349,8 +345,8 @@ class Trainer:
             self._swap_average()
 
     def _swap_average(self) -> None:
-        for name, value in self._trained.items():
-            value.data, self._average[name] = self._average[name], value.data
+        for name, average in self._average.items():
+            self._average[name], self._trained[name].data = self._trained[name].data, average
 
     def settle(self, last: Point) -> None:
         """Make the last point the best one if a run was stopped before its first validation score."""
@@ -622,8 +618,7 @@ class Trainer:
         numpy_state = np.random.get_state(legacy=False)
         words = numpy_state["state"]
         tensors = {f"model.{name}": value for name, value in self._weights().items()}
-        if self._average_power is not None:
-            tensors |= {f"average.{name}": value for name, value in self._average.items()}
+        tensors |= {f"average.{name}": value for name, value in self._average.items()}
         for kind, optimizer in optimizers.items():
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{kind}.{number}.{name}": value for name, value in state.items()}
@@ -745,6 +740,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+@cache
 def _average_power(width: float) -> float:
     """The exponent of an average whose weights have this standard deviation, as a part of the steps so far.
 

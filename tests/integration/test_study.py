@@ -272,21 +272,19 @@ def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: st
         if event.kind == "point":
             time.sleep(0.6)  # nine points outlast the 3 s that the study has
 
-    overrides = ["budget.minutes=0.05", "search.num_epochs=9"]
+    overrides = ["budget.minutes=0.05", "search.num_epochs=9", "resources.parallel=1"]
     study = hpsearch.launch(tiny, backend=backend, overrides=overrides, trials=3, listen=slow)
     assert study.stop_reason is not None
     assert "0.05 minutes" in study.stop_reason
     stopped = study.trials()
     assert not [row for row in stopped if row["state"] == "running"]
-    interrupted = [row for row in stopped if row["state"] == "interrupted"]
-    assert interrupted
+    (interrupted,) = [row for row in stopped if row["state"] == "interrupted"]
     study = hpsearch.launch(tiny, backend=backend, overrides=["search.num_epochs=9"], trials=3)
     rows = study.trials()
     assert [row["number"] for row in rows] == [0, 1, 2], "an interrupted trial goes on under its number"
     assert {row["state"] for row in rows} <= {"completed", "overfit", "plateau", "unpromising"}
-    for before in interrupted:
-        again = rows[before["number"]]
-        assert (again["params"], again["attempt"]) == (before["params"], before["attempt"] + 1)
+    again = rows[interrupted["number"]]
+    assert (again["params"], again["attempt"]) == (interrupted["params"], interrupted["attempt"] + 1)
 
 
 def test_slots_are_filled_without_waiting_for_a_worker_to_come_up(tiny: Path) -> None:

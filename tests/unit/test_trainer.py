@@ -210,14 +210,18 @@ def test_muon_turns_the_matrices_of_the_blocks_and_adamw_all_other_weights(make:
             assert adamw[0] > 3 * adamw.median(), "as AdamW does"
 
 
-def test_what_is_judged_and_kept_is_the_average_of_the_weights(make: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_what_is_judged_and_kept_is_the_average_of_the_weights(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(RUN.model_copy(update={"weight_average": 0.25}))
     weights: list[list[torch.Tensor]] = []
     update = trainer._update_average
-    trainer._update_average = lambda: (  # type: ignore[method-assign]
-        weights.append([value.detach().clone() for value in trainer._trained.values()]),
-        update(),
-    )[1]
+
+    def note_and_update() -> None:
+        weights.append([value.detach().clone() for value in trainer._trained.values()])
+        update()
+
+    monkeypatch.setattr(trainer, "_update_average", note_and_update)
     last = list(trainer.points())[-1]
     # The share of each step's weights is the power law's, whose deviation is a quarter of the steps.
     count = len(weights)
@@ -227,7 +231,8 @@ def test_what_is_judged_and_kept_is_the_average_of_the_weights(make: Callable[..
     deviation = math.sqrt((shares * (np.arange(1, count + 1) - centre) ** 2).sum())
     assert deviation == pytest.approx(0.25 * count, rel=0.05)
     for number, value in enumerate(trainer._trained.values()):
-        value.data = sum(float(share) * there[number] for share, there in zip(shares, weights, strict=True))  # type: ignore[assignment]
+        steps = torch.stack([there[number] for there in weights]).movedim(0, -1)
+        value.data.copy_(steps @ torch.tensor(shares, dtype=steps.dtype))
     assert trainer._mean_loss("validation") == pytest.approx(last.valid_loss, rel=1e-4)
     plain = list(make(RUN.model_copy(update={"weight_average": 0.0})).points())[-1]
     assert plain.train_loss == last.train_loss, "training itself goes on from the last weights"
