@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+
+from hpsearch.trial import Progress, TrialResult
 
 # Before torch is imported anywhere: spinning threads make tests beside other load ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -87,6 +89,16 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/store.db"
     url: str = request.getfixturevalue("postgres_store")
     return url
+
+
+def drain(trial: Generator[Progress, None, TrialResult]) -> tuple[list[Progress], TrialResult]:
+    """All that a trial reports, and what it comes to."""
+    heard = []
+    while True:
+        try:
+            heard.append(next(trial))
+        except StopIteration as end:
+            return heard, end.value
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

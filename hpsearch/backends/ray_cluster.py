@@ -14,13 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpsearch import storage
 from hpsearch.backends import auth_environment, reachable_store
+from hpsearch.backends.fork_server import fork_server
 
 # Read by Ray and Tune when they are imported or started.
 os.environ.update(
@@ -71,11 +72,13 @@ def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTu
             # Ray would otherwise leave a token file in the home folder. It reads the variable once in a process: one
             # token serves all launches.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            with ThreadPoolExecutor(1) as helper:
-                loading = helper.submit(import_module, TUNE)
-                _start(scratch, note)
-                tune = loading.result()
-            yield tune.RayTune(spec, scratch)
+            # The processes of a trial on several devices find each other through Ray.
+            with nullcontext() if spec.resources.processes > 1 else fork_server(scratch) as forks_at:
+                with ThreadPoolExecutor(1) as helper:
+                    loading = helper.submit(import_module, TUNE)
+                    _start(scratch, note)
+                    tune = loading.result()
+                yield tune.RayTune(spec, scratch, forks_at=forks_at)
             return
         _join(spec.address)
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and (passing := _in_this_folder(spec)):

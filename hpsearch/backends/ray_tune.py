@@ -6,7 +6,6 @@ Tune's own record-keeping (loggers, snapshots, pickled searcher state) is off or
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -16,9 +15,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,16 +30,18 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from hpsearch.backends.fork_server import Fork, import_worker
 from hpsearch.backends.ray_metrics import StudyMetrics
 from hpsearch.errors import ClusterError, HpsearchError
 from hpsearch.memory import SMALLEST_SHARE
 from hpsearch.spec import StudySpec
 from hpsearch.storage import Folder, locate
-from hpsearch.study import StudyRun
 from hpsearch.trial import LAST_WORDS, PREEMPTED, PULSE_FILE, Decision, Progress, TrialConfig, TrialResult
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
+
+    from hpsearch.study import StudyRun
 
 COUNT_NODES_EVERY_S = 2.0
 NODE_LOST = f"{PREEMPTED}: its node was lost"
@@ -54,7 +54,9 @@ DISMISSED_S = 60.0
 
 
 class RayTune:
-    def __init__(self, spec: StudySpec, scratch: Path) -> None:
+    def __init__(self, spec: StudySpec, scratch: Path, *, forks_at: str | None = None) -> None:
+        """`forks_at` is where workers ask for the processes of trials. They are these processes themselves if None."""
+        self._forks_at = forks_at
         self.placement = _place(spec, [node["Resources"] for node in alive_nodes()])
         self.results: Folder = scratch / "results"
         self._scratch = scratch
@@ -67,7 +69,7 @@ class RayTune:
         if self._has_joined:
             run.add_listener(StudyMetrics(run.spec.name))
         place = self.placement
-        bridge = _Bridge(run, place, self._most)
+        bridge = _Bridge(run, place, self._most, forks_at=self._forks_at)
         tuner = tune.Tuner(
             tune.with_resources(_Trainable, partial(_resources, place)),
             tune_config=tune.TuneConfig(
@@ -187,9 +189,10 @@ def _fit(bundles: Sequence[Mapping[str, float]], nodes: Iterable[Mapping[str, fl
 class _Bridge:
     """Tune's names for trials, and ours, around the one StudyRun. Pickles as nothing."""
 
-    def __init__(self, run: StudyRun, place: Placement, most: float = math.inf) -> None:
+    def __init__(self, run: StudyRun, place: Placement, most: float = math.inf, *, forks_at: str | None = None) -> None:
         self.run: StudyRun | None = run
         self.place = place
+        self.forks_at = forks_at
         self._most = most
         self._capacity = 0
         self._gpus = 0.0
@@ -211,6 +214,7 @@ class _Bridge:
         return {
             "run": None,
             "place": self.place,
+            "forks_at": self.forks_at,
             "numbers": {},
             "nodes": {},
             "shares": {},
@@ -293,6 +297,7 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
             "processes": len(bridge.place.bundles),
             "across_nodes": bridge.place.across_nodes,
             "share": share,
+            "forks_at": bridge.forks_at,
         }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -389,6 +394,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
 class _Trainable(tune.Trainable):  # type: ignore[misc]
     """A warm worker: it keeps its process, and so its imports, from trial to trial."""
 
+    _fork: Fork | None = None
     _team: _Team | None = None
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -418,32 +424,31 @@ class _Trainable(tune.Trainable):  # type: ignore[misc]
         """Nothing: the worker reads its own checkpoints."""
 
     def _begin(self, config: dict[str, Any]) -> None:
-        trial, worker = _as_a_worker(config["trial"])
+        trial = _read(config["trial"])
+        if config["forks_at"] and self._fork is None and "hpsearch.worker" not in sys.modules:
+            with suppress(OSError):
+                self._fork = Fork(config["forks_at"], os.environ)
+        if self._fork is not None:
+            self._trial = self._fork.run_trial(trial)
+            return
         if config["processes"] > 1 and self._team is None:
             self._team = _Team(config["processes"], is_spread=config["across_nodes"])
-        self._trial = worker.run_trial(trial, own_process=True, team=self._team)
+        self._trial = import_worker().run_trial(trial, own_process=True, team=self._team)
 
 
-def _as_a_worker(content: str) -> tuple[TrialConfig, Any]:
-    """The trial, and `hpsearch.worker`, imported in the environment that torch should find."""
+def _read(content: str) -> TrialConfig:
+    """The trial, with the environment that torch should find."""
     trial = TrialConfig.model_validate_json(content)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["OMP_NUM_THREADS"] = str(trial.threads)
-    if (worker := sys.modules.get("hpsearch.worker")) is None:
-        # Three thousand modules come with it, all to stay: a fifth of the time went into looking for garbage in them.
-        gc.disable()
-        worker = import_module("hpsearch.worker")
-        gc.freeze()
-        gc.enable()
-    return trial, worker
+    return trial
 
 
 class _Follower:
     """An actor that holds one of the other processes of a trial, from trial to trial."""
 
     def follow(self, trial: str, address: str, *, rank: int, size: int, host: str) -> str:
-        config, worker = _as_a_worker(trial)
-        said: str = worker.follow(config, address, rank=rank, size=size, host=host or ray.util.get_node_ip_address())
+        config, host = _read(trial), host or ray.util.get_node_ip_address()
+        said: str = import_worker().follow(config, address, rank=rank, size=size, host=host)
         return said
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -20,9 +19,9 @@ from hpsearch import storage, trainer, worker
 from hpsearch.data import prepare
 from hpsearch.spec import load_study
 from hpsearch.storage import locate
-from hpsearch.trial import STOP_FILE, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.trial import STOP_FILE, TrialConfig, TrialState
 from hpsearch.worker import run_trial
-from tests.conftest import TINY, Run
+from tests.conftest import TINY, Run, drain
 from tests.object_store import BUCKET, ObjectStore
 
 pytestmark = pytest.mark.slow
@@ -64,15 +63,6 @@ def config(s3: ObjectStore, tmp_path: Path) -> TrialConfig:
         classification=spec.classification, rule=None, data=str(data), threads=1, device="cpu",
         folder=f"{BUCKET}/{tmp_path.name}/trial-00001",
     )  # fmt: skip
-
-
-def drain(trial: Any) -> tuple[list[Progress], TrialResult]:
-    heard = []
-    while True:
-        try:
-            heard.append(next(trial))
-        except StopIteration as end:
-            return heard, end.value
 
 
 def test_a_study_in_an_object_store_is_run_read_exported_and_tidied_there(

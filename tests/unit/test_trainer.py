@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from hpsearch.tasks.causal_lm import CausalLM
 from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
 from hpsearch.trial import STOP_FILE, Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.worker import run_trial
+from tests.conftest import drain
 
 MODEL = ModelSettings(architecture="gpt2", hidden_size=32, num_heads=2, num_layers=1, context_length=32, init_std=0.08)
 RUN = RunSettings(
@@ -70,15 +71,6 @@ def config(data: Path, tmp_path: Path) -> TrialConfig:
 
 def finish(config: TrialConfig) -> tuple[list[Progress], TrialResult]:
     return drain(run_trial(config))
-
-
-def drain(trial: Generator[Progress, None, TrialResult]) -> tuple[list[Progress], TrialResult]:
-    heard = []
-    while True:
-        try:
-            heard.append(next(trial))
-        except StopIteration as end:
-            return heard, end.value
 
 
 def losses(points: Iterator[Point]) -> list[tuple[float, float]]:
