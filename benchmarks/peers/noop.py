@@ -1,6 +1,6 @@
 """Trials that report and end, under one orchestrator; prints what they cost as JSON. See `benchmarks/orchestration.py`.
 
-python benchmarks/peers/noop.py METHOD '{"trials": N, "reports": N, "folder": ..., "began": seconds since the epoch}'
+python benchmarks/peers/noop.py METHOD '{"trials": N, "reports": N, "folder": ...}'
 """
 
 from __future__ import annotations
@@ -166,7 +166,6 @@ if __name__ == "__main__":
     (FOLDER / "said.json").write_text(
         json.dumps(
             {
-                "start_s": FIRST - SETTINGS["began"],
                 "wall_s": LAST - FIRST,
                 "driver_cpu_s": time.process_time(),
                 "statements": STATEMENTS,

@@ -244,6 +244,7 @@ class Stopwatch:
     def __post_init__(self) -> None:
         self._count = len(self.study.epochs())
         self._workers = {epoch["pid"] for epoch in self.study.epochs()}
+        self._worker_of = {epoch["trial"]: epoch["pid"] for epoch in self.study.epochs()}
 
     def next_epoch(self, launch: subprocess.Popen[str]) -> float:
         """Seconds until another epoch has been trained."""
@@ -251,14 +252,14 @@ class Stopwatch:
         return time.monotonic() - self.began
 
     def next_worker(self, launch: subprocess.Popen[str], trial: int | None = None) -> float:
-        """Seconds until a process that was not there before has trained an epoch (of a certain trial)."""
-        self.study.wait_for(
-            lambda: any(
-                epoch["pid"] not in self._workers and trial in (None, epoch["trial"])
-                for epoch in self.study.epochs()[self._count :]
-            ),
-            launch,
-        )
+        """Seconds until a new process has trained an epoch; of a certain trial, until another than the one it had."""
+
+        def is_it(epoch: dict[str, Any]) -> bool:
+            if trial is None:
+                return epoch["pid"] not in self._workers
+            return epoch["trial"] == trial and epoch["pid"] != self._worker_of[trial]
+
+        self.study.wait_for(lambda: any(map(is_it, self.study.epochs()[self._count :])), launch)
         return time.monotonic() - self.began
 
 
