@@ -203,6 +203,11 @@ def follow(config: TrialConfig, address: str, *, rank: int, size: int, host: str
     return ""
 
 
+def can_use_gpus() -> bool:
+    """False in a fork of a process that has used one: CUDA does not survive that."""
+    return not torch.cuda._is_in_bad_fork()
+
+
 def first_cause(words: Sequence[str]) -> str | None:
     """Of what is known of processes that ended, what explains the others' ends; None when all ended well."""
     return min(filter(None, words), key=lambda said: "Connection" in said, default=None)

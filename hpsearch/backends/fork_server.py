@@ -214,8 +214,6 @@ def _answer(connection: socket.socket, worker: Any) -> None:
 
 
 def _run_trials(connection: socket.socket, worker: Any) -> None:
-    import torch
-
     trial: Generator[Progress, None, TrialResult] | None = None
     with connection.makefile("rw", encoding="utf-8") as lines:
 
@@ -227,7 +225,7 @@ def _run_trials(connection: socket.socket, worker: Any) -> None:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        say("ready", os.getpid(), not torch.cuda._is_in_bad_fork())
+        say("ready", os.getpid(), worker.can_use_gpus())
         for line in lines:
             asked, *content = json.loads(line)
             try:

@@ -23,6 +23,7 @@ LAYERS = [
     {"wording"},
     {"backends.ray_tune", "backends.ray_jobs", "backends.inline"},
     {"backends.ray_metrics", "backends.ray_cluster"},
+    {"backends.fork_server"},
     {"backends"},
     {"study", "invariants", "trackers"},
     {"tables"},
