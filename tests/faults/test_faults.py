@@ -260,7 +260,7 @@ def test_the_disk_is_full_for_the_store(suffer: Suffer, survive: Survive, tmp_pa
     ).returncode:
         pytest.skip("a small file system can only be mounted by root")
     try:
-        study = suffer(store=f"sqlite:///{disk}/studies.db")
+        study = suffer(store=f"sqlite:///{disk}/studies.db", pace=1.0)
         launch = study.launch()
         study.wait_for_epochs(3, launch)
         ballast = disk / "ballast"
