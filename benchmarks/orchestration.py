@@ -109,7 +109,7 @@ hpsearch.launch(folder + "/study.yaml", trials=2, store=f"sqlite:///{folder}/s.d
 def short_study() -> dict[str, Any]:
     """studies/lm.yaml with trials of one epoch."""
     content = whole.study("causal LM")
-    content["search"]["num_epochs"] = {"min": 1, "max": 1}
+    content["search"]["num_epochs"] = 1
     return content
 
 

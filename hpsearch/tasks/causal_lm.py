@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from hpsearch.data import SPLITS, DataCard, TokenSplit, load_split, read_card, save_tokenizer
 from hpsearch.settings import ModelSettings

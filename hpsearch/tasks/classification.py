@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
 from hpsearch.data import SPLITS, load_labels, load_split, read_card, save_tokenizer
 from hpsearch.errors import UsageError

@@ -15,7 +15,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
+from transformers.models.auto.modeling_auto import AutoModelForSeq2SeqLM
 
 from hpsearch.data import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
 from hpsearch.errors import UsageError
