@@ -34,6 +34,10 @@ HERE = Path(__file__).parent
 METHODS = ("hpsearch", "Tuner + OptunaSearch, stock", "Tuner + OptunaSearch, tuned", "Optuna, 2 processes")
 REPORTS = 5
 PEER = "Ray Tune + OptunaSearch + HF Trainer"
+STARTS = 5
+"""Of each, one after the other."""
+SETTLES_S = 3
+"""What the processes of the Ray before get to be gone."""
 FEW = 2
 """Trials of a run that shows what starting costs."""
 STUDY = """
@@ -129,6 +133,7 @@ def first_step(*, is_ours: bool, data: Path) -> float:
             chosen = whole.settings("causal LM", folder, tokenized, 1, trials=2, seed=0)
             chosen |= {"space": {**chosen["space"], "num_epochs": [1]}, "most_evaluations": 1, "began": time.time()}
             command = [str(HERE / "peers" / "hf_tune.py"), json.dumps(chosen)]
+        time.sleep(SETTLES_S)
         began = time.time()
         ended = subprocess.run(
             [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -149,9 +154,10 @@ def main() -> None:
         data = prepared(Path(folder) / "noop")
         text = prepared(Path(folder) / "lm", yaml.safe_dump(short_study()))
         steps: dict[str, list[float]] = {"hpsearch": [], PEER: []}
-        for _ in range(options.repeats):
+        for _ in range(STARTS):
             for name, times in steps.items():
-                times += [first_step(is_ours=name == "hpsearch", data=text) for _ in range(2)]
+                times.append(first_step(is_ours=name == "hpsearch", data=text))
+        for _ in range(options.repeats):
             for method in METHODS:
                 starts[method].append(run(method, FEW, data))
                 found[method].append(run(method, options.trials, data))
