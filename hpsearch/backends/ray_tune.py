@@ -385,6 +385,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
             return
         file = trial.error_file
         text = Path(file).read_text(errors="replace") if file and Path(file).is_file() else ""
+        text = text.replace("ChildProcessError: ", "")  # a fork says itself what it was
         if "its node has died" in text or self._bridge.has_lost_node(trial.trial_id):
             text = NODE_LOST
         with self._bridge.events() as run:

@@ -40,6 +40,8 @@ def test_a_worker_is_killed(suffer: Suffer, survive: Survive) -> None:
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
     assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 2, 1)
+    said = f"trial {victim['trial']}: the trial's process was ended by SIGKILL; trying again from its checkpoint"
+    assert said in [event.get("text") for event in study.events()]
     assert row.repeated <= 1
 
 
