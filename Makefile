@@ -52,7 +52,7 @@ bench-growth: .venv/.dev ## What a trial and the reading commands cost at 100, 1
 bench-report: .venv/.demo ## How long a report takes and how large it is, up to 1,000 trials
 	$(BIN)/python benchmarks/report.py
 
-bench-orchestration: .venv/.dev ## What a trial costs beside its training, for hpsearch, Ray Tune + OptunaSearch and Optuna (ten minutes)
+bench-orchestration: .venv/.dev ## What a trial costs beside its training, and how soon it trains, for hpsearch, Ray Tune + OptunaSearch and Optuna (half an hour)
 	$(BIN)/python benchmarks/orchestration.py
 
 bench-search: .venv/.peers ## Search quality on published curves beside Optuna, Ray Tune, Syne Tune, NePS and SMAC (TABLES=FOLDER; half an hour)

@@ -31,6 +31,7 @@ from hpsearch.trial import Progress, TrialConfig, TrialResult
 
 _BACKLOG = 1024
 _ENDS_S = 1.0
+"""What a server gets to end its forks; one that is still importing has none."""
 
 
 def import_worker() -> Any:
@@ -51,10 +52,14 @@ def fork_server(folder: Path) -> Iterator[str | None]:
         yield None
         return
     address = str(folder / "fork")
-    lifeline, ours = os.pipe()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
+        try:
+            listener.bind(address)
+        except OSError:  # the path is too long, for Ray's own sockets, too: Ray says so
+            yield None
+            return
         listener.listen(_BACKLOG)
+        lifeline, ours = os.pipe()
         command = [sys.executable, "-P", "-m", __name__, str(listener.fileno()), str(lifeline)]
         environment = {
             **os.environ,
@@ -72,7 +77,7 @@ def fork_server(folder: Path) -> Iterator[str | None]:
         os.close(ours)
         try:
             server.wait(_ENDS_S)
-        except subprocess.TimeoutExpired:  # it was still importing
+        except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
 

@@ -69,11 +69,11 @@ class RayTune:
         if self._has_joined:
             run.add_listener(StudyMetrics(run.spec.name))
         place = self.placement
-        bridge = _Bridge(run, place, self._most, forks_at=self._forks_at)
+        bridge = _Bridge(run, place, self._most)
         tuner = tune.Tuner(
             tune.with_resources(_Trainable, partial(_resources, place)),
             tune_config=tune.TuneConfig(
-                search_alg=_BridgeSearcher(bridge),
+                search_alg=_BridgeSearcher(bridge, self._forks_at),
                 scheduler=_BridgeScheduler(bridge, self._scratch),
                 num_samples=-1,
                 reuse_actors=True,
@@ -189,10 +189,9 @@ def _fit(bundles: Sequence[Mapping[str, float]], nodes: Iterable[Mapping[str, fl
 class _Bridge:
     """Tune's names for trials, and ours, around the one StudyRun. Pickles as nothing."""
 
-    def __init__(self, run: StudyRun, place: Placement, most: float = math.inf, *, forks_at: str | None = None) -> None:
+    def __init__(self, run: StudyRun, place: Placement, most: float = math.inf) -> None:
         self.run: StudyRun | None = run
         self.place = place
-        self.forks_at = forks_at
         self._most = most
         self._capacity = 0
         self._gpus = 0.0
@@ -214,7 +213,6 @@ class _Bridge:
         return {
             "run": None,
             "place": self.place,
-            "forks_at": self.forks_at,
             "numbers": {},
             "nodes": {},
             "shares": {},
@@ -273,9 +271,10 @@ class _Bridge:
 
 
 class _BridgeSearcher(Searcher):  # type: ignore[misc]
-    def __init__(self, bridge: _Bridge) -> None:
+    def __init__(self, bridge: _Bridge, forks_at: str | None) -> None:
         super().__init__(metric=None, mode=None)
         self._bridge = bridge
+        self._forks_at = forks_at
 
     def suggest(self, trial_id: str) -> Any:
         bridge = self._bridge
@@ -297,7 +296,7 @@ class _BridgeSearcher(Searcher):  # type: ignore[misc]
             "processes": len(bridge.place.bundles),
             "across_nodes": bridge.place.across_nodes,
             "share": share,
-            "forks_at": bridge.forks_at,
+            "forks_at": self._forks_at,
         }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hpsearch import open_study
 from hpsearch.backends.fork_server import Fork, fork_server
 from hpsearch.data import prepare
 from hpsearch.spec import load_study
 from hpsearch.trial import STOP_FILE, TrialConfig, TrialState
 from hpsearch.worker import run_trial
-from tests.conftest import TINY, drain
+from tests.conftest import TINY, Run, drain
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -169,15 +170,45 @@ def test_a_server_that_dies_leaves_its_forks_to_end_their_trials(
             Fork(address, ENVIRONMENT)
 
 
-def test_a_server_in_which_threads_run_forks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
-    )
+THREADED = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+HAS_USED_A_GPU = """
+import sys, types
+sys.modules["hpsearch.worker"] = types.SimpleNamespace(can_use_gpus=lambda: False)
+"""
+"""There is no GPU here to use."""
+
+
+@pytest.mark.parametrize(
+    ("state", "said"), [(THREADED, r"gone|reset|refused"), (HAS_USED_A_GPU, "has used a GPU")], ids=["threads", "GPU"]
+)
+def test_a_server_that_could_not_fork_well_gives_no_fork(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, said: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(state)
     monkeypatch.syspath_prepend(str(tmp_path))
     with fork_server(tmp_path) as address:
         assert address is not None
-        with pytest.raises(OSError, match=r"gone|reset|refused"):
+        with pytest.raises(OSError, match=said):
             Fork(address, ENVIRONMENT)
+
+
+def test_a_path_too_long_for_a_socket_leaves_it_to_ray_to_say_so(tmp_path: Path) -> None:
+    (long := tmp_path / ("x" * 100)).mkdir()
+    with fork_server(long) as address:
+        assert address is None
+
+
+@pytest.mark.slow
+def test_a_study_without_forks_runs_all_the_same(tmp_path: Path, tiny: Path, hpsearch: Run) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nif 'hpsearch.backends.fork_server' in sys.orig_argv:\n    exec({THREADED!r})\n"
+    )
+    arguments = ["--set", "backend=ray", "--trials", "2", "--json"]
+    launched = hpsearch("launch", str(tiny), *arguments, env={"PYTHONPATH": str(tmp_path)})
+    assert launched.returncode == 0, launched.stderr
+    rows = open_study("tiny", store=f"sqlite:///{tmp_path}/studies.db").trials()
+    assert [row["state"] for row in rows].count("failed") == 0
+    assert len(rows) == 2
 
 
 def test_a_stop_file_reaches_a_fork(server: str, configure: Callable[..., TrialConfig]) -> None:

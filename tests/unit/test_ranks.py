@@ -22,7 +22,8 @@ from hpsearch.tasks.causal_lm import CausalLM
 from hpsearch.trainer import MICRO_BATCH, Trainer
 from hpsearch.trial import STOP_FILE, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.worker import ProcessLostError, first_cause, follow, run_trial
-from tests.unit.test_trainer import OVERFITTING, WIDER, drain
+from tests.conftest import drain
+from tests.unit.test_trainer import OVERFITTING, WIDER
 
 pytestmark = pytest.mark.slow
 SIZE = 3

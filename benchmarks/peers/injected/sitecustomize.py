@@ -59,6 +59,15 @@ LOADERS = {
 }
 
 
+class Loader(importlib.abc.Loader):
+    def __init__(self, load: Callable[[Any], None], load_instead: Callable[[Any, Callable[[Any], None]], None]) -> None:
+        self._load = load
+        self._load_instead = load_instead
+
+    def exec_module(self, module: Any) -> None:
+        self._load_instead(module, self._load)
+
+
 class Finder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, load_instead: Callable[[Any, Callable[[Any], None]], None]) -> None:
         self._name = name
@@ -71,8 +80,7 @@ class Finder(importlib.abc.MetaPathFinder):
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: self._load_instead(module, load)  # type: ignore[method-assign]
+        spec.loader = Loader(spec.loader.exec_module, self._load_instead)
         return spec
 
 
