@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hpsearch.devices import describe_cpu
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,7 +42,7 @@ def keep(name: str, *packages: str, **content: Any) -> None:
         "benchmark": name,
         "commit": commit(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "machine": {"cpus": os.cpu_count(), **describe_cpu()},
         "versions": {"python": platform.python_version(), **versions("hpsearch", *packages)},
         **content,
     }

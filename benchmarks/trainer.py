@@ -51,11 +51,12 @@ from transformers import (
 )
 
 from hpsearch.data import SPLITS, load_texts, prepare
+from hpsearch.devices import pick_device
 from hpsearch.settings import split_settings
 from hpsearch.spec import StudySpec
 from hpsearch.tasks import build_task
 from hpsearch.tasks.architecture import build_config
-from hpsearch.trainer import Trainer, pick_device, seed_everything
+from hpsearch.trainer import Trainer, seed_everything
 from hpsearch.trial import TrialConfig
 
 CASES: dict[str, dict[str, Any]] = {

@@ -774,7 +774,7 @@ def _recorded(overrides: Sequence[str], **options: Any) -> list[str]:
 
 
 def _devices() -> list[str]:
-    from hpsearch.trainer import gpu_names
+    from hpsearch.devices import gpu_names
 
     return [*gpu_names(), f"{os.cpu_count()} CPUs"]
 

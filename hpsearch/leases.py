@@ -12,10 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
 
 from hpsearch.errors import HpsearchError, StudyBusyError
+from hpsearch.scratch import is_gone, this_process
 from hpsearch.store import Row, Store
 
 TIMEOUT_S = 30.0
@@ -61,7 +60,7 @@ def is_held(lease: Row | None) -> bool:
 
 def is_dead(store: Store, lease: Row, *, watch_s: float | None = None) -> bool:
     """Whether the holder of a lease is gone; one that we cannot see is watched for `watch_s` seconds (TIMEOUT_S)."""
-    if _is_gone(lease["process"]):
+    if is_gone(lease["process"]):
         return True
     seen = (lease["token"], lease["beat"])
     watch_s = TIMEOUT_S if watch_s is None else watch_s
@@ -76,49 +75,18 @@ def is_dead(store: Store, lease: Row, *, watch_s: float | None = None) -> bool:
 
 def _take(store: Store, study: Row, note: Callable[[str], None]) -> int:
     holder = f"{socket.gethostname()}, process {os.getpid()}"
-    token = store.take_lease(study["id"], holder=holder, process=_this_process())
+    token = store.take_lease(study["id"], holder=holder, process=this_process())
     if token is not None:
         return token
     lease = store.lease(study["id"])
     assert lease is not None
     since = f"{lease['holder']} since {lease['acquired_at']:%Y-%m-%d %H:%M:%S} UTC"
-    if not _is_gone(lease["process"]):
+    if not is_gone(lease["process"]):
         note(f"'{study['name']}' is held by {since}; waiting up to {TIMEOUT_S:.0f} s for a sign of life")
     if is_dead(store, lease):
         dead = (lease["token"], lease["beat"])
-        token = store.take_lease(study["id"], holder=holder, process=_this_process(), dead=dead)
+        token = store.take_lease(study["id"], holder=holder, process=this_process(), dead=dead)
         if token is not None:
             note(f"took the study over from {lease['holder']}, which is dead")
             return token
     raise StudyBusyError(f"study '{study['name']}' is held by {since}, and it is alive; stop that launch first")
-
-
-def _this_process() -> dict[str, Any]:
-    """What tells this process from every other, as far as the system says; see proc(5) and pid_namespaces(7)."""
-    found: dict[str, Any] = {"pid": os.getpid()}
-    with suppress(OSError):
-        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        found["namespace"] = os.readlink("/proc/self/ns/pid")
-        found["started"] = _started(os.getpid())
-    return found
-
-
-def _is_gone(process: dict[str, Any] | None) -> bool | None:
-    """Whether a process of this machine has ended; None when it cannot be seen from here."""
-    here = _this_process()
-    if not process or "started" not in process or "started" not in here:
-        return None
-    if (process["boot"], process["namespace"]) != (here["boot"], here["namespace"]):
-        return None
-    try:
-        return bool(_started(process["pid"]) != process["started"])
-    except OSError:
-        return True
-
-
-def _started(pid: int) -> str:
-    """Start time of a process in clock ticks after boot; a zombie counts as gone. Raises OSError."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    if fields[0] in ("Z", "X"):
-        raise ProcessLookupError(pid)
-    return fields[19]

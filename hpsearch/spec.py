@@ -479,7 +479,7 @@ def load_study(
 def environment_store() -> str | None:
     """The store that the environment names: HPSEARCH_STORE, or the content of the file HPSEARCH_STORE_FILE (a secret).
 
-    Raises SpecError when there is no such file.
+    The file of a submitted job is `masked` with HPSEARCH_STORE_KEY. Raises SpecError when there is no such file.
     """
     if store := os.environ.get("HPSEARCH_STORE"):
         return store
@@ -487,9 +487,21 @@ def environment_store() -> str | None:
     if not file:
         return None
     try:
-        return Path(file).read_text().strip() or None
+        content = Path(file).read_bytes()
+        if key := os.environ.get("HPSEARCH_STORE_KEY"):
+            content = masked(content, bytes.fromhex(key))
+        return content.decode().strip() or None
     except OSError as error:
         raise SpecError([f"HPSEARCH_STORE_FILE: cannot read {file}: {error.strerror}"]) from None
+    except ValueError:
+        raise SpecError(
+            [f"HPSEARCH_STORE_FILE: {file} holds no text, or HPSEARCH_STORE_KEY is another file's"]
+        ) from None
+
+
+def masked(content: bytes, key: bytes) -> bytes:
+    """Content under a key of its length (a one-time pad), or what was under it. Raises ValueError."""
+    return bytes(byte ^ mask for byte, mask in zip(content, key, strict=True))
 
 
 def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:

@@ -15,7 +15,6 @@ import errno
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from hpsearch.errors import DiskFullError, RunFolderError
+from hpsearch.scratch import private_folder
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -163,9 +163,9 @@ def filled(target: Folder, *, last: str | None = None) -> Iterator[Path]:
     if isinstance(target, Path):
         yield target
         return
-    with tempfile.TemporaryDirectory(prefix="hps-out-") as scratch:
-        yield Path(scratch)
-        files = sorted((file for file in Path(scratch).rglob("*") if file.is_file()), key=lambda f: (f.name == last, f))
+    with private_folder("out-") as scratch:
+        yield scratch
+        files = sorted((file for file in scratch.rglob("*") if file.is_file()), key=lambda f: (f.name == last, f))
         for file in files:
             there = target / file.relative_to(scratch).as_posix()
             try:

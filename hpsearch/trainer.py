@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from hpsearch import checkpoints, storage
+from hpsearch.devices import has_bfloat16
 from hpsearch.errors import DiskFullError, LeaseLostError
-from hpsearch.memory import CONTEXT_BYTES
+from hpsearch.muon import Muon
 from hpsearch.ranks import Ranks
 from hpsearch.settings import Objective, RunSettings
 from hpsearch.storage import Folder, locate
@@ -109,37 +110,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU that this process was given, if there is one."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    # By its number: some of torch.cuda takes no other name.
-    return torch.device("cuda", torch.cuda.current_device())
+def precision(settings: RunSettings, device: torch.device) -> dict[str, str]:
+    """The number format of the `model`'s products, and of those of `muon`, on this device.
 
-
-def use_memory(device: torch.device, share: float | None) -> None:
-    """Begin to measure the peak, and keep this process to its share of a device that it has not for itself."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        total = torch.cuda.get_device_properties(device).total_memory
-        most = 1.0 if share is None or share >= 1 else max(0.0, share - CONTEXT_BYTES / total)
-        torch.cuda.set_per_process_memory_fraction(most, device)
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Bytes of tensors at the worst moment since `use_memory`, and bytes of the device; nothing on a CPU."""
-    if device.type != "cuda":
-        return {}
-    return {
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
-        "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory,
-    }
-
-
-def gpu_names() -> list[str]:
-    """The GPUs that this process sees."""
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    By itself a model runs in bfloat16 on GPUs that have it. On CPUs it runs in float32 unless the study says otherwise.
+    """
+    is_fast = has_bfloat16(device)
+    wants_half = settings.precision == "bfloat16" or (
+        settings.precision == "auto" and device.type == "cuda" and is_fast
+    )
+    return {"model": "bfloat16" if wants_half else "float32", "muon": "bfloat16" if is_fast else "float32"}
 
 
 class Trainer:
@@ -200,9 +180,8 @@ class Trainer:
         }
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        self._half = settings.precision == "bfloat16" or (
-            settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        self.precision = precision(settings, device)
+        self._half = self.precision["model"] == "bfloat16"
         if settings.compile:
             self._model.compile()
         self._loss = self._ranks.replicate(_Loss(task))
@@ -517,10 +496,9 @@ class Trainer:
             yield indices, answer
 
     def _optimizers(self) -> Optimizers:
-        """AdamW (Loshchilov & Hutter, 2019) and, for hidden matrices, Muon (Jordan et al., 2024).
+        """AdamW (Loshchilov & Hutter, 2019) and, for hidden matrices, Muon (see `muon`).
 
-        Biases, gains and other vectors are not decayed. Muon's steps are as long as AdamW's, so that one learning rate
-        serves both (Liu et al., arXiv 2502.16982).
+        Biases, gains and other vectors are not decayed.
         """
         settings = self.settings
         hidden = architecture.hidden_matrices(self.task.model) if settings.optimizer == "muon" else []
@@ -539,11 +517,11 @@ class Trainer:
         )
         if not hidden:
             return {"optimizer": adamw}
-        muon = torch.optim.Muon(
+        muon = Muon(
             hidden,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
+            dtype=getattr(torch, self.precision["muon"]),
         )
         return {"optimizer": adamw, "muon": muon}
 

@@ -32,6 +32,7 @@ import transformers
 
 import hpsearch
 from hpsearch import checkpoints, statistics, storage
+from hpsearch.devices import describe_cpu, device_name, peak_memory, pick_device, use_memory
 from hpsearch.errors import DiskFullError, LeaseLostError
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
 from hpsearch.ranks import Ranks, join, lead
@@ -43,10 +44,7 @@ from hpsearch.trainer import (
     PreemptedError,
     SmallerMicroBatchError,
     Trainer,
-    peak_memory,
-    pick_device,
     seed_everything,
-    use_memory,
 )
 from hpsearch.trial import (
     LAST_WORDS,
@@ -158,6 +156,8 @@ def run_trial(
             host=socket.gethostname(),
             seconds=watch.seconds,
             provenance={
+                **result.provenance,
+                **describe_cpu(),
                 "hpsearch": hpsearch.__version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -337,7 +337,8 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
         judgement=judgement_dict(judgement),
         num_parameters=trainer.num_parameters,
         micro_batch_size=trainer.micro_batch_size,
-        device=_device_name(trainer.device),
+        device=device_name(trainer.device),
+        provenance={"precision": trainer.precision},
     )
     trainer.settle(curve[-1])
     state = _STATE_OF[judgement.verdict] if stops else TrialState.COMPLETED
@@ -525,7 +526,3 @@ def _why(judgement: Judgement, curve: list[Point]) -> str:
         f"{turned} {training}: {last.valid_loss:.3f} at epoch {last.epoch:.2f}, "
         f"best {best.valid_loss:.3f} at epoch {best.epoch:.2f}"
     )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -4,6 +4,9 @@ Each of Ray's workers would import both for itself, 2.5 CPU-seconds each, and no
 the launch a worker asks for a fork here instead, keeps it from trial to trial, and passes on what it says; the fork
 dies with its worker, and the worker's trial is lost with its fork. A worker that gets no fork imports for itself.
 
+What a worker sends, its environment first of all, is for its own user: the socket lies in a private folder (see
+`scratch`), and both ends look who the other is before a byte is sent.
+
 Nothing here may start a thread or touch a GPU before the fork: neither is there after it.
 https://docs.pytorch.org/docs/stable/notes/multiprocessing.html (poison fork)
 """
@@ -27,6 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hpsearch.scratch import is_same_user
 from hpsearch.trial import Progress, TrialConfig, TrialResult
 
 _BACKLOG = 1024
@@ -90,6 +94,8 @@ class Fork:
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.connect(address)
+            if not is_same_user(self._socket):
+                raise PermissionError(f"another user listens at {address}")
             socket.send_fds(self._socket, [b"\n"], [1, 2])
             self._lines = self._socket.makefile("rw", encoding="utf-8")
             _, self._pid, can_use_gpus = self._ask(dict(environment), os.getcwd())
@@ -173,6 +179,9 @@ def serve(listener: socket.socket, lifeline: int) -> None:
                 os.kill(pid, signal.SIGKILL)
         if listener.fileno() in ready:
             connection, _ = listener.accept()
+            if not is_same_user(connection):
+                connection.close()
+                continue
             pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +46,8 @@ os.environ.update(
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hpsearch.errors import ClusterError, RunFolderError
+from hpsearch.errors import ClusterError, RunFolderError, UsageError
+from hpsearch.scratch import private_folder
 from hpsearch.spec import StudySpec
 from hpsearch.storage import Folder, locate
 
@@ -59,6 +58,9 @@ TUNE = "hpsearch.backends.ray_tune"
 CONNECT_S = 5.0
 NODE_ANSWERS_S = 60.0
 """What a node gets to start a process that says which versions it has."""
+MOST_SOCKET_PATH = 107
+RAY_SOCKET_PATH = len("/session_2000-12-31_23-59-59_123456_1234567/sockets/plasma_store")
+"""Bytes that Ray adds to the name of its folder."""
 START_ATTEMPTS = 3
 """Ray gives a node 30 s to come up, which a loaded machine can miss."""
 
@@ -66,14 +68,17 @@ START_ATTEMPTS = 3
 @contextmanager
 def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTune]:
     """Start a Ray of our own on this machine and end it afterwards, or join the one that the study names."""
-    scratch = Path(tempfile.mkdtemp(prefix="hps-"))  # short: Ray's sockets live below it, in paths of 107 bytes
-    try:
+    with private_folder() as private, ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        # Ray opens the folder that it is given to everybody; nobody gets through the one above it.
+        scratch = private / "r"
         if spec.address == "local":
+            _check_length(scratch)
             # Ray would otherwise leave a token file in the home folder. It reads the variable once in a process: one
             # token serves all launches.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             # The processes of a trial on several devices find each other through Ray.
-            with nullcontext() if spec.resources.processes > 1 else fork_server(scratch) as forks_at:
+            with nullcontext() if spec.resources.processes > 1 else fork_server(private) as forks_at:
                 with ThreadPoolExecutor(1) as helper:
                     loading = helper.submit(import_module, TUNE)
                     _start(scratch, note)
@@ -89,9 +94,15 @@ def open_backend(spec: StudySpec, note: Callable[[str], None]) -> Iterator[RayTu
             _check_nodes(shared)
             backend.results = shared
             yield backend
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_length(scratch: Path) -> None:
+    """Raise UsageError when Ray's sockets would have longer paths below a folder than the system allows."""
+    if len(os.fsencode(scratch)) > MOST_SOCKET_PATH - RAY_SOCKET_PATH:
+        raise UsageError(
+            f"the temporary folder {scratch.parents[1]} has too long a name: Ray's sockets below it would have paths "
+            f"of more than {MOST_SOCKET_PATH} bytes; set TMPDIR to a shorter one, such as /tmp"
+        )
 
 
 def _start(scratch: Path, note: Callable[[str], None]) -> None:

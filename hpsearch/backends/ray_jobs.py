@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.backends import auth_environment, reachable_store
-from hpsearch.spec import StudySpec
+from hpsearch.scratch import private_folder
+from hpsearch.spec import StudySpec, masked
 
 # Read by Ray when it is imported.
 os.environ.update(auth_environment())
@@ -96,21 +97,24 @@ class Cluster:
             raise UsageError(f"job id {job_id!r}: expected letters, digits, '.', '_' and '-', 100 at most")
         if any(job.id == job_id for job in self.jobs()):
             raise UsageError(f"there is a job {job_id} at {self.address} already; choose another --job-id")
-        with tempfile.TemporaryDirectory(prefix="hps-job-") as folder:
-            package = Path(folder)
+        with private_folder("job-") as folder:
+            package = folder / "package"
+            package.mkdir()
             shutil.copyfile(study_file, package / study_file.name)
             command = ["hpsearch", "launch", study_file.name, *arguments, *_pack(spec, package)]
             environment = {"RAY_JOB_STOP_WAIT_TIME_S": f"{GRACE_S + 10:g}"}
             store = reachable_store(spec)
             if store is not None:
-                # Not in the environment and not in the command: both are shown with the job.
-                (package / STORE_FILE).write_text(store)
-                environment["HPSEARCH_STORE_FILE"] = STORE_FILE
+                # The command and the environment are shown with the job, and the file stays on the head, where all its
+                # users can read it: either half alone says nothing.
+                key = secrets.token_bytes(len(store.encode()))
+                (package / STORE_FILE).write_bytes(masked(store.encode(), key))
+                environment |= {"HPSEARCH_STORE_FILE": STORE_FILE, "HPSEARCH_STORE_KEY": key.hex()}
             with self._reached():
                 self._client.submit_job(
                     submission_id=job_id,
                     entrypoint=shlex.join(command),
-                    runtime_env={"working_dir": folder, "env_vars": environment},
+                    runtime_env={"working_dir": str(package), "env_vars": environment},
                     metadata={"hpsearch_study": spec.name, "hpsearch_store": hide_password(store or "")},
                 )
         return job_id
@@ -207,9 +211,20 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
         overrides.append(f"--set=data.files={json.dumps(files)}")
     pretrained = Path(spec.model.pretrained or "")
     if pretrained.is_absolute():
+        _refuse_links(pretrained)
         shutil.copytree(pretrained, package / "model" / pretrained.name)
         overrides.append(f"--set=model.pretrained=model/{pretrained.name}")
     return overrides
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise UsageError when a folder that is to be sent away has links to what lies elsewhere."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"model.pretrained: {path} is a link to {path.resolve()}, outside of the folder that goes to the "
+                f"cluster; send a copy of the folder that holds the files themselves (cp -rL {folder} COPY)"
+            )
 
 
 def _copied(paths: Any, package: Path, place: Path) -> Any:

@@ -361,7 +361,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
                 self._bridge.numbers.clear()
                 self._bridge.shares.clear()
                 _end_processes()
-                shutil.rmtree(self._scratch, ignore_errors=True)  # this process may not live to do it later
+                shutil.rmtree(self._scratch.parent, ignore_errors=True)  # this process may not live to do it later
                 run.on_cluster_lost(reason)
                 raise ClusterError(f"{reason}, and the trials on it with it. They go on at the next launch")
             for config in run.find_silent():

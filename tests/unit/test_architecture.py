@@ -31,7 +31,7 @@ LAYERS = [
     {"store", "outbox", "samplers"},
     {"migrations", "worker"},
     {"trainer"},
-    {"checkpoints", "ranks"},
+    {"checkpoints", "devices", "muon", "ranks"},
     {"tasks.causal_lm", "tasks.translation", "tasks.classification"},
     {"tasks.architecture", "tasks.kernels"},
     {"tasks.base"},
@@ -42,6 +42,7 @@ LAYERS = [
     {"corpora", "space", "study_file", "trial"},
     {"pruning", "rungs"},
     {"settings", "memory", "storage"},
+    {"scratch"},
     {"errors"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
@@ -59,7 +60,7 @@ OWNERS = {
     "pandas": {"ranking", "figures", "tables"},
     "plotly": {"figures", "pages"},
     "sqlalchemy": {"store", "migrations"},
-    "torch": {"trainer", "worker", "checkpoints", "ranks", *TASK_ROOM},
+    "torch": {"trainer", "worker", "checkpoints", "devices", "muon", "ranks", *TASK_ROOM},
     "safetensors": {"checkpoints"},
     "transformers": {"worker", "pretrained", *TASK_ROOM},
     "huggingface_hub": {"pretrained"},

@@ -10,21 +10,13 @@ import pytest
 import torch
 
 from hpsearch.data import prepare
+from hpsearch.devices import peak_memory, pick_device, use_memory
 from hpsearch.memory import CONTEXT_BYTES, PeakMemory
 from hpsearch.ranks import lead
 from hpsearch.settings import ModelSettings, RunSettings
 from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
 from hpsearch.tasks.causal_lm import CausalLM
-from hpsearch.trainer import (
-    Order,
-    OutOfMemoryError,
-    PreemptedError,
-    Trainer,
-    peak_memory,
-    pick_device,
-    seed_everything,
-    use_memory,
-)
+from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
