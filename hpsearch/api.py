@@ -29,7 +29,9 @@ from hpsearch.errors import (
     UsageError,
     hide_password,
 )
-from hpsearch.housekeeping import Garbage, find_garbage, remove, run_folder
+from hpsearch.housekeeping import Garbage, find_garbage, run_folder
+from hpsearch.housekeeping import collect as collect_garbage
+from hpsearch.ownership import is_own, owner_of
 from hpsearch.ranking import Leaderboard, compare, count_states, finalists, frame, leaderboard
 from hpsearch.space import narrowed
 from hpsearch.spec import (
@@ -145,7 +147,15 @@ def launch(
     options = {"name": name, "trials": trials, "store": store, "backend": backend, "address": address, "folder": folder}
     spec = load_study(study, overrides=overrides, **options)  # type: ignore[arg-type]
     recorded = _recorded(overrides, **options)
-    return launch_spec(spec, recorded, listen or _silent, extend=extend, track=track, on_cluster_lost=on_cluster_lost)
+    return launch_spec(
+        spec,
+        recorded,
+        listen or _silent,
+        extend=extend,
+        moves=folder is not None,
+        track=track,
+        on_cluster_lost=on_cluster_lost,
+    )
 
 
 def submit(
@@ -320,6 +330,9 @@ def export_model(
     if target.exists():
         raise UsageError(f"{target} is there already; name another folder")
     source = locate(checkpoint)
+    with _opened(opened.store) as there:
+        if not is_own(source, there.study(name)):
+            raise RunFolderError(f"{source} does not belong to '{name}'; nothing is exported from it")
     if "config.json" not in names(source):
         raise RunFolderError(f"the checkpoint of trial {trial} is not at {source} any more, or not within reach")
     copied(source, target, without=(LAST_WORDS, RESULT))
@@ -392,7 +405,9 @@ def collect(name: str, *, keep: int | None = None, dry_run: bool = False, store:
         limits = LimitSpec.model_validate(row["placement"].get("limits", {}))
         garbage = find_garbage(opened, row, keep=keep or limits.keep_checkpoints)
         if not dry_run:
-            remove(opened, garbage)
+            owner = owner_of(opened, row, lease.token)
+            owner.claim(run_folder(row["placement"]["folder"], row))
+            collect_garbage(opened, garbage, remove=owner.remove)
         return garbage
 
 
@@ -414,10 +429,14 @@ def launch_spec(
     repeats: Sequence[Repeat] | None = None,
     *,
     extend: bool = False,
+    moves: bool = False,
     track: Sequence[str] = (),
     on_cluster_lost: Callable[[], None] | None = None,
 ) -> Study:
-    """`launch` for a study that is loaded already; `overrides` are kept with it as a record."""
+    """`launch` for a study that is loaded already; `overrides` are kept with it as a record.
+
+    `moves` says that a person has named the folder: the study's files may lie elsewhere from now on.
+    """
     from hpsearch.backends import open_backend
     from hpsearch.outbox import Outbox
     from hpsearch.trackers import check_trackers, tracked
@@ -425,7 +444,7 @@ def launch_spec(
     def note(text: str) -> None:
         listen(Event(kind="note", facts={"text": text}))
 
-    _existing(spec, extend=extend)
+    _existing(spec, extend=extend, moves=moves)
     check_trackers(track, locate(spec.folder))
     starts = [] if repeats is not None else _starts(spec)
     with ThreadPoolExecutor(1) as helper, ExitStack() as stack:
@@ -461,6 +480,7 @@ def launch_spec(
             search=search,
             outbox=outbox,
             data=folder,
+            owner=owner_of(store, row, lease.token),
             threads=backend.placement.cpus_per_process,
             listen=listen,
             repeats=repeats,
@@ -488,7 +508,7 @@ def launch_spec(
         return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
 
 
-def check(spec: StudySpec, *, extend: bool = False) -> dict[str, Any]:
+def check(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict[str, Any]:
     """What a launch would do, touching nothing: space, first settings, data, store, devices, tokens to train.
 
     Raises the error that the launch would raise.
@@ -498,7 +518,7 @@ def check(spec: StudySpec, *, extend: bool = False) -> dict[str, Any]:
     from hpsearch.tasks import check_model
 
     store_state = Store.preflight(spec.store)
-    existing = _existing(spec, extend=extend)
+    existing = _existing(spec, extend=extend, moves=moves)
     card, truncated = (None, {}) if spec.data.hub else measure(spec)
     if card:
         for settings in _corner_models(spec):
@@ -622,7 +642,7 @@ def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
             file.write(f"{key}\n")
 
 
-def _existing(spec: StudySpec, *, extend: bool = False) -> dict[str, int] | None:
+def _existing(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict[str, int] | None:
     """Trials by state of the study that a launch would go on with; None when it is new. Refuses a changed study."""
     if Store.preflight(spec.store) != "current":
         return None
@@ -631,7 +651,23 @@ def _existing(spec: StudySpec, *, extend: bool = False) -> dict[str, int] | None
         if row is None:
             return None
         _refuse_difference(row, spec, extend=extend)
+        if not moves:
+            _refuse_other_folder(store, row, spec)
         return {counted["state"]: counted["trials"] for counted in store.counts(row["id"]) if not counted["is_repeat"]}
+
+
+def _refuse_other_folder(store: Store, row: Row, spec: StudySpec) -> None:
+    """Raise UsageError when the study's files lie elsewhere: it may be somebody else's, under the same name."""
+    ours, theirs = str(locate(spec.folder)), (row["placement"] or {}).get("folder")
+    lease = store.lease(row["id"])
+    if theirs in (None, ours) or lease is None:
+        return
+    raise UsageError(
+        f"study '{spec.name}' is in the store already: {lease['holder']} launched it at "
+        f"{lease['acquired_at']:%Y-%m-%d %H:%M} UTC, and its files lie in {theirs}, not in {ours}.\n"
+        f"Give the new study a name of its own with --name. To go on with that one, give --folder {theirs} where this "
+        f"machine reaches it, or --folder {spec.folder} to train its unfinished trials anew"
+    )
 
 
 def _refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:

@@ -714,7 +714,7 @@ def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: b
     from hpsearch import api, terminal
     from hpsearch.spec import load_study
 
-    found = api.check(load_study(study_file, **options), extend=extend)
+    found = api.check(load_study(study_file, **options), extend=extend, moves=options["folder"] is not None)
     print(terminal.to_json(found) if as_json else terminal.check_report(found))
     return 0
 

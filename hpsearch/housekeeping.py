@@ -6,7 +6,7 @@ What stays: the best checkpoint of the top ranked trials, and whatever a trial t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hpsearch import storage
@@ -18,9 +18,14 @@ _FOLDER = re.compile(r"trial-(\d{5,})(?:-attempt-(\d+))?")
 
 
 def run_folder(folder: str, study: Row) -> Folder:
-    """The folder of a study. Studies of one name in two stores may share `folder`; the time of birth parts them."""
+    """The folder of a study, below one that other studies may share."""
+    return locate(folder) / run_name(study)
+
+
+def run_name(study: Row) -> str:
+    """Name of a study's folder: no other study has it, whatever its store."""
     # The name in the spec stays when a study is archived under another one.
-    return locate(folder) / f"{study['spec']['name']}-{study['created_at']:%Y%m%d-%H%M%S}"
+    return f"{study['spec']['name']}-{study['uid']}"
 
 
 def attempt_folder(run: Folder, number: int, attempt: int) -> Folder:
@@ -51,9 +56,10 @@ def trial_of(folder: Folder) -> int | None:
 class CheckpointKeeper:
     """Collects the checkpoints of a running study that nobody needs any more."""
 
-    def __init__(self, store: Store, study: Row, keep: int, run: Folder) -> None:
-        """Take up the study's checkpoints, and remove what a launch that was killed had begun to."""
+    def __init__(self, store: Store, study: Row, keep: int, run: Folder, *, remove: Callable[[Folder], None]) -> None:
+        """Recover the study's checkpoints, and `remove` what a launch that was killed had begun to."""
         self._store = store
+        self._remove = remove
         self._metric = study["metric"]
         self._sign = -1.0 if study["higher_is_better"] else 1.0
         self._keep = keep
@@ -67,7 +73,7 @@ class CheckpointKeeper:
         for _, folder in trial_folders(run):
             row = rows.get(trial_of(folder))
             if row and row["state"] not in UNFINISHED and str(folder) != row["checkpoint"]:
-                storage.remove(folder)
+                self._remove(folder)
         self._collect_below_the_top()
 
     def trial_ended(self, row_id: int, number: int, result: TrialResult, run: Folder, *, is_repeat: bool) -> None:
@@ -77,7 +83,7 @@ class CheckpointKeeper:
         """
         for _, folder in trial_folders(run, number):
             if str(folder) != result.checkpoint:
-                storage.remove(folder)
+                self._remove(folder)
         score = next((score.value for score in result.scores if score.metric == self._metric), None)
         if result.checkpoint is None or score is None:
             return
@@ -94,7 +100,7 @@ class CheckpointKeeper:
 
     def _collect(self, row_id: int, checkpoint: str) -> None:
         self._store.forget_checkpoint(row_id)
-        storage.remove(locate(checkpoint))
+        self._remove(locate(checkpoint))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +141,8 @@ def find_garbage(store: Store, study: Row, *, keep: int) -> list[Garbage]:
     return found
 
 
-def remove(store: Store, garbage: list[Garbage]) -> None:
+def collect(store: Store, garbage: list[Garbage], *, remove: Callable[[Folder], None]) -> None:
     for piece in garbage:
         if piece.row_id is not None:
             store.forget_checkpoint(piece.row_id)
-        storage.remove(piece.folder)
+        remove(piece.folder)

@@ -14,7 +14,8 @@ from itertools import pairwise
 
 from hpsearch import checkpoints, leases
 from hpsearch.errors import StudyBusyError
-from hpsearch.housekeeping import earlier_attempts, find_garbage, remove, run_folder
+from hpsearch.housekeeping import collect, earlier_attempts, find_garbage, run_folder
+from hpsearch.ownership import owner_of
 from hpsearch.search import OPTUNA_STATE, RecordedTrial, Search, recorded_trials
 from hpsearch.spec import recorded_study
 from hpsearch.storage import locate
@@ -57,7 +58,8 @@ class _Study:
 def examine(store: Store, *, only: str | None = None, repair: bool = False) -> list[Finding]:
     """Everything that is wrong with a store, or with one study of it; with `repair`, mended as far as is safe.
 
-    Raises UnknownStudyError, StudyBusyError when a driver takes a study while it is being repaired.
+    Raises UnknownStudyError, StudyBusyError when a driver takes a study while it is being repaired, RunFolderError when
+    the store is a copy and the files are the original's.
     """
     names = [only] if only is not None else [row["name"] for row in store.studies()]
     found: list[Finding] = []
@@ -183,6 +185,9 @@ def _repair(store: Store, study: _Study) -> None:
         raise StudyBusyError(f"study '{study.row['name']}' is running; repair it when its launch has ended")
     row = study.row
     with leases.hold(store, row, lambda text: None) as lease:
+        if row["placement"] is not None:
+            owner = owner_of(store, row, lease.token)
+            owner.claim(run_folder(row["placement"]["folder"], row))
         for trial in study.trials:
             if TrialState(trial["state"]) is TrialState.RUNNING:
                 store.requeue_trial(trial["id"], "its driver died")
@@ -196,7 +201,7 @@ def _repair(store: Store, study: _Study) -> None:
                 best = "best_valid_loss" if row["objective"] == "loss" else "best_valid_score"
                 search.tell(number, state, value=known[best] if known else None, notes={"outcome": state.value})
             search.close()
-            remove(store, find_garbage(store, row, keep=len(study.trials) + 1))
+            collect(store, find_garbage(store, row, keep=len(study.trials) + 1), remove=owner.remove)
         for mend in study.repairs:
             mend()
 

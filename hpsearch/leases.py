@@ -6,6 +6,7 @@ dead when it does not for TIMEOUT_S of our own monotonic clock, or when it was a
 
 from __future__ import annotations
 
+import getpass
 import os
 import socket
 import threading
@@ -74,7 +75,7 @@ def is_dead(store: Store, lease: Row, *, watch_s: float | None = None) -> bool:
 
 
 def _take(store: Store, study: Row, note: Callable[[str], None]) -> int:
-    holder = f"{socket.gethostname()}, process {os.getpid()}"
+    holder = f"{_user()} at {socket.gethostname()}, process {os.getpid()}"
     token = store.take_lease(study["id"], holder=holder, process=this_process())
     if token is not None:
         return token
@@ -90,3 +91,10 @@ def _take(store: Store, study: Row, note: Callable[[str], None]) -> int:
             note(f"took the study over from {lease['holder']}, which is dead")
             return token
     raise StudyBusyError(f"study '{study['name']}' is held by {since}, and it is alive; stop that launch first")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"user {os.getuid()}"

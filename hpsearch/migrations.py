@@ -265,4 +265,24 @@ def _optimizers(dialect: str) -> list[str]:
     return [f"UPDATE {table} SET spec = {changed}" for table in ("hpsearch_studies", "hpsearch_specs")]
 
 
-STEPS: list[Callable[[str], list[str]]] = [_first_tables, _details, _evidence, _nothing_lost, _optimizers]
+def _identities(dialect: str) -> list[str]:
+    """A random id for each study; those that there are keep the folder that is named by their time of birth."""
+    time = (
+        "strftime('%Y%m%d-%H%M%S', created_at)"
+        if dialect == "sqlite"
+        else "to_char(created_at AT TIME ZONE 'UTC', 'YYYYMMDD-HH24MISS')"
+    )
+    return [
+        "ALTER TABLE hpsearch_studies ADD COLUMN uid VARCHAR(32) NOT NULL DEFAULT ''",
+        f"UPDATE hpsearch_studies SET uid = {time}",
+    ]
+
+
+STEPS: list[Callable[[str], list[str]]] = [
+    _first_tables,
+    _details,
+    _evidence,
+    _nothing_lost,
+    _optimizers,
+    _identities,
+]

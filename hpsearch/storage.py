@@ -131,9 +131,20 @@ def read(file: Folder) -> bytes | None:
 
 
 def write(file: Folder, content: bytes) -> None:
-    """Write a file. Raises DiskFullError when there is no room or an object store stays away, else RunFolderError."""
+    """Write a file: a reader finds the old content or the new.
+
+    Raises DiskFullError when there is no room or an object store stays away, else RunFolderError.
+    """
     try:
-        _patiently(file, lambda: file.write_bytes(content))
+        if isinstance(file, Path):
+            aside = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
+            try:
+                aside.write_bytes(content)
+                aside.replace(file)
+            finally:
+                aside.unlink(missing_ok=True)
+        else:
+            _patiently(file, lambda: file.write_bytes(content))
     except OSError as error:
         if error.errno in FULL:
             raise DiskFullError(file.parent, len(content)) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ _studies = sa.Table(
     sa.Column("task", sa.String(32)), sa.Column("metric", sa.String(32)), sa.Column("higher_is_better", sa.Boolean),
     sa.Column("spec", _Json), sa.Column("fingerprint", sa.String(16)), sa.Column("overrides", _Json),
     sa.Column("budget_trials", sa.Integer), sa.Column("data", _Json), sa.Column("created_at", _Utc),
-    sa.Column("objective", sa.String(16)), sa.Column("placement", _Json),
+    sa.Column("objective", sa.String(16)), sa.Column("placement", _Json), sa.Column("uid", sa.String(32)),
 )  # fmt: skip
 _trials = sa.Table(
     "hpsearch_trials", metadata,
@@ -214,12 +215,29 @@ class Store:
     def close(self) -> None:
         self._engine.dispose()
 
+    def identities(self) -> list[str]:
+        """What tells this database from every other, copies included; of two that share one, one is the other.
+
+        An SQLite file keeps its number when it is moved, and its path when a backup is put in its place.
+        """
+        file = _sqlite_file(self._engine.url)
+        if file is not None:
+            status = file.stat()
+            return [f"file {status.st_dev}:{status.st_ino}", f"path {file.resolve()}"]
+        query = sa.text(
+            "SELECT system_identifier, (SELECT oid FROM pg_database WHERE datname = current_database()) "
+            "FROM pg_control_system()"
+        )
+        with self._guarded(), self._engine.connect() as connection:
+            server, database = connection.execute(query).one()
+        return [f"postgresql {server}/{database}"]
+
     # Studies
 
     def add_study(self, study: NewStudy) -> Row:
         """The study of this name: this one, or the one that another launch has added at the same moment."""
         with self._guarded(), self._engine.begin() as connection:
-            values = {**asdict(study), "created_at": _now()}
+            values = {**asdict(study), "created_at": _now(), "uid": secrets.token_hex(8)}
             insert = _insert(connection, _studies).values(values).on_conflict_do_nothing()
             study_id = connection.execute(insert.returning(_studies.c.id)).scalar_one_or_none()
             if study_id is not None:

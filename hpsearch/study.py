@@ -24,6 +24,7 @@ from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFol
 from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, earlier_attempts, run_folder
 from hpsearch.memory import PeakMemory
 from hpsearch.outbox import Outbox
+from hpsearch.ownership import Owner
 from hpsearch.search import Search, Suggestion
 from hpsearch.settings import ModelSettings, RunSettings
 from hpsearch.spec import StudySpec
@@ -120,6 +121,7 @@ class StudyRun:
         search: Search,
         outbox: Outbox,
         data: Folder,
+        owner: Owner,
         threads: int,
         listen: Listener,
         repeats: Sequence[Repeat] | None = None,
@@ -134,7 +136,9 @@ class StudyRun:
         self._search = search
         self._outbox = outbox
         self._data = data
+        self._owner = owner
         self._folder = run_folder(spec.folder, study)
+        owner.claim(self._folder)
         self._threads = threads
         self._listeners = [listen]
         self._live: dict[int, _Live] = {}
@@ -152,7 +156,7 @@ class StudyRun:
         self._on_cluster_lost = on_cluster_lost
         self._repeats = None if repeats is None else list(repeats)
         rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
-        self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints, self._folder)
+        self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints, self._folder, remove=owner.remove)
         self._queue: deque[_Waiting] = deque()
         self._paused: dict[int, _Waiting] = {}
         self._losses: dict[int, int] = {}
@@ -452,9 +456,10 @@ class StudyRun:
             training = RunSettings(**waiting.settings["training"])
         attempt = waiting.attempt + 1
         folder = attempt_folder(self._folder, suggestion.number, attempt)
-        storage.remove(folder)
+        self._owner.remove(folder)
         return TrialConfig(
             study=self.spec.name,
+            study_uid=self._study["uid"],
             number=suggestion.number,
             task=self.spec.task,
             seed=self.spec.seed if waiting.seed is None else waiting.seed,

@@ -135,11 +135,12 @@ class Trainer:
         folder: Folder,
         objective: Objective = "loss",
         earlier: Sequence[Folder] = (),
+        origin: str = "",
         rungs: Sequence[float] = (),
         pulse: Callable[[], Order] = lambda: Order.GO_ON,
         ranks: Ranks | None = None,
     ) -> None:
-        """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state.
+        """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state of its `origin`.
 
         At `rungs`, parts of the run, its state is written before the point is handed out.
 
@@ -162,6 +163,7 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         self._pulse = pulse
         self._earlier = list(earlier)
+        self._origin = origin
         self._rung_places = tuple(rungs)
         self._best_weights: dict[str, Tensor] = {}
         self._best_file: str | None = None
@@ -602,6 +604,7 @@ class Trainer:
                 tensors |= {f"{kind}.{number}.{name}": value for name, value in state.items()}
         tensors |= random_states
         facts = {
+            "origin": self._origin,
             "position": {**asdict(self._position), "seconds": self.seconds},
             "loss_sum": loss_sum,
             "micro_batch_size": self.micro_batch_size,
@@ -652,6 +655,9 @@ class Trainer:
 
     def _resume_newest(self, optimizers: Optimizers) -> None:
         for file, (tensors, facts) in checkpoints.newest(self._earlier):
+            if facts.get("origin", self._origin) != self._origin:
+                LOGGER.warning("checkpoint %s belongs to another run; it is left alone", file)
+                continue
             best = checkpoints.read(file.parent / facts["best_file"]) if facts["best_file"] else None
             if facts["best_file"] and best is None:
                 continue  # the state before this one may still have its best weights

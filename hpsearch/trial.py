@@ -185,6 +185,8 @@ class TrialConfig(Strict):
     """Everything a worker needs to run one trial. Travels as JSON; holds no secret and no handle."""
 
     study: str
+    study_uid: str = ""
+    """What tells the study from every other, of the same name in another store, too."""
     number: int
     task: str
     seed: int
@@ -217,6 +219,11 @@ class TrialConfig(Strict):
     """The part of a GPU's memory that the trial may take, where others are on the same."""
     device: str = "auto"
     """auto: the GPU given to this process if there is one."""
+
+    @property
+    def origin(self) -> str:
+        """What the trial's files carry: those of another trial are not taken for its own."""
+        return f"{self.study_uid}/{self.number}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ def run_trial(
     folder = locate(config.folder)
     try:
         for place in map(locate, config.earlier):
-            if (found := _read_result(place)) is not None:
+            if (found := _read_result(place, config.origin)) is not None:
                 result, curve = found
                 yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
                 return result
@@ -172,7 +172,7 @@ def run_trial(
         if result.state is TrialState.INTERRUPTED:
             return result
         try:
-            _write_result(folder, result, curve)
+            _write_result(folder, result, curve, config.origin)
             checkpoints.forget(folder)
         except DiskFullError as error:
             return replace(result, state=TrialState.INTERRUPTED, reason=str(error), needed_bytes=error.needed)
@@ -243,6 +243,7 @@ def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> T
         folder=locate(config.folder),
         objective=config.objective,
         earlier=[locate(place) for place in config.earlier],
+        origin=config.origin,
         rungs=config.rungs,
         pulse=pulse,
         ranks=ranks,
@@ -482,16 +483,18 @@ class _Watch:
         self._had_sigterm = True
 
 
-def _write_result(folder: Folder, result: TrialResult, curve: list[Progress]) -> None:
-    content = {"result": result.to_json(), "curve": [progress.to_json() for progress in curve]}
+def _write_result(folder: Folder, result: TrialResult, curve: list[Progress], origin: str) -> None:
+    content = {"origin": origin, "result": result.to_json(), "curve": [progress.to_json() for progress in curve]}
     checkpoints.write_whole(folder / RESULT, json.dumps(content).encode())
 
 
-def _read_result(folder: Folder) -> tuple[TrialResult, list[Progress]] | None:
+def _read_result(folder: Folder, origin: str) -> tuple[TrialResult, list[Progress]] | None:
     text = storage.read(folder / RESULT)
     if text is None:
         return None
     content = json.loads(text)
+    if content.get("origin", origin) != origin:
+        return None
     return TrialResult.from_json(content["result"]), [Progress.from_json(text) for text in content["curve"]]
 
 

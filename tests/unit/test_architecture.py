@@ -27,6 +27,7 @@ LAYERS = [
     {"backends"},
     {"study", "invariants", "trackers"},
     {"tables"},
+    {"ownership"},
     {"search", "ranking", "housekeeping", "leases"},
     {"store", "outbox", "samplers"},
     {"migrations", "worker"},
