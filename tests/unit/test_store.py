@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from hpsearch import leases, migrations, statistics
 from hpsearch.errors import LeaseLostError, StoreError, StudyBusyError, UnknownStudyError
 from hpsearch.ranking import flat_rows, frame, leaderboard
+from hpsearch.scratch import _started, is_gone, this_process
 from hpsearch.search import Search, recorded_trials
 from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.spec import load_study
@@ -301,11 +302,11 @@ def test_a_holder_of_this_machine_that_is_gone_is_dead_at_once(store: Store) -> 
     start(store, 0)
     study = store.study("s")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    process = {**leases._this_process(), "pid": child.pid, "started": leases._started(child.pid)}
+    process = {**this_process(), "pid": child.pid, "started": _started(child.pid)}
     store.take_lease(study["id"], holder="a child", process=process)
     lease = store.lease(study["id"])
     assert lease is not None
-    assert leases._is_gone(lease["process"]) is False
+    assert is_gone(lease["process"]) is False
     child.kill()
     child.wait()
     began = time.monotonic()
