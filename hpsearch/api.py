@@ -29,10 +29,12 @@ from hpsearch.errors import (
     UsageError,
     hide_password,
 )
-from hpsearch.housekeeping import Garbage, find_garbage, run_folder
+from hpsearch.housekeeping import Garbage, earlier_attempts, find_garbage, run_folder
 from hpsearch.housekeeping import collect as collect_garbage
 from hpsearch.ownership import is_own, owner_of
-from hpsearch.ranking import Leaderboard, compare, count_states, finalists, frame, leaderboard
+from hpsearch.ranking import Choice, Leaderboard, compare, count_states, finalists, frame, leaderboard
+from hpsearch.scratch import private_folder
+from hpsearch.settings import ModelSettings, RunSettings
 from hpsearch.space import narrowed
 from hpsearch.spec import (
     DEFAULT_STORE,
@@ -46,7 +48,7 @@ from hpsearch.spec import (
 from hpsearch.storage import Folder, cached, copied, locate, names
 from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import LAST_WORDS, RANKED, RESULT, UNFINISHED, Event, Listener, TrialState
+from hpsearch.trial import LAST_WORDS, RANKED, RESULT, UNFINISHED, Event, Listener, TrialConfig, TrialState
 from hpsearch.trial_log import log_file, read_log
 
 if TYPE_CHECKING:
@@ -89,8 +91,12 @@ class Study:
 
     @property
     def best(self) -> Row | None:
-        """The trial with the best test score; None while there is none."""
-        return self.board(top=1).best
+        """The trial with the best test score; while there is none, the one that leads on validation, if any."""
+        return self.choose("test")
+
+    def choose(self, by: Choice) -> Row | None:
+        """The winner by its test score, or on validation; see `Leaderboard.chosen`."""
+        return self.board(top=1).chosen(by)
 
     def trials(self) -> list[Row]:
         """Every trial in any state, by number."""
@@ -309,34 +315,77 @@ def logs(name: str, trial: int, *, store: str | None = None, follow: bool = Fals
 
 
 def export_model(
-    name: str, trial: int | None = None, *, folder: str | os.PathLike[str] | None = None, store: str | None = None
+    name: str,
+    trial: int | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    by: Choice = "test",
+    store: str | None = None,
 ) -> Path:
-    """Copy the model of a trial, the best one by default, to a folder that transformers loads; returns that folder.
+    """Copy the model of a trial to a folder that transformers loads; returns that folder.
 
-    Raises UnknownStudyError, UsageError when the trial has no checkpoint or the folder is there, and RunFolderError.
+    By default that of the winner `by` its test score or on validation. A trial that has not ended gives its best
+    checkpoint so far. Raises UnknownStudyError, UsageError when the trial has no checkpoint or the folder is there, and
+    RunFolderError.
     """
     opened = open_study(name, store=store)
     if trial is None:
-        best = opened.board(top=1).best
-        if best is None:
-            raise UsageError(f"'{name}' has no ranked trial yet")
-        trial = int(best["trial"])
+        chosen = opened.choose(by)
+        if chosen is None:
+            raise UsageError(f"'{name}' has no trial with a test score or a validation loss yet")
+        trial = int(chosen["trial"])
     target = Path(folder or f"{name}-trial-{trial}")
-    checkpoint = opened.trial(trial)["checkpoint"]
-    if checkpoint is None:
+    if target.exists():
+        raise UsageError(f"{target} is there already; name another folder")
+    with _opened(opened.store) as there:
+        study = there.study(name)
+        row = there.trial(study, trial)
+    if row["state"] in UNFINISHED:
+        _export_unfinished(study, row, target)
+        return target
+    if row["checkpoint"] is None:
         raise UsageError(
             f"trial {trial} has no checkpoint: it was not ranked, or not among the best limits.keep_checkpoints of them"
         )
-    if target.exists():
-        raise UsageError(f"{target} is there already; name another folder")
-    source = locate(checkpoint)
-    with _opened(opened.store) as there:
-        if not is_own(source, there.study(name)):
-            raise RunFolderError(f"{source} does not belong to '{name}'; nothing is exported from it")
+    source = locate(row["checkpoint"])
+    if not is_own(source, study):
+        raise RunFolderError(f"{source} does not belong to '{name}'; nothing is exported from it")
     if "config.json" not in names(source):
         raise RunFolderError(f"the checkpoint of trial {trial} is not at {source} any more, or not within reach")
     copied(source, target, without=(LAST_WORDS, RESULT))
     return target
+
+
+def _export_unfinished(study: Row, row: Row, target: Path) -> None:
+    """Write the best model that a trial which has not ended has left so far."""
+    run = run_folder(study["placement"]["folder"], study)
+    earlier = earlier_attempts(run, row["number"], row["attempt"] + 1)
+    spec = recorded_study(study["spec"], study["placement"], "", trials=study["budget_trials"])
+    pretrained = {"pretrained": study["placement"].get("pretrained")}
+    with private_folder("export-") as scratch:
+        config = TrialConfig(
+            study=study["name"],
+            study_uid=study["uid"],
+            number=row["number"],
+            task=study["task"],
+            seed=row["seed"],
+            params=row["params"],
+            objective=study["objective"],
+            model=ModelSettings(**{**row["settings"]["model"], **pretrained}),
+            training=RunSettings(**row["settings"]["training"]),
+            translation=spec.translation,
+            classification=spec.classification,
+            rule=None,
+            data=str(locate(study["placement"]["folder"]) / "data" / study["data"]["fingerprint"]),
+            folder=str(scratch / "trial"),
+            earlier=tuple(str(place) for place in earlier),
+            threads=os.cpu_count() or 1,
+            device="cpu",
+        )
+        from hpsearch.worker import export_unfinished
+
+        export_unfinished(config, scratch / "model")
+        copied(scratch / "model", target)
 
 
 def archive(name: str, *, store: str | None = None) -> str | None:
@@ -781,7 +830,7 @@ def _signals(run: StudyRun) -> Iterator[_Signals]:
 def _verdict(run: StudyRun) -> int:
     """0 for a study that is worth reading; 3 when too many trials failed or none can be ranked."""
     failed = run.states.get(TrialState.FAILED, 0)
-    ranked = sum(run.states.get(state, 0) for state in RANKED)
+    ranked = sum(run.states.get(state, 0) for state in RANKED) + len(run.scored)
     if ranked == 0 or failed > MAX_FAILED_SHARE * run.num_finished:
         return EXIT_TOO_MANY_FAILED
     return EXIT_FINISHED

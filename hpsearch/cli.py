@@ -615,36 +615,60 @@ def report(studies: tuple[str, ...], output: str | None, page: str | None, store
     print(f"wrote {file} ({len(content) / 1e6:.1f} MB)", file=sys.stderr)
 
 
+def _by_option(command: Command) -> Command:
+    return click.option(
+        "--by",
+        type=click.Choice(["test", "validation"]),
+        default="test",
+        show_default=True,
+        help="What the winner is chosen by.",
+    )(command)
+
+
 @main.command()
 @click.argument("study")
+@_by_option
 @_store_option
 @_json_option
-def best(study: str, store: str | None, as_json: bool) -> int:
-    """Print the winner: its settings, score and checkpoint."""
+def best(study: str, by: Any, store: str | None, as_json: bool) -> int:
+    """Print the winner: its settings, score and checkpoint.
+
+    While no trial has a test score, the one that leads on validation.
+    """
     from hpsearch import api, terminal, wording
 
     opened = api.open_study(study, store=store)
     board = opened.board(top=1)
-    if board.best is None:
+    chosen = board.chosen(by)
+    if chosen is None:
         raise click.UsageError(wording.leaderboard_notes(board)[0])
+    for note in wording.choice_notes(board, by):
+        print(note, file=sys.stderr)
     if as_json:
-        print(terminal.to_json({"schema_version": 1, "study": study, **board.best}))
+        print(terminal.to_json({"schema_version": 1, "study": study, "by": by, **chosen}))
     else:
         console = _console()
-        console.print(terminal.trial_report(opened.trial(board.best["trial"]), console.width))
+        console.print(terminal.trial_report(opened.trial(chosen["trial"]), console.width))
     return 0
 
 
 @main.command()
 @click.argument("study")
 @click.argument("trial", type=int, required=False)
+@_by_option
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="Folder to write [STUDY-trial-N].")
 @_store_option
-def export(study: str, trial: int | None, output: str | None, store: str | None) -> None:
-    """Copy the model of a trial, the best one by default, to a folder that transformers loads."""
-    from hpsearch import api
+def export(study: str, trial: int | None, by: Any, output: str | None, store: str | None) -> None:
+    """Copy the model of a trial, the winner by default, to a folder that transformers loads.
 
-    print(f"wrote {plain(api.export_model(study, trial, folder=output, store=store))}", file=sys.stderr)
+    A trial that has not ended gives its best checkpoint so far.
+    """
+    from hpsearch import api, wording
+
+    if trial is None:
+        for note in wording.choice_notes(api.open_study(study, store=store).board(top=1), by):
+            print(note, file=sys.stderr)
+    print(f"wrote {plain(api.export_model(study, trial, folder=output, by=by, store=store))}", file=sys.stderr)
 
 
 @main.command()

@@ -66,7 +66,13 @@ class CheckpointKeeper:
         scores = store.study_scores(study["id"])
         rows = {row["number"]: row for row in store.trials(study["id"])}
         self._kept = sorted(
-            (self._sign * scores[row["number"]][self._metric]["value"], row["number"], row["id"], row["checkpoint"])
+            (
+                self._sign * scores[row["number"]][self._metric]["value"],
+                _valid_merit(row["best_valid_loss"], row["best_valid_score"]),
+                row["number"],
+                row["id"],
+                row["checkpoint"],
+            )
             for row in rows.values()
             if row["checkpoint"] is not None and row["repeat_of"] is None and row["number"] in scores
         )
@@ -90,17 +96,23 @@ class CheckpointKeeper:
         if is_repeat:
             self._collect(row_id, result.checkpoint)
             return
-        self._kept = sorted([*self._kept, (self._sign * score, number, row_id, result.checkpoint)])
+        merit = _valid_merit(result.best_valid_loss, result.best_valid_score)
+        self._kept = sorted([*self._kept, (self._sign * score, merit, number, row_id, result.checkpoint)])
         self._collect_below_the_top()
 
     def _collect_below_the_top(self) -> None:
-        for _, _, old_id, checkpoint in self._kept[self._keep :]:
+        for *_, old_id, checkpoint in self._kept[self._keep :]:
             self._collect(old_id, checkpoint)
         del self._kept[self._keep :]
 
     def _collect(self, row_id: int, checkpoint: str) -> None:
         self._store.forget_checkpoint(row_id)
         self._remove(locate(checkpoint))
+
+
+def _valid_merit(loss: float | None, score: float | None) -> float:
+    """What orders trials with equal test scores; lower is better."""
+    return -score if score is not None else 0.0 if loss is None else loss
 
 
 @dataclass(frozen=True, kw_only=True)

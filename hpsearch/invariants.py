@@ -20,7 +20,7 @@ from hpsearch.search import OPTUNA_STATE, RecordedTrial, Search, recorded_trials
 from hpsearch.spec import recorded_study
 from hpsearch.storage import locate
 from hpsearch.store import Row, Store
-from hpsearch.trial import LIVE, RANKED, UNFINISHED, TrialState
+from hpsearch.trial import LIVE, RANKED, STOPPED, UNFINISHED, TrialState
 
 WATCH_S = 3 * leases.BEAT_S
 """How long a lease whose holder cannot be seen is watched for a beat."""
@@ -172,7 +172,10 @@ def _wrong_ranking(store: Store, study: _Study) -> Iterator[Finding]:
         if metric not in scores.get(number, {}):
             yield study.found(f"has no test {metric}", trial=number)
     sign = -1.0 if study.row["higher_is_better"] else 1.0
-    values = {number: sign * scores[number][metric]["value"] for number in ranked if metric in scores.get(number, {})}
+    # A trial that was stopped is ranked when its best checkpoint was scored.
+    stopped = [row["number"] for row in study.trials if row["state"] in STOPPED and row["repeat_of"] is None]
+    numbers = [number for number in (*ranked, *stopped) if metric in scores.get(number, {})]
+    values = {number: sign * scores[number][metric]["value"] for number in numbers}
     ordered = sorted(values.values())
     wanted = {number: 1 + bisect_left(ordered, value) for number, value in values.items()}
     if {row["trial"]: row["test_rank"] for row in store.leaderboard(study.row["name"])} != wanted:

@@ -162,8 +162,8 @@ LEFT JOIN hpsearch_scores AS perplexity ON perplexity.trial_id = trial.id AND pe
 LEFT JOIN hpsearch_scores AS bits ON bits.trial_id = trial.id AND bits.metric = 'bits_per_byte'
 LEFT JOIN hpsearch_scores AS bleu ON bleu.trial_id = trial.id AND bleu.metric = 'bleu'
 LEFT JOIN hpsearch_scores AS f1 ON f1.trial_id = trial.id AND f1.metric = 'f1'
-WHERE trial.state IN ('completed', 'overfit', 'plateau') AND trial.repeat_of IS NULL
-ORDER BY study.name, test_rank, trial.number"""
+WHERE trial.state IN ('completed', 'overfit', 'plateau', 'paused', 'interrupted') AND trial.repeat_of IS NULL
+ORDER BY study.name, test_rank, valid_rank, trial.number"""
 
 _CURVES = """SELECT
     study.name AS study,

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _MANY_TRIALS = 500
+Choice = Literal["test", "validation"]
+"""What a winner is chosen by."""
 SIGNIFICANCE = 0.05
 """Trials whose p-value against the winner is above this are tied with it."""
 
@@ -41,6 +43,9 @@ class Leaderboard:
     states: dict[str, int]
     validation_choice: Row | None
     """The trial that validation alone would have chosen; it is the winner's rival to look at."""
+    leading: Row | None
+    """Of one study: the trial without a test score whose best validation value is better than that of all ranked ones;
+    with `trial`, `state`, `params`, `value` and the `epoch` of that value."""
     finals: list[Row]
     """Of one study: configurations that were run again with new seeds, best mean first; see `_finals`."""
     note: str | None = None
@@ -53,6 +58,15 @@ class Leaderboard:
     def best(self) -> Row | None:
         return self.rows[0] if self.rows else None
 
+    def chosen(self, by: Choice) -> Row | None:
+        """The trial to take by its test score or on validation; without any test score, the leading one on validation.
+
+        One that has no test score is a row like `leading`.
+        """
+        if by == "test" and self.rows:
+            return self.best
+        return self.leading or self.validation_choice
+
     def to_json(self) -> dict[str, Any]:
         choice = self.validation_choice
         return {
@@ -63,6 +77,7 @@ class Leaderboard:
             "objective": self.objective,
             "states": self.states,
             "validation_would_choose": choice["trial"] if choice else None,
+            "leading": self.leading,
             "trials": self.rows,
             "finals": self.finals,
         }
@@ -120,9 +135,21 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
         rows=rows,
         states=states,
         validation_choice=next((row for row in rows if row["trial"] == chosen), None),
+        leading=_leading(store, first, entries) if len(found) == 1 else None,
         finals=finals,
         note=note,
     )
+
+
+def _leading(store: Store, study: Row, entries: Sequence[_Entry]) -> Row | None:
+    column: Literal["valid_loss", "valid_score"] = "valid_loss" if study["objective"] == "loss" else "valid_score"
+    sign = 1 if column == "valid_loss" else -1
+    ranked = {entry.row["trial"] for entry in entries}
+    bests = [row for row in store.unfinished_bests(study["id"], column) if row["number"] not in ranked]
+    best = min(bests, key=lambda row: (sign * row["value"], row["number"]), default=None)
+    if best is None or any(sign * entry.row[column] <= sign * best["value"] for entry in entries):
+        return None
+    return {"trial": best.pop("number"), **best}
 
 
 def count_states(trials: Sequence[Row]) -> dict[str, int]:
@@ -248,7 +275,13 @@ def _rated(metric: str, entries: Sequence[_Entry]) -> list[_Entry]:
     """The entries with their scores in this metric, best first."""
     sign = -1 if HIGHER_IS_BETTER[metric] else 1
     rated = [replace(entry, row={**entry.row, **_rating(metric, entry)}) for entry in entries]
-    return sorted(rated, key=lambda entry: (sign * entry.row["score"], entry.row["study"], entry.row["trial"]))
+
+    def place(entry: _Entry) -> tuple[Any, ...]:
+        row = entry.row
+        # Of equal test scores the one that validation prefers comes first, here and wherever one of them is taken.
+        return sign * row["score"], row["study"], row["valid_rank"], row["trial"]
+
+    return sorted(rated, key=place)
 
 
 def _ranked(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[int]) -> list[Row]:

@@ -259,6 +259,10 @@ class Search:
         self._paused.discard(number)
         return number
 
+    def resume(self, number: int) -> None:
+        """A paused trial goes on, whatever its place."""
+        self._paused.discard(number)
+
     def hindmost(self) -> int:
         """The last among those that wait."""
         assert self._rungs is not None

@@ -292,7 +292,9 @@ class Store:
             )
         ):
             counts.setdefault(row["study_id"], {})[row["state"]] = row["count"]
-        best = {row["study"]: row for row in self._rows(sa.select(_leaderboard).where(_leaderboard.c.test_rank == 1))}
+        first = sa.select(_leaderboard).where(_leaderboard.c.test_rank == 1)
+        winners = self._rows(first.order_by(_leaderboard.c.valid_rank.desc(), _leaderboard.c.trial.desc()))
+        best = {row["study"]: row for row in winners}
         holders = {row["study_id"]: row for row in self._rows(sa.select(_leases))}
         return [
             {
@@ -329,6 +331,7 @@ class Store:
             row_id = connection.execute(upsert.returning(_trials.c.id)).scalar()
             if row_id is None:
                 raise StoreError(f"trial {config.number} has ended already, so it cannot run again")
+            _forget_scores(connection, row_id)  # those of its last stop
             return int(row_id)
 
     def add_point(self, trial_id: int, point: Point) -> None:
@@ -403,12 +406,35 @@ class Store:
                 if state == result.state.value:
                     return  # written by a commit whose answer was lost
                 raise StoreError(f"trial row {trial_id} has ended already, so it cannot become {result.state}")
-            for score in result.scores:
-                connection.execute(sa.insert(_scores).values(trial_id=trial_id, **asdict(score)))
-            for kind, content in result.details.items():
-                connection.execute(sa.insert(_details).values(trial_id=trial_id, kind=kind, content=content))
-            if result.examples is not None:
-                connection.execute(sa.insert(_examples).values(trial_id=trial_id, content=result.examples))
+            _record_scores(connection, trial_id, result)
+
+    def begin_scoring(self, trial_id: int, attempt: int) -> None:
+        """Record that a folder of a trial that has not ended is in use: the one that its next scoring has."""
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(sa.update(_trials).where(_trials.c.id == trial_id).values(attempt=attempt))
+
+    def score_unfinished(self, trial_id: int, result: TrialResult, *, last_epoch: float | None) -> None:
+        """Give a trial that has not ended the scores of its best checkpoint; it stays paused or interrupted."""
+        with self._guarded(), self._engine.begin() as connection:
+            updated = connection.execute(
+                sa.update(_trials)
+                .where(_trials.c.id == trial_id, _trials.c.state.in_(_UNFINISHED))
+                .values(
+                    device_seconds=result.seconds,
+                    host=result.host,
+                    device=result.device,
+                    last_epoch=last_epoch,
+                    best_evaluation=result.best_evaluation,
+                    best_epoch=result.best_epoch,
+                    best_valid_loss=result.best_valid_loss,
+                    best_valid_score=result.best_valid_score,
+                    num_parameters=result.num_parameters,
+                    micro_batch_size=result.micro_batch_size,
+                    provenance=result.provenance,
+                )
+            )
+            if updated.rowcount == 1:
+                _record_scores(connection, trial_id, result)
 
     def forget_checkpoint(self, trial_id: int) -> None:
         """Record that the checkpoint of a trial was collected."""
@@ -492,6 +518,26 @@ class Store:
                         connection.execute(sa.delete(table).where(condition))
         return found
 
+    def unfinished_bests(self, study_id: int, column: Literal["valid_loss", "valid_score"]) -> list[Row]:
+        """Trials that have not ended, repeats left out, with the point of the best validation value that each has."""
+        best = sa.func.min(_points.c.valid_loss) if column == "valid_loss" else sa.func.max(_points.c.valid_score)
+        ours = (
+            sa.select(_points.c.trial_id, best.label("best"))
+            .join(_trials, _trials.c.id == _points.c.trial_id)
+            .where(_trials.c.study_id == study_id, _trials.c.state.in_(_UNFINISHED), _trials.c.repeat_of.is_(None))
+            .group_by(_points.c.trial_id)
+            .subquery()
+        )
+        query = (
+            sa.select(_trials.c.number, _trials.c.state, _trials.c.params, sa.func.min(_points.c.epoch).label("epoch"))
+            .add_columns(ours.c.best.label("value"))
+            .join(ours, ours.c.trial_id == _trials.c.id)
+            .join(_points, sa.and_(_points.c.trial_id == ours.c.trial_id, _points.c[column] == ours.c.best))
+            .group_by(_trials.c.number, _trials.c.state, _trials.c.params, ours.c.best)
+            .order_by(_trials.c.number)
+        )
+        return self._rows(query)
+
     def study_scores(self, study_id: int, metrics: Sequence[str] | None = None) -> dict[int, dict[str, Row]]:
         """Scores of all trials of a study, by trial number and metric; of these metrics, or all."""
         query = (
@@ -511,7 +557,8 @@ class Store:
 
     def leaderboard(self, study: str, *, top: int | None = None) -> list[Row]:
         query = sa.select(_leaderboard).where(_leaderboard.c.study == study)
-        return self._rows(query.order_by(_leaderboard.c.test_rank, _leaderboard.c.trial).limit(top))
+        places = (_leaderboard.c.test_rank, _leaderboard.c.valid_rank, _leaderboard.c.trial)
+        return self._rows(query.order_by(*places).limit(top))
 
     # Leases: one driver per study (see `leases`)
 
@@ -697,6 +744,22 @@ def _record_spec(
     values = {"spec": spec, "fingerprint": fingerprint, "budget_trials": budget_trials, "recorded_at": _now()}
     version = connection.execute(last).scalar_one()
     connection.execute(sa.insert(_specs).values(study_id=study_id, version=version, **values))
+
+
+def _forget_scores(connection: sa.Connection, trial_id: int) -> None:
+    for table in (_scores, _details, _examples):
+        connection.execute(sa.delete(table).where(table.c.trial_id == trial_id))
+
+
+def _record_scores(connection: sa.Connection, trial_id: int, result: TrialResult) -> None:
+    """The scores of a trial, and what was kept beside them, in place of those that it had when it was stopped."""
+    _forget_scores(connection, trial_id)
+    for score in result.scores:
+        connection.execute(sa.insert(_scores).values(trial_id=trial_id, **asdict(score)))
+    for kind, content in result.details.items():
+        connection.execute(sa.insert(_details).values(trial_id=trial_id, kind=kind, content=content))
+    if result.examples is not None:
+        connection.execute(sa.insert(_examples).values(trial_id=trial_id, content=result.examples))
 
 
 def _finite(value: Any) -> Any:

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from hpsearch import storage
+from hpsearch.endgame import LEAST_S, Clock
 from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFolderError
 from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, earlier_attempts, run_folder
 from hpsearch.memory import PeakMemory
@@ -54,6 +55,9 @@ SAME_FAILURES = 3
 """A study ends when so many trials have ended and all of them failed the same way."""
 DISK_PATIENCE_S = 600.0
 """How long a study waits for room on a full disk."""
+SCORE_S = 60.0
+SCORE_PART = 0.05
+"""A study whose time is used up begins no scoring after this part of it, or SCORE_S if that is longer."""
 _PROBE_EVERY_S = 5.0
 _STALL_MARGIN_S = 3 * PULSE_EVERY_S
 """What a worker that makes no step gets to end itself, with last words, before it is ended from outside."""
@@ -142,8 +146,13 @@ class StudyRun:
         self._threads = threads
         self._listeners = [listen]
         self._live: dict[int, _Live] = {}
-        self._deadline = time.monotonic() + 60 * spec.budget.minutes if spec.budget.minutes else math.inf
+        self._clock = Clock(60 * spec.budget.minutes, time.monotonic()) if spec.budget.minutes else None
+        self._is_ending = False
+        """Whether the time that is left goes to the leading trials alone."""
         self._grace_until = math.inf
+        self._to_score: deque[_Waiting] | None = None
+        """Trials that have not ended, whose best checkpoints are to be scored; known when none trains any more."""
+        self._score_until = math.inf
         self._full_disk: tuple[float, int] | None = None
         """Since when the study waits for how many bytes of room."""
         self._next_probe = 0.0
@@ -161,6 +170,14 @@ class StudyRun:
         self._paused: dict[int, _Waiting] = {}
         self._losses: dict[int, int] = {}
         self._memory = PeakMemory()
+        self._row_ids: dict[int, Callable[[], int]] = {}
+        """Of trials that are being scored."""
+        self.scored: set[int] = set()
+        """Trials that have not ended, and can be ranked all the same."""
+        scores = store.study_scores(study["id"], [study["metric"]])
+        ranked = [row for row in rows if row["number"] in scores and row["state"] in RANKED]
+        value, sign = ("best_valid_loss", 1.0) if spec.objective == "loss" else ("best_valid_score", -1.0)
+        self._best_ranked = min((sign * row[value] for row in ranked), default=math.inf)
         self.states: dict[str, int] = {}
         for row in rows:
             self._count(TrialState(row["state"]))
@@ -174,7 +191,7 @@ class StudyRun:
     @property
     def live(self) -> dict[int, Point | None]:
         """Running trials with their last point."""
-        return {number: live.last for number, live in self._live.items()}
+        return {number: live.last for number, live in self._live.items() if not live.config.scores_only}
 
     @property
     def num_finished(self) -> int:
@@ -197,16 +214,21 @@ class StudyRun:
         """The part of a GPU that the trial's memory asks for, by what the study's trials took; 1 until enough have."""
         return self._memory.share(_settings(config))
 
-    def request_stop(self, reason: str, code: int | None = None, *, grace_s: float = GRACE_S) -> None:
+    def request_stop(
+        self, reason: str, code: int | None = None, *, grace_s: float = GRACE_S, score_s: float | None = None
+    ) -> None:
         """Ask the running trials to write a checkpoint and leave, and the backend to end the launch then.
 
-        Without grace they are not asked: their files are not ours any more. Safe to call from a signal handler or
-        another thread.
+        The best checkpoints of the trials that have not ended are scored, as many as begin within `score_s` seconds (by
+        default, within the grace). Without grace nobody is asked: their files are not ours any more. Safe to call from
+        a signal handler or another thread.
         """
         if self.stop_reason is not None:
             return
         self.stop_code = code
-        self._grace_until = time.monotonic() + grace_s
+        now = time.monotonic()
+        self._grace_until = now + grace_s
+        self._score_until = now + (grace_s if score_s is None else score_s)
         self.stop_reason = reason
         for live in list(self._live.values()) if grace_s else ():
             _ask_to_leave(live.config)
@@ -218,11 +240,15 @@ class StudyRun:
         """
         if self._outbox.error is not None:
             raise self._outbox.error
-        if self.stop_reason is None and time.monotonic() > self._deadline:
-            self.request_stop(f"the budget of {self.spec.budget.minutes:g} minutes is used up")
+        now = time.monotonic()
+        if self.stop_reason is None and self._clock is not None:
+            if now > self._clock.deadline:
+                self._end_in_time()
+            elif not self._is_ending:
+                self._look_at_the_clock(now)
         if self._full_disk is not None and not self._live:
             self._look_for_room()
-        if self.stop_reason is not None and (not self._live or time.monotonic() > self._grace_until):
+        if self.stop_reason is not None and self._is_over(now):
             raise StopRequestedError(self.stop_reason)
 
     def find_silent(self) -> list[TrialConfig]:
@@ -245,6 +271,14 @@ class StudyRun:
                 silent.append(live.config)
         return silent
 
+    def _is_over(self, now: float) -> bool:
+        """Whether a launch that was asked to stop has nothing to wait for any more."""
+        if any(not live.config.scores_only for live in self._live.values()):
+            return now > self._grace_until
+        if self._live:
+            return now > max(self._score_until, self._grace_until)
+        return not self._may_score(now) or not self._unscored()
+
     # The events
 
     def next_trial(self) -> TrialConfig | None:
@@ -252,8 +286,12 @@ class StudyRun:
 
         When nothing is left to run, the trials that were never promoted end.
         """
-        if self.stop_reason is not None or not self._has_room() or (self._suspicion and self._live):
+        if self.stop_reason is not None:
+            return self._next_to_score()
+        if not self._has_room() or (self._suspicion and self._live):
             return None
+        if self._is_ending:
+            return self._next_to_finish()
         if self._queue:
             waiting = self._queue.popleft()
             self.states[TrialState.INTERRUPTED.value] -= 1
@@ -302,9 +340,12 @@ class StudyRun:
             if value is not None:
                 unpromising = self._search.report(number, epoch=math.ceil(point.epoch), value=value)
         live.last = point
+        if self._clock is not None:
+            self._clock.learn(number, _settings(live.config), epochs=point.epoch, seconds=point.seconds)
         facts = {"point": point, "verdict": judgement.verdict.value, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="point", trial=number, facts=facts))
-        if progress.rung is not None and not stops and live.config.repeat_of is None:
+        is_pausable = live.config.repeat_of is None and live.config.finish_in_s is None
+        if progress.rung is not None and not stops and is_pausable:
             # Most trials come no further: how much of a GPU they take is learned here.
             self._memory.learn(_settings(live.config), progress.micro_batch_size, progress.memory)
             return self._at_rung(live, point, progress.rung)
@@ -321,6 +362,9 @@ class StudyRun:
 
     def on_result(self, number: int, result: TrialResult) -> None:
         """A trial that ended by itself, or that left with a checkpoint because it was asked to or found no room."""
+        if self._live[number].config.scores_only:
+            self._end_scoring(number, result)
+            return
         if result.state is not TrialState.INTERRUPTED:
             self._end(number, result)
             return
@@ -361,6 +405,9 @@ class StudyRun:
     def on_lost(self, number: int, error: str) -> None:
         """A trial whose worker died: it is tried again from its checkpoint, as often as `limits.retries` says."""
         live = self._live[number]
+        if live.config.scores_only:
+            self._live.pop(number)
+            return
         last_words = _last_words(live.config)
         error = "\n\n".join(part for part in (last_words, error.strip()) if part)
         reason = _first_cause(last_words) or _first_cause(error) or "its worker died without a word"
@@ -386,10 +433,111 @@ class StudyRun:
 
     def interrupt_live(self) -> int:
         """Put what still runs back into the queue, for the next launch; returns how many."""
+        for number in [number for number, live in self._live.items() if live.config.scores_only]:
+            self._live.pop(number)
         numbers = list(self._live)
         for number in numbers:
             self._requeue(number, self.stop_reason or "the backend ended")
         return len(numbers)
+
+    # As the time runs out
+
+    def _end_in_time(self) -> None:
+        minutes = self.spec.budget.minutes
+        assert minutes is not None
+        # Nobody is waiting at the door: the scores may take a little longer than the budget.
+        score_s = max(SCORE_S, 60 * SCORE_PART * minutes)
+        self.request_stop(f"the budget of {minutes:g} minutes is used up", score_s=score_s)
+
+    def _look_at_the_clock(self, now: float) -> None:
+        """Begin the end of the study when its leading trial needs what time is left: see `endgame`."""
+        assert self._clock is not None
+        leader = min(self._unfinished(), key=lambda trial: trial[0], default=None)
+        if leader is None or not self._clock.is_short(now, leader[1], leader[2]):
+            return
+        self._is_ending = True
+        self._note("the time that is left goes to the leading trials: they are brought to their ends, and none begins")
+        for live in self._live.values():
+            settings, epoch = _settings(live.config), live.last.epoch if live.last else 0.0
+            if (self._clock.needed(settings, epoch) or math.inf) > self._clock.left(now):
+                _ask_to_leave(live.config)  # the best of them go on at once, with a schedule that ends in time
+
+    def _unfinished(self) -> list[tuple[float, dict[str, Any], float]]:
+        """Best objective (lower is better), settings and epoch of each trial that has a curve and has not ended."""
+        trials: list[tuple[_Live | _Waiting, dict[str, Any] | None]] = [
+            *((live, _settings(live.config)) for live in self._live.values()),
+            *((waiting, waiting.settings) for waiting in (*self._paused.values(), *self._queue)),
+        ]
+        return [
+            (self._merit(trial), settings, trial.last.epoch)
+            for trial, settings in trials
+            if settings is not None and trial.last is not None
+        ]
+
+    def _merit(self, trial: _Live | _Waiting) -> float:
+        """The best objective of a trial so far; lower is better."""
+        if self.spec.objective == "loss":
+            return trial.best
+        return math.inf if trial.best_score is None else -trial.best_score
+
+    def _next_to_finish(self) -> TrialConfig | None:
+        """The best of the trials that wait, with a schedule that ends in time."""
+        assert self._clock is not None
+        left = self._clock.left(time.monotonic())
+        waiting = [trial for trial in (*self._paused.values(), *self._queue) if math.isfinite(self._merit(trial))]
+        if left < LEAST_S or not waiting:
+            if not self._live:
+                self._end_in_time()
+                return self._next_to_score()
+            return None
+        chosen = min(waiting, key=self._merit)
+        if chosen.number in self._paused:
+            self._search.resume(chosen.number)
+            return self._promote(chosen.number, finish_in_s=left)
+        self._queue.remove(chosen)
+        self.states[TrialState.INTERRUPTED.value] -= 1
+        return self._start(self._search.ask_again(chosen.number), chosen, finish_in_s=left)
+
+    def _may_score(self, now: float) -> bool:
+        return now < self._score_until and self._repeats is None and self._full_disk is None
+
+    def _unscored(self) -> deque[_Waiting]:
+        """Trials that have not ended and could be ranked, best first. When somebody waits, those that could win."""
+        if self._to_score is None:
+            unfinished = [*self._paused.values(), *self._queue]
+            found = sorted((one for one in unfinished if math.isfinite(self._merit(one))), key=self._merit)
+            if self._score_until == self._grace_until:
+                found = [one for one in found if self._merit(one) < self._best_ranked][:1]
+            self._to_score = deque(found)
+        return self._to_score
+
+    def _next_to_score(self) -> TrialConfig | None:
+        """A trial that has not ended, to be scored as it is, once none trains any more."""
+        if any(not live.config.scores_only for live in self._live.values()):
+            return None
+        if not self._may_score(time.monotonic()) or not self._unscored():
+            return None
+        waiting = self._unscored().popleft()
+        suggestion = Suggestion(number=waiting.number, params=self._search.params(waiting.number))
+        config = self._config(suggestion, waiting).model_copy(update={"scores_only": True, "rungs": ()})
+        row_id = waiting.row_id
+        self._live[config.number] = _Live(
+            config=config, started=time.monotonic(), last=waiting.last, best=waiting.best, best_score=waiting.best_score
+        )
+        self._outbox.put(lambda: self._store.begin_scoring(row_id(), config.attempt))
+        self._row_ids[config.number] = row_id
+        return config
+
+    def _end_scoring(self, number: int, result: TrialResult) -> None:
+        live = self._live.pop(number)
+        if not result.scores:
+            return
+        self.scored.add(number)
+        last, row_id = live.last, self._row_ids.pop(number)
+        self._outbox.put(
+            lambda: self._store.score_unfinished(row_id(), result, last_epoch=last.epoch if last else None)
+        )
+        self._note(f"trial {number} {result.reason}")
 
     # Below the events
 
@@ -482,8 +630,8 @@ class StudyRun:
             threads=self._threads,
         )
 
-    def _start(self, suggestion: Suggestion, waiting: _Waiting) -> TrialConfig:
-        config = self._config(suggestion, waiting)
+    def _start(self, suggestion: Suggestion, waiting: _Waiting, *, finish_in_s: float | None = None) -> TrialConfig:
+        config = self._config(suggestion, waiting).model_copy(update={"finish_in_s": finish_in_s})
         live = _Live(
             config=config,
             started=time.monotonic(),
@@ -522,6 +670,8 @@ class StudyRun:
             lambda: self._keeper.trial_ended(live.row_id, number, result, self._folder, is_repeat=repeat_of is not None)
         )
         self._count(result.state)
+        if result.state in RANKED and value is not None:
+            self._best_ranked = min(self._best_ranked, value if self.spec.objective == "loss" else -value)
         self._memory.learn(_settings(live.config), result.micro_batch_size, result.provenance)
         self._tell_end(live.config, live.last, result)
         self._look_for_a_pattern(live, result)
@@ -542,10 +692,10 @@ class StudyRun:
         self._decide(live, point, TrialState.PAUSED.value, Decision.PAUSE, evidence)
         return Decision.PAUSE
 
-    def _promote(self, number: int) -> TrialConfig:
+    def _promote(self, number: int, *, finish_in_s: float | None = None) -> TrialConfig:
         waiting = self._paused.pop(number)
         self.states[TrialState.PAUSED.value] -= 1
-        return self._start(self._search.ask_again(number), waiting)
+        return self._start(self._search.ask_again(number), waiting, finish_in_s=finish_in_s)
 
     def _give_up(self, number: int) -> None:
         """End a paused trial for good."""

@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ DISK_SPEED = 500e6
 """Bytes a second that a disk is taken to write until it has been seen to."""
 
 
+COOL_DOWN = 0.5
+"""Part of the time that a shortened run has left in which its learning rate falls; the rest it keeps its schedule."""
 MICRO_BATCH = "micro-batch.txt"
 """File in the folder of an attempt that ran out of memory on one of several devices: what the next one begins with."""
 
@@ -138,11 +141,14 @@ class Trainer:
         origin: str = "",
         rungs: Sequence[float] = (),
         pulse: Callable[[], Order] = lambda: Order.GO_ON,
+        time_left: Callable[[], float] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state of its `origin`.
 
         At `rungs`, parts of the run, its state is written before the point is handed out.
+
+        A run that would take longer than `time_left` (seconds) has its learning rate brought down to its end by then.
 
         `pulse` is called after every step and every evaluation batch; its answer counts between two steps. Of several
         `ranks` each has a Trainer of its own, with the same settings, seed and folder.
@@ -162,6 +168,13 @@ class Trainer:
         self.micro_batch_size = min(settings.micro_batch_size or share, share)
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         self._pulse = pulse
+        self._time_left = time_left
+        self._time_given = time_left() if time_left else math.inf
+        self._shortening = 1.0
+        """What the learning rate is multiplied by."""
+        self._first_step = 0
+        self.is_shortened = False
+        """Whether the learning rate has left its schedule for the time that the run has left."""
         self._earlier = list(earlier)
         self._origin = origin
         self._rung_places = tuple(rungs)
@@ -251,9 +264,10 @@ class Trainer:
                     self._checkpoint(optimizers, order)
                     raise PreemptedError
                 if asked is Order.TIME_UP:
-                    if self.best is None and position.loss_count:
+                    if position.loss_count and (self.best is None or self.is_shortened):
                         yield from self._hand_out(self._evaluate_now())
                     return
+                self._shortening = self._shorten(position.step)
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = self._learning_rate(position.step)
@@ -336,12 +350,21 @@ class Trainer:
             with self._averaged():
                 self._keep(replace(last, valid_score=self._validation_score()))
 
+    def recover_best(self) -> bool:
+        """Take the best checkpoint from the newest state of the run, to be scored or exported; whether there is one."""
+        self._resume(self._optimizers())
+        return self.best is not None
+
     def score(self) -> Scored:
         """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
         assert self.best is not None
         self._ranks.tell(b"score")
-        self._restore(self._best_weights)
+        self.restore_best()
         return self._score()
+
+    def restore_best(self) -> None:
+        """Make the weights of the best checkpoint the model's."""
+        self._restore(self._best_weights)
 
     def follow(self) -> None:
         """What all processes but the first do after `points`: their part of its `settle` and `score`."""
@@ -361,25 +384,29 @@ class Trainer:
         return self.task.score(self._evaluate)
 
     def export(self) -> None:
-        """Leave the best model as a folder that transformers loads. After `score`.
+        """Leave the best model in the run's folder, as `write_model` does. After `score`.
 
         Raises DiskFullError, and LeaseLostError when the folder has been removed.
         """
-        if self._is_partial:
-            architecture.merge_adapters(self.task.model)
         if not storage.names(self.folder):
             raise LeaseLostError(f"{self.folder} was removed: another launch has taken its trial over")
         try:
-            # transformers knows which of two tied weights other heads will look for.
             with storage.filled(self.folder) as place:
-                self.task.model.save_pretrained(place)
-                self.task.save(str(place))
+                self.write_model(place)
         except Exception as error:
             # safetensors has errors of its own, in words.
             if "No space left on device" not in str(error):
                 raise
             needed = sum(value.numel() * value.element_size() for value in self.task.model.parameters())
             raise DiskFullError(self.folder, needed) from error
+
+    def write_model(self, place: Path) -> None:
+        """Write the model as it stands, adapters merged, as a folder that transformers loads."""
+        if self._is_partial:
+            architecture.merge_adapters(self.task.model)
+        # transformers knows which of two tied weights other heads will look for.
+        self.task.model.save_pretrained(place)
+        self.task.save(str(place))
 
     def _validation_score(self) -> float:
         assert isinstance(self.task, ScoredTask)
@@ -531,9 +558,26 @@ class Trainer:
         """Linear warm-up to the peak, then the schedule down to `final_lr_fraction` of it at the last step."""
         settings = self.settings
         if step < self._warmup_steps:
-            return settings.learning_rate * (step + 1) / self._warmup_steps
+            return self._shortening * settings.learning_rate * (step + 1) / self._warmup_steps
         floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
-        return settings.learning_rate * (floor + (1.0 - floor) * self._decay(step))
+        scheduled = settings.learning_rate * (floor + (1.0 - floor) * self._decay(step))
+        return min(scheduled, max(self._shortening * scheduled, settings.learning_rate * settings.final_lr_fraction))
+
+    def _shorten(self, step: int) -> float:
+        """What the learning rate is multiplied by: it falls in a straight line when the run's time is short.
+
+        A run that is cut down to size by such a cool-down ends near where one ends that was planned so (Hägele et al.,
+        Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, NeurIPS 2024).
+        """
+        if self._time_left is None:
+            return 1.0
+        left = self._time_left()
+        spent, steps = self._time_given - left, step - self._first_step
+        fits = steps and spent / steps * (self.total_steps - step) < left
+        share = 1.0 if fits and not self.is_shortened else left / (COOL_DOWN * self._time_given)
+        share = self._ranks.largest(round(1e6 * min(1.0, max(0.0, share))) if not self._ranks.rank else 0) / 1e6
+        self.is_shortened = self.is_shortened or share < 1.0
+        return share
 
     def decay_to_come(self, step: int) -> float:
         """Part of the learning rate's decay that is left at a step: 1 before it begins, 0 where there is none."""
@@ -651,6 +695,7 @@ class Trainer:
         else:
             self._resume_newest(optimizers)
         self._shrink_micro_batch()
+        self._first_step = self._position.step
         return self._position
 
     def _resume_newest(self, optimizers: Optimizers) -> None:

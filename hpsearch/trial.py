@@ -33,6 +33,8 @@ UNFINISHED = LIVE | {TrialState.INTERRUPTED}
 """Trials that run or wait to go on."""
 RANKED = frozenset({TrialState.COMPLETED, TrialState.OVERFIT, TrialState.PLATEAU})
 """Trials that ended with a checkpoint worth scoring on the test split."""
+STOPPED = frozenset({TrialState.PAUSED, TrialState.INTERRUPTED})
+"""Trials that have not ended, and are ranked by their best checkpoint so far once the study was stopped."""
 PRUNED = frozenset({TrialState.OVERFIT, TrialState.PLATEAU, TrialState.UNPROMISING, TrialState.DIVERGED})
 """What a person reads as "pruned", each with its reason."""
 
@@ -212,6 +214,10 @@ class TrialConfig(Strict):
     """Evaluations of earlier attempts that the driver knows."""
     rungs: tuple[float, ...] = ()
     """Parts of the run at which it may be paused, in order."""
+    finish_in_s: float | None = None
+    """Seconds of wall time after which the run must have come to its end: its schedule is shortened if need be."""
+    scores_only: bool = False
+    """Train nothing: score the best checkpoint of the earlier attempts on the test split."""
     max_minutes: float | None = None
     stall_minutes: float | None = None
     threads: int

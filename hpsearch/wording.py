@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpsearch.errors import plain
-from hpsearch.ranking import Leaderboard, param_names
+from hpsearch.ranking import Choice, Leaderboard, param_names
 from hpsearch.store import Row
-from hpsearch.trial import PRUNED, RANKED
+from hpsearch.trial import PRUNED, RANKED, STOPPED
 
 
 def score_text(metric: str, value: float) -> str:
@@ -93,9 +93,18 @@ def ended_line(trial: Row) -> str:
 
 def leaderboard_notes(board: Leaderboard) -> list[str]:
     """What stands under the table."""
+    leading = [_leading_line(board, board.leading)] if board.leading else []
     if board.best is None:
-        return [f"no trial of '{board.study}' can be ranked yet ({counts(board.states) or 'none has ended'})"]
-    notes = [board.note] if board.note else []
+        none = f"no trial of '{board.study}' can be ranked yet ({counts(board.states) or 'none has ended'})"
+        return [none, *leading]
+    notes = [*([board.note] if board.note else []), *leading]
+    if stopped := [row for row in board.rows if row["state"] in STOPPED]:
+        numbers = ", ".join(str(row["trial"]) for row in stopped)
+        one = len(stopped) == 1
+        notes.append(
+            f"stopped early: {'trial' if one else 'trials'} {numbers}, scored at the best checkpoint so far; the next "
+            f"launch resumes {'it' if one else 'them'}"
+        )
     choice = board.validation_choice
     if choice is not None:
         same = choice["trial"] == board.best["trial"]
@@ -112,6 +121,28 @@ def leaderboard_notes(board: Leaderboard) -> list[str]:
         f"{board.metric}: on the test split; epoch: best/last, the best one's checkpoint is scored",
         f"{counts(board.states)}",
     ]
+
+
+def choice_notes(board: Leaderboard, by: Choice) -> list[str]:
+    """What a person who takes the winner by one criterion should know of the other."""
+    chosen, choice = board.chosen(by), board.leading or board.validation_choice
+    if chosen is None:
+        return []
+    if board.best is None:
+        return [_leading_line(board, chosen)]
+    if choice is None or choice["trial"] == board.best["trial"]:
+        return []
+    if by == "validation":
+        return [f"chosen on validation; by its test score the winner is trial {board.best['trial']} (--by test)"]
+    return [f"chosen by its test score; validation would have chosen trial {choice['trial']} (--by validation)"]
+
+
+def _leading_line(board: Leaderboard, row: Row) -> str:
+    value = f"{row['value']:.4f}" if board.objective == "loss" else score_text(board.objective, row["value"])
+    return (
+        f"trial {row['trial']} ({row['state']}) leads on validation with a {board.objective} of {value} at epoch "
+        f"{row['epoch']:.3g}, and has no test score yet"
+    )
 
 
 def leaderboard_markdown(board: Leaderboard) -> str:

@@ -33,7 +33,7 @@ import transformers
 import hpsearch
 from hpsearch import checkpoints, statistics, storage
 from hpsearch.devices import describe_cpu, device_name, peak_memory, pick_device, use_memory
-from hpsearch.errors import DiskFullError, LeaseLostError
+from hpsearch.errors import DiskFullError, LeaseLostError, UsageError
 from hpsearch.pruning import Judgement, OverfitRule, Verdict, judge
 from hpsearch.ranks import Ranks, join, lead
 from hpsearch.storage import Folder, locate
@@ -114,7 +114,7 @@ def run_trial(
     """
     folder = locate(config.folder)
     try:
-        for place in map(locate, config.earlier):
+        for place in map(locate, () if config.scores_only else config.earlier):
             if (found := _read_result(place, config.origin)) is not None:
                 result, curve = found
                 yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
@@ -131,7 +131,7 @@ def run_trial(
         LOGGER.info("attempt %d begins", config.attempt, extra={"facts": {"params": config.params, **_where()}})
         curve = []
         try:
-            result = yield from _run(config, watch, curve, team)
+            result = _score_best(config, watch) if config.scores_only else (yield from _run(config, watch, curve, team))
         except LeaseLostError:
             raise  # nobody waits for this attempt any more
         except ProcessLostError as error:
@@ -179,6 +179,26 @@ def run_trial(
         return result
 
 
+def _score_best(config: TrialConfig, watch: _Watch) -> TrialResult:
+    """Test scores of the best checkpoint that earlier attempts have left of a trial that has not ended."""
+    trainer = watch.trainer = _trainer(config, Ranks(), watch.pulse)
+    unfinished = TrialResult(state=TrialState.INTERRUPTED, reason="has no checkpoint to be scored yet")
+    if not trainer.recover_best():
+        return unfinished
+    last = trainer.curve[-1]
+    reason = f"scored as it was at epoch {last.epoch:.4g} of {config.training.num_epochs}"
+    return _scored(replace(unfinished, reason=reason), trainer)
+
+
+def export_unfinished(config: TrialConfig, place: Path) -> None:
+    """Write the best model that the earlier attempts at a trial have left into a folder. Raises UsageError."""
+    trainer = _trainer(config, Ranks(), lambda: Order.GO_ON)
+    if not trainer.recover_best():
+        raise UsageError(f"trial {config.number} has written no checkpoint yet")
+    trainer.restore_best()
+    trainer.write_model(place)
+
+
 def follow(config: TrialConfig, address: str, *, rank: int, size: int, host: str) -> str:
     """Be one of the other processes of a trial; returns why the trial must begin again, or nothing when it is over."""
     asked = Order.GO_ON
@@ -190,7 +210,8 @@ def follow(config: TrialConfig, address: str, *, rank: int, size: int, host: str
     before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         with join(address, rank=rank, size=size, host=host, timeout=_patience(config)) as ranks:
-            trainer = _trainer(config, ranks, lambda: asked)
+            time_left = None if config.finish_in_s is None else (lambda: math.inf)  # the first process's counts
+            trainer = _trainer(config, ranks, lambda: asked, time_left)
             for _ in trainer.points():
                 pass
             trainer.follow()
@@ -217,7 +238,7 @@ def _run(
     config: TrialConfig, watch: _Watch, progress: list[Progress], team: Team | None
 ) -> Generator[Progress, None, TrialResult]:
     with _together(config, team, watch) as ranks:
-        trainer = watch.trainer = _trainer(config, ranks, watch.pulse)
+        trainer = watch.trainer = _trainer(config, ranks, watch.pulse, watch.time_left)
         try:
             result = yield from _train(config, trainer, progress)
         except GeneratorExit:
@@ -227,7 +248,9 @@ def _run(
         return result
 
 
-def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> Trainer:
+def _trainer(
+    config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order], time_left: Callable[[], float] | None = None
+) -> Trainer:
     torch.set_num_threads(config.threads)
     seed_everything(config.seed)
     device = pick_device(config.device)
@@ -246,6 +269,7 @@ def _trainer(config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order]) -> T
         origin=config.origin,
         rungs=config.rungs,
         pulse=pulse,
+        time_left=time_left,
         ranks=ranks,
     )
 
@@ -345,20 +369,27 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
     state = _STATE_OF[judgement.verdict] if stops else TrialState.COMPLETED
     if state is TrialState.DIVERGED or trainer.best is None:
         return replace(common, state=TrialState.DIVERGED, reason=_why(judgement, curve))
-    scored = trainer.score()
+    result = _scored(replace(common, state=state, reason=_why(judgement, curve) if stops else common.reason), trainer)
     trainer.export()
+    return replace(result, checkpoint=str(trainer.folder))
+
+
+def _scored(result: TrialResult, trainer: Trainer) -> TrialResult:
+    """The result with the test scores of the run's best checkpoint."""
+    scored = trainer.score()
+    assert trainer.best is not None
     return replace(
-        common,
-        state=state,
-        reason=_why(judgement, curve) if stops else common.reason,
+        result,
         best_evaluation=trainer.best.evaluation,
         best_epoch=trainer.best.epoch,
         best_valid_loss=trainer.best.valid_loss,
         best_valid_score=trainer.best.valid_score,
+        num_parameters=trainer.num_parameters,
+        micro_batch_size=trainer.micro_batch_size,
+        device=device_name(trainer.device),
         scores=scored.scores,
         examples=statistics.pack(scored.examples),
         details=scored.details,
-        checkpoint=str(trainer.folder),
     )
 
 
@@ -400,6 +431,12 @@ class _Watch:
         self._began = self._looked = time.monotonic()
         self._asked = Order.GO_ON
         self._had_sigterm = False
+
+    @property
+    def time_left(self) -> Callable[[], float] | None:
+        """Tells the seconds of wall time that the run has, if it must have come to its end by a certain time."""
+        finish_in_s = self._config.finish_in_s
+        return None if finish_in_s is None else lambda: self._began + finish_in_s - time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -462,6 +499,8 @@ class _Watch:
         limit = self._config.max_minutes
         if self._asked is Order.GO_ON and limit is not None and self.seconds > 60 * limit * self._processes:
             self._asked = Order.TIME_UP
+        if self._asked is Order.GO_ON and self.time_left is not None and self.time_left() <= 0:
+            self._asked = Order.TIME_UP
         return self._asked
 
     def _beat(self) -> None:
@@ -500,6 +539,8 @@ def _read_result(folder: Folder, origin: str) -> tuple[TrialResult, list[Progres
 
 def _end(config: TrialConfig, curve: list[Point]) -> str:
     epochs = config.training.num_epochs
+    if curve[-1].epoch < epochs and config.finish_in_s is not None:
+        return f"brought to its end at epoch {curve[-1].epoch:.2f} of {epochs}, as the study's time ran out"
     if curve[-1].epoch >= epochs or config.max_minutes is None:
         return f"ran its {epochs} epochs"
     return f"stopped after max_minutes ({config.max_minutes:g}) at epoch {curve[-1].epoch:.2f} of {epochs}"

@@ -42,7 +42,7 @@ LAYERS = [
     {"spec"},
     {"corpora", "space", "study_file", "trial"},
     {"pruning", "rungs"},
-    {"settings", "memory", "storage"},
+    {"settings", "memory", "endgame", "storage"},
     {"scratch"},
     {"errors"},
 ]
