@@ -21,6 +21,7 @@ from hpsearch import leases
 from hpsearch.errors import (
     EXIT_BUSY,
     EXIT_FINISHED,
+    EXIT_SIGHUP,
     EXIT_SIGINT,
     EXIT_SIGTERM,
     EXIT_TOO_MANY_FAILED,
@@ -141,14 +142,15 @@ def launch(
     extend: bool = False,
     track: Sequence[str] = (),
     listen: Listener | None = None,
-    on_cluster_lost: Callable[[], None] | None = None,
+    on_cluster_lost: Callable[[int | None], None] | None = None,
 ) -> Study:
     """Run a study to the end of its budget, or go on with it; returns it with `.best` and `.leaderboard()`.
 
-    Interrupted by SIGINT or SIGTERM it returns, too, with `exit_code` 130 or 143. `extend` accepts a larger budget or a
-    wider space than the study has. `listen` hears every Event, from any thread. When Ray is lost everything is brought
-    to safety, then `on_cluster_lost` is called, then ClusterError is raised; but when the head of Ray died, Ray ends
-    the process within a minute. Raises the errors of `hpsearch.errors`.
+    Interrupted by SIGINT, SIGTERM or SIGHUP it returns, too, with `exit_code` 130, 143 or 129. `extend` accepts a
+    larger budget or a wider space than the study has. `listen` hears every Event, from any thread. When Ray is lost
+    everything is brought to safety, then `on_cluster_lost` is called (with the exit code of a launch that was asked to
+    stop), then ClusterError is raised; but when the head of Ray died, Ray ends the process within a minute. Raises the
+    errors of `hpsearch.errors`.
     """
     options = {"name": name, "trials": trials, "store": store, "backend": backend, "address": address, "folder": folder}
     spec = load_study(study, overrides=overrides, **options)  # type: ignore[arg-type]
@@ -340,9 +342,15 @@ def export_model(
     with _opened(opened.store) as there:
         study = there.study(name)
         row = there.trial(study, trial)
-    if row["state"] in UNFINISHED:
-        _export_unfinished(study, row, target)
-        return target
+        if row["state"] in UNFINISHED:
+            try:
+                _export_unfinished(study, row, target)
+                return target
+            except UsageError:
+                row = there.trial(study, trial)
+                if row["state"] in UNFINISHED:
+                    raise
+            # It has ended meanwhile, and its states are gone.
     if row["checkpoint"] is None:
         raise UsageError(
             f"trial {trial} has no checkpoint: it was not ranked, or not among the best limits.keep_checkpoints of them"
@@ -480,7 +488,7 @@ def launch_spec(
     extend: bool = False,
     moves: bool = False,
     track: Sequence[str] = (),
-    on_cluster_lost: Callable[[], None] | None = None,
+    on_cluster_lost: Callable[[int | None], None] | None = None,
 ) -> Study:
     """`launch` for a study that is loaded already; `overrides` are kept with it as a record.
 
@@ -517,10 +525,12 @@ def launch_spec(
             closing(Search(spec, spec.store, starts=starts, lease=(row["id"], lease.token), write=outbox.put))
         )
 
+        signals = _Signals()
+
         def cluster_lost() -> None:
             store.release_lease(row["id"], lease.token)
             if on_cluster_lost is not None:
-                on_cluster_lost()
+                on_cluster_lost(signals.exit_code or run.stop_code)
 
         run = StudyRun(
             spec=spec,
@@ -543,7 +553,7 @@ def launch_spec(
         listen(_opening(spec, store, card, backend.placement.where, run))
         if any(truncated.values()):
             note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
-        with _signals(run) as signals:
+        with _hearing_signals(run, signals):
             try:
                 backend.run(run)
             except StopRequestedError:
@@ -800,18 +810,19 @@ def _go_on(store: Store, row: Row, spec: StudySpec, overrides: list[str], *, ext
 
 
 class _Signals:
-    exit_code = EXIT_FINISHED
+    exit_code: int | None = None
 
 
 @contextmanager
-def _signals(run: StudyRun) -> Iterator[_Signals]:
-    """SIGINT and SIGTERM ask the run to stop; a second one ends the process at once, as usual."""
-    seen = _Signals()
+def _hearing_signals(run: StudyRun, seen: _Signals) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP ask the run to stop; a second one ends the process at once, as usual."""
     if threading.current_thread() is not threading.main_thread():
-        yield seen
+        yield
         return
-    codes = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+    codes = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM, signal.SIGHUP: EXIT_SIGHUP}
     before = {number: signal.getsignal(number) for number in codes}
+    # A launch that does without its terminal (nohup) goes on when that closes.
+    codes = {number: code for number, code in codes.items() if before[number] is not signal.SIG_IGN}
 
     def stop(number: int, _: Any) -> None:
         seen.exit_code = codes[signal.Signals(number)]
@@ -821,10 +832,10 @@ def _signals(run: StudyRun) -> Iterator[_Signals]:
     for number in codes:
         signal.signal(number, stop)
     try:
-        yield seen
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in codes:
+            signal.signal(number, before[number])
 
 
 def _verdict(run: StudyRun) -> int:

@@ -7,9 +7,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from gc import set_threshold
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import click
 
@@ -23,8 +24,11 @@ from hpsearch.errors import (
     hide_password,
     plain,
 )
+from hpsearch.settings import MOST
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_TRIAL = click.IntRange(0, MOST)
+_COUNT = click.IntRange(1, MOST)
 
 EXIT_CODES = """\b
 Exit codes:
@@ -37,13 +41,14 @@ Exit codes:
   70 a bug of hpsearch
   74 files of the run cannot be written
   75 Ray could not be started or was lost; launch again to go on
-  130, 143 stopped by SIGINT or SIGTERM; launch again to go on"""
+  129, 130, 143 stopped by SIGHUP, SIGINT or SIGTERM; launch again to go on"""
 
 
 class _Group(click.Group):
     """Turns every error into one message and the exit code that it is documented to have."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _open_closed_streams()
         _take_passwords_off_the_command_line()
         set_threshold(50_000)  # rows by the thousand are made and kept: to look through them again and again is slow
         kwargs["standalone_mode"] = False
@@ -81,6 +86,57 @@ class _Group(click.Group):
             )
             sys.exit(EXIT_BUG)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) silent ones: others would take their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
+class _LossyStream:
+    """A stream whose writes may fail: the reader has gone, or the disk is full. From then on it is silent."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._fall_silent()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, self._stream.fileno())  # what is buffered goes there when the process ends
+        os.close(silent)
+
+
+@contextmanager
+def _output_may_fail() -> Iterator[None]:
+    """A study goes on whatever becomes of its output."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _LossyStream(sys.stdout), _LossyStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 def _shown(message: str) -> str:
@@ -143,7 +199,7 @@ def _study_options(command: Command) -> Command:
         ),
         click.option("--store", metavar="URL", help="The study store, over HPSEARCH_STORE and the file's."),
         click.option("--name", help="Another name for the study."),
-        click.option("--trials", type=click.IntRange(min=1), help="Another number of trials."),
+        click.option("--trials", type=_COUNT, help="Another number of trials."),
         click.option(
             "--set",
             "overrides",
@@ -187,9 +243,7 @@ def _track_option(command: Command) -> Command:
 @_track_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
-@click.option(
-    "--top", type=click.IntRange(min=1), default=20, show_default=True, help="Rows of the leaderboard at the end."
-)
+@click.option("--top", type=_COUNT, default=20, show_default=True, help="Rows of the leaderboard at the end.")
 def launch(
     study_file: str,
     dry_run: bool,
@@ -212,17 +266,17 @@ def launch(
 
     if restart and not os.environ.get(_RESTARTS):
         _put_aside(study_file, options, yes)
-    console = _console(stderr=True)
-    with terminal.progress(console, quiet=quiet or as_json) as listen:
-        study = api.launch(
-            study_file,
-            **options,
-            extend=extend,
-            track=track,
-            listen=terminal.json_lines(sys.stdout) if as_json else listen,
-            on_cluster_lost=_start_over,
-        )
-    _finish(study, as_json=as_json, quiet=quiet, top=top)
+    with _output_may_fail():
+        with terminal.progress(_console(stderr=True), quiet=quiet or as_json) as listen:
+            study = api.launch(
+                study_file,
+                **options,
+                extend=extend,
+                track=track,
+                listen=terminal.json_lines(sys.stdout) if as_json else listen,
+                on_cluster_lost=_start_over,
+            )
+        _finish(study, as_json=as_json, quiet=quiet, top=top)
     return study.exit_code
 
 
@@ -231,8 +285,16 @@ MAX_RESTARTS = 3
 """Times that a launch begins anew by itself after Ray was lost."""
 
 
-def _start_over() -> None:
-    """Become a new process with the same command: what is left of a lost Ray would end this one."""
+def _start_over(stopped_with: int | None) -> None:
+    """Become a new process with the same command: what is left of a lost Ray would end this one.
+
+    A launch that was asked to stop ends here, with its exit code: a signal to all its processes ends Ray, too.
+    """
+    if stopped_with is not None:
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        print(f"{show_cursor}stopped. To go on:\n  {_command_again()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(stopped_with)
     restarts = int(os.environ.get(_RESTARTS, 0)) + 1
     if restarts > MAX_RESTARTS:
         print(f"Error: Ray was lost {restarts} times; launch again to go on", file=sys.stderr, flush=True)
@@ -289,7 +351,7 @@ def _cluster_option(command: Command) -> Command:
 @click.option("--folder", metavar="PATH", help="Folder (or s3://...) of checkpoints and data that all nodes reach.")
 @click.option("--store", metavar="URL", help="The study store, as the cluster reaches it.")
 @click.option("--name", help="Another name for the study.")
-@click.option("--trials", type=click.IntRange(min=1), help="Another number of trials.")
+@click.option("--trials", type=_COUNT, help="Another number of trials.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.argument("study_file", metavar="STUDY")
 def submit(study_file: str, address: str | None, detach: bool, **options: Any) -> int:
@@ -334,7 +396,7 @@ def jobs(address: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("name", metavar="JOB|STUDY")
-@click.argument("trial", required=False, type=int)
+@click.argument("trial", required=False, type=_TRIAL)
 @_cluster_option
 @_store_option
 @click.option("--follow", "-f", is_flag=True, help="Go on until it ends; of a job, end in its exit code.")
@@ -487,8 +549,8 @@ def studies(store: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("study")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Settings to run again.")
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="New seeds for each.")
+@click.option("--top", type=_COUNT, default=5, show_default=True, help="Settings to run again.")
+@click.option("--seeds", type=_COUNT, default=3, show_default=True, help="New seeds for each.")
 @_store_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a line of JSON.")
@@ -499,23 +561,23 @@ def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_
     """
     from hpsearch import api, terminal
 
-    console = _console(stderr=True)
-    with terminal.progress(console, quiet=quiet or as_json) as listen:
-        found = api.finals(
-            study,
-            top=top,
-            seeds=seeds,
-            store=store,
-            listen=terminal.json_lines(sys.stdout) if as_json else listen,
-        )
-    _finish(found, as_json=as_json, quiet=quiet, top=20)
+    with _output_may_fail():
+        with terminal.progress(_console(stderr=True), quiet=quiet or as_json) as listen:
+            found = api.finals(
+                study,
+                top=top,
+                seeds=seeds,
+                store=store,
+                listen=terminal.json_lines(sys.stdout) if as_json else listen,
+            )
+        _finish(found, as_json=as_json, quiet=quiet, top=20)
     return found.exit_code
 
 
 @main.command()
 @click.argument("study")
-@click.argument("first", type=int)
-@click.argument("second", type=int)
+@click.argument("first", type=_TRIAL)
+@click.argument("second", type=_TRIAL)
 @_store_option
 @_json_option
 def compare(study: str, first: int, second: int, store: str | None, as_json: bool) -> None:
@@ -532,7 +594,7 @@ def compare(study: str, first: int, second: int, store: str | None, as_json: boo
 @main.command()
 @click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
 @_store_option
-@click.option("--top", type=click.IntRange(min=1), help="Only the best so many.")
+@click.option("--top", type=_COUNT, help="Only the best so many.")
 @click.option("--mixed", is_flag=True, help="Rank scores together that are no like for like.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
@@ -574,7 +636,7 @@ def rank(
 
 @main.command()
 @click.argument("study")
-@click.argument("trial", type=int)
+@click.argument("trial", type=_TRIAL)
 @_store_option
 @_json_option
 def show(study: str, trial: int, store: str | None, as_json: bool) -> None:
@@ -654,7 +716,7 @@ def best(study: str, by: Any, store: str | None, as_json: bool) -> int:
 
 @main.command()
 @click.argument("study")
-@click.argument("trial", type=int, required=False)
+@click.argument("trial", type=_TRIAL, required=False)
 @_by_option
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="Folder to write [STUDY-trial-N].")
 @_store_option
@@ -673,7 +735,7 @@ def export(study: str, trial: int | None, by: Any, output: str | None, store: st
 
 @main.command()
 @click.argument("study")
-@click.option("--keep", type=click.IntRange(min=1), help="Ranked trials whose checkpoint stays [as the study says].")
+@click.option("--keep", type=_COUNT, help="Ranked trials whose checkpoint stays [as the study says].")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @_store_option
 @_json_option

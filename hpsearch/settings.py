@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MOST = 10**9
+"""No count in a study is larger: databases keep counts in 32 bits."""
 Scalar = bool | int | float | str
 Objective = Literal["loss", "bleu", "f1"]
 
@@ -13,7 +15,7 @@ Objective = Literal["loss", "bleu", "f1"]
 class Strict(BaseModel):
     """A frozen model that refuses unknown keys and never turns text into numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSettings(Strict):

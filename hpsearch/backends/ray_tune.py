@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from hpsearch.study import StudyRun
 
 COUNT_NODES_EVERY_S = 2.0
+LOOK_EVERY_S = 0.5
+"""Between two looks at Ray's own processes."""
 NODE_LOST = f"{PREEMPTED}: its node was lost"
 NODE_NOTICED_S = 3.0
 """The death of a worker is heard a moment before that of its node."""
@@ -88,7 +91,8 @@ class RayTune:
             ),
         )
         try:
-            tuner.fit()
+            with _watching(bridge, self._scratch):
+                tuner.fit()
         except Exception as error:
             if bridge.error is not None:
                 raise bridge.error from None
@@ -208,6 +212,8 @@ class _Bridge:
         self.left: dict[str, Decision] = {}
         """Tune's trial id to why the trial leaves before its end."""
         self.error: Exception | None = None
+        self._losing = threading.Lock()
+        """Held for ever by whoever first notices that Ray is lost."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -259,6 +265,16 @@ class _Bridge:
         self._alive = alive
         return nodes
 
+    def lose_cluster(self, dead: Sequence[str], scratch: Path) -> None:
+        """Bring the study to safety from a Ray that has lost these processes, once; it may end this one, too."""
+        if self.run is None or not self._losing.acquire(blocking=False):
+            return
+        self.numbers.clear()
+        self.shares.clear()
+        _end_processes()
+        shutil.rmtree(scratch.parent, ignore_errors=True)  # this process may not live to do it later
+        self.run.on_cluster_lost(f"Ray's {' and '.join(dead)} died")
+
     @contextmanager
     def events(self) -> Iterator[StudyRun]:
         """The run, with the first error in one of its events kept: Tune wraps or swallows what callbacks raise."""
@@ -268,6 +284,26 @@ class _Bridge:
         except Exception as error:
             self.error = self.error or error
             raise
+
+
+@contextmanager
+def _watching(bridge: _Bridge, scratch: Path) -> Iterator[None]:
+    """Look after Ray's processes from a thread, too: Tune's loop waits a minute for an answer of a head that died."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(LOOK_EVERY_S):
+            if (dead := _dead_processes()) and not done.wait(NODE_NOTICED_S):
+                bridge.lose_cluster(dead, scratch)
+                return
+
+    thread = threading.Thread(target=watch, name="hpsearch-ray", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _BridgeSearcher(Searcher):  # type: ignore[misc]
@@ -355,15 +391,12 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
             return
         run.check_stop()
         if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + 0.5
+            self._next_look = time.monotonic() + LOOK_EVERY_S
             if dead := _dead_processes():
-                reason = f"Ray's {' and '.join(dead)} died"
-                self._bridge.numbers.clear()
-                self._bridge.shares.clear()
-                _end_processes()
-                shutil.rmtree(self._scratch.parent, ignore_errors=True)  # this process may not live to do it later
-                run.on_cluster_lost(reason)
-                raise ClusterError(f"{reason}, and the trials on it with it. They go on at the next launch")
+                self._bridge.lose_cluster(dead, self._scratch)
+                raise ClusterError(
+                    f"Ray's {' and '.join(dead)} died, and the trials on it; they go on at the next launch"
+                )
             for config in run.find_silent():
                 _end_silent(config)
 
