@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
+.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: bench-verdict $(if $(TABLES),bench-search bench-warm) bench-trainer bench
 
 bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
 	$(BIN)/python benchmarks/faults.py
+
+bench-intervals: .venv/.dev ## How often the intervals of test scores hold the truth, by simulation (five minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/intervals.py
 
 bench-growth: .venv/.dev ## What a trial and the reading commands cost at 100, 1,000 and 10,000 trials (ten minutes)
 	$(BIN)/python benchmarks/growth.py

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hpsearch import statistics
+from hpsearch import statistics, ties
 from hpsearch.errors import UsageError
 from hpsearch.store import Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER
@@ -179,8 +179,8 @@ def compare(store: Store, study: str, first: int, second: int) -> dict[str, Any]
         if differs:
             raise UsageError(f"the {metric} of trials {first} and {second} cannot be compared: {differs}")
         observed = np.array([score["value"] for score in pair])
-        resampled = statistics.resample(metric, list(examples), pair[0]["contract"])
-        low, high, p_value = statistics.difference(observed, resampled)
+        resampled = ties.resample(metric, list(examples), pair[0]["contract"])
+        low, high, p_value = ties.difference(observed, resampled, pair[0]["n"])
         better = None
         if p_value <= SIGNIFICANCE:
             better = numbers[int((observed[0] > observed[1]) != HIGHER_IS_BETTER[metric])]
@@ -318,7 +318,7 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[in
     if len(rated) > _MANY_TRIALS:
         columns = ("score", "score_low", "score_high")
         values, low, high = (np.array([entry.row[name] for entry in rated]) for name in columns)
-        found = statistics.clearly_worse(values, low, high, higher_is_better=HIGHER_IS_BETTER[metric])
+        found = ties.clearly_worse(values, low, high, higher_is_better=HIGHER_IS_BETTER[metric])
         bounds = {entry.id: float(bound) for entry, bound in zip(rated, found, strict=True) if bound <= SIGNIFICANCE}
         rated = [entry for entry in rated if entry.id not in bounds]
     there = store.with_examples([entry.id for entry in rated])
@@ -326,7 +326,7 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[in
     if not tested or tested[0] is not rated[0]:
         return {}
     compared = len(tested)
-    if compared > statistics.MOST_PAIRED:
+    if compared > ties.MOST_PAIRED:
         # Each is held against the winner alone then, whoever else is.
         tested = [entry for entry in tested if entry.id in wanted or entry is tested[0]]
     kept = store.examples([entry.id for entry in tested])
@@ -334,9 +334,9 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[in
     contract = tested[0].scores[metric]["contract"]
     observed = np.array([entry.row["score"] for entry in tested])
     # The test compares each with each; in a large study fewer resamples keep the answer within seconds.
-    resamples = statistics.RESAMPLES if compared <= _MANY_TRIALS else 500
-    resampled = statistics.resample(metric, examples, contract, resamples=resamples)
-    p_values = statistics.tie_p_values(
+    resamples = ties.RESAMPLES if compared <= _MANY_TRIALS else 500
+    resampled = ties.resample(metric, examples, contract, resamples=resamples)
+    p_values = ties.tie_p_values(
         observed, resampled, tested[0].row["score_n"], higher_is_better=HIGHER_IS_BETTER[metric], compared=compared
     )
     return bounds | {entry.id: float(p_value) for entry, p_value in zip(tested, p_values, strict=True)}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpsearch.errors import plain
+from hpsearch.intervals import doubt
 from hpsearch.ranking import Choice, Leaderboard, param_names
 from hpsearch.store import Row
 from hpsearch.trial import PRUNED, RANKED, STOPPED
@@ -116,6 +117,9 @@ def leaderboard_notes(board: Leaderboard) -> list[str]:
         notes.append(
             "1= cannot be told from the winner on this test split (paired bootstrap, corrected for the choice)"
         )
+    best = board.best
+    if (why := doubt(board.metric, best["score_n"], best["score_low"], best["score_high"])) is not None:
+        notes.append(why)
     return [
         *notes,
         f"{board.metric}: on the test split; epoch: best/last, the best one's checkpoint is scored",

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hpsearch import statistics
 from hpsearch.data import TokenSplit
+from hpsearch.intervals import interval
 from hpsearch.statistics import Examples
 from hpsearch.trial import Score
 
@@ -136,8 +136,8 @@ def padded(split: TokenSplit, indices: Indices, *, longest: int, padding: int) -
 
 
 def make_score(metric: str, value: float, examples: Examples, contract: dict[str, Any]) -> Score:
-    """A test score with its bootstrap interval."""
-    low, high = statistics.interval(metric, examples, contract)
+    """A test score with its 95 % interval."""
+    low, high = interval(metric, examples, contract)
     count = len(next(iter(examples.values())))
     return Score(metric=metric, value=value, low=low, high=high, n=count, contract=contract)
 

@@ -188,15 +188,4 @@ def _score(name: str, metric: Any, outputs: list[str], references: list[str], sh
     value = float(metric.corpus_score(outputs, [references]).score)
     counts = np.array(metric._extract_corpus_statistics(outputs, [references]), dtype=np.float64)
     contract = {**shared, "signature": str(metric.get_signature())}
-    if name == "bleu":
-        return make_score(name, value, {"bleu": counts}, contract)
-    # Sentence statistics add up to corpus statistics, so a resample costs a sum and no text is read again.
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(outputs), np.full(len(outputs), 1 / len(outputs)), size=1000)
-    resampled = [metric._compute_score_from_stats(_whole(row)).score for row in drawn @ counts]
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Score(metric=name, value=value, low=float(low), high=float(high), n=len(outputs), contract=contract)
-
-
-def _whole(row: NDArray[np.float64]) -> list[Any]:
-    return [int(value) if value == int(value) else value for value in row.tolist()]
+    return make_score(name, value, {name: counts}, contract)

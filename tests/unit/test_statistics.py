@@ -9,7 +9,8 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from hpsearch import statistics
+from hpsearch import intervals, statistics
+from hpsearch import ties as ties_module
 
 REFERENCES = ["the cat sat on the mat", "a file was not found", "save all changes now", "open", "close the window"]
 
@@ -73,8 +74,8 @@ def likelihoods(rng: np.random.Generator, shifts: list[float], count: int = 120)
 def ties(trials: list[statistics.Examples], resamples: int = 400) -> tuple[np.ndarray, np.ndarray]:
     sums = [statistics.summands("perplexity", trial).sum(axis=0) for trial in trials]
     observed = np.array([statistics.score("perplexity", each, {}) for each in sums])
-    resampled = statistics.resample("perplexity", trials, {}, resamples=resamples)
-    return observed, statistics.tie_p_values(observed, resampled, len(trials[0]["nats"]), higher_is_better=False)
+    resampled = ties_module.resample("perplexity", trials, {}, resamples=resamples)
+    return observed, ties_module.tie_p_values(observed, resampled, len(trials[0]["nats"]), higher_is_better=False)
 
 
 @pytest.mark.slow
@@ -111,19 +112,19 @@ def test_the_same_answers_are_tied_whatever_the_noise() -> None:
 
 def test_pairing_sees_a_difference_that_intervals_hide() -> None:
     better, worse = likelihoods(np.random.default_rng(6), [-3.5, 0.0])
-    low, high = statistics.interval("perplexity", better, {})
+    low, high = intervals.interval("perplexity", better, {})
     observed, p_values = ties([better, worse])
     assert low < observed[1] < high, "the intervals overlap"
     assert p_values[1] < 0.05
-    resampled = statistics.resample("perplexity", [better, worse], {})
-    gap_low, gap_high, p_value = statistics.difference(observed, resampled)
+    resampled = ties_module.resample("perplexity", [better, worse], {})
+    gap_low, gap_high, p_value = ties_module.difference(observed, resampled, 120)
     assert gap_low < observed[0] - observed[1] < gap_high < 0
     assert p_value < 0.05
 
 
 def test_blocks_of_a_large_test_split_give_the_same_interval() -> None:
     (trial,) = likelihoods(np.random.default_rng(7), [0.0], count=50_000)
-    low, high = statistics.interval("perplexity", trial, {})
+    low, high = intervals.interval("perplexity", trial, {})
     losses, tokens = trial["nats"], trial["tokens"]
     mean = losses.sum() / tokens.sum()
     error = np.sqrt(((losses - mean * tokens) ** 2).sum()) / tokens.sum()
@@ -135,8 +136,8 @@ def test_whoever_is_clearly_worse_by_intervals_is_worse_by_the_paired_test(seed:
     rng = np.random.default_rng(seed)
     trials = likelihoods(rng, [*rng.normal(0, 1.0, 20), *rng.normal(60, 30, 20)])
     observed, p_values = ties(trials)
-    bounds = np.array([statistics.interval("perplexity", trial, {}) for trial in trials])
-    upper = statistics.clearly_worse(observed, bounds[:, 0], bounds[:, 1], higher_is_better=False)
+    bounds = np.array([intervals.interval("perplexity", trial, {}) for trial in trials])
+    upper = ties_module.clearly_worse(observed, bounds[:, 0], bounds[:, 1], higher_is_better=False)
     assert (p_values[upper <= 0.05] <= 0.05).all()
     assert (upper[p_values > 0.05] > 0.05).all()
     assert (upper <= 0.05).sum() > 5, "and there are some to be found so"
@@ -149,7 +150,7 @@ def test_of_very_many_trials_none_is_worse_that_the_paired_test_ties(
 ) -> None:
     trials = likelihoods(np.random.default_rng(seed), [*np.zeros(20), *np.linspace(3, 12, 20)])
     _, exact = ties(trials, resamples=2000)
-    monkeypatch.setattr(statistics, "MOST_PAIRED", 10)
+    monkeypatch.setattr(ties_module, "MOST_PAIRED", 10)
     _, quick = ties(trials, resamples=2000)
     assert (quick[exact > 0.05] > 0.05).all()
     assert (quick <= 0.05).sum() >= 0.7 * (exact <= 0.05).sum() > 5

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hpsearch import checkpoints, statistics
+from hpsearch import checkpoints, intervals
 from hpsearch.data import load_split, prepare
 from hpsearch.errors import UsageError
 from hpsearch.pruning import OverfitRule
@@ -483,6 +483,6 @@ def test_the_bootstrap_interval_covers_the_truth() -> None:
     for _ in range(200):
         tokens = rng.integers(5, 200, 150).astype(float)
         nats = tokens * rng.normal(4.0, 0.5, 150)
-        low, high = statistics.interval("perplexity", {"nats": nats, "tokens": tokens}, {})
+        low, high = intervals.interval("perplexity", {"nats": nats, "tokens": tokens}, {})
         hits += low < math.exp(4.0) < high
     assert 0.90 <= hits / 200 <= 0.99
