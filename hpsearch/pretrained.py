@@ -51,6 +51,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Without any of these files some tokenizers start out empty and turn every word into nothing.
     if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
         raise UsageError(f"model.pretrained: {folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
+    if (folder / "target" / "tokenizer.json").is_file():
+        raise UsageError(
+            f"model.pretrained: {folder} has a vocabulary for each language; only models with one can be fine-tuned"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # each kind of tokenizer misses its files in its own way

@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from hpsearch.space import Choice, Dimension, Space
+from hpsearch.space import Choice, Dimension, Space, listed
 from hpsearch.spec import StudySpec
 
 Expected = Callable[[FrozenTrial], float | None]
@@ -66,7 +66,7 @@ def make_sampler(study: StudySpec, seed: int, expected: Expected) -> BaseSampler
             scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
         ),
         "grid": lambda: optuna.samplers.GridSampler(
-            {name: _grid_values(dimension) for name, dimension in space.dimensions.items()}, seed=seed
+            {name: listed(dimension) for name, dimension in space.dimensions.items()}, seed=seed
         ),
     }
     sampler = samplers[spec.name]()
@@ -74,15 +74,6 @@ def make_sampler(study: StudySpec, seed: int, expected: Expected) -> BaseSampler
         sampler = _Spread(sampler, space, study.seed, spec.startup_trials)
     startup = None if spec.name == "random" else spec.startup_trials
     return _Prior(sampler, space, seed, startup) if space.priors else sampler
-
-
-def _grid_values(dimension: Dimension) -> Sequence[Any]:
-    if isinstance(dimension, Choice):
-        return dimension.values
-    count = int(dimension.size)
-    step = dimension.step or 1
-    values = [dimension.low + index * step for index in range(count)]
-    return [int(value) for value in values] if dimension.integer else values
 
 
 class _Wrapper(BaseSampler):

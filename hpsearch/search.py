@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import re
 import time
 import warnings
@@ -68,6 +69,10 @@ OPTUNA_STATE = {
 overfit run is COMPLETE with its best value: its best checkpoint is a valid answer, and told as PRUNED it would rank
 behind every complete trial with its last, worst value."""
 
+_MOST_LISTED = 10_000
+"""Settings of a space that are looked through for one that was not tried yet."""
+_MOST_REJECTED = 20
+"""Proposals that are sent back before a setting is chosen at random."""
 _NOTE = re.compile(r"dashboard:(\d+):note_ver")
 _ARTIFACT = re.compile(r"dashboard:artifacts:(\d+):[0-9a-fA-F-]+")
 """Keys of a study's system attributes that hold what the dashboard shows of a trial, by its id in Optuna's tables."""
@@ -136,7 +141,10 @@ class Search:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._write = write
         self._space = spec.space
-        self._is_grid = spec.sampler.name == "grid"
+        self._settings = list(spec.space.settings(_MOST_LISTED)) if spec.space.size <= _MOST_LISTED else None
+        """Every setting that there is, where these are few."""
+        self._tried: set[str] = set()
+        self._rng = random.Random(f"{spec.seed}.untried")
         direction = StudyDirection.MINIMIZE if spec.objective == "loss" else StudyDirection.MAXIMIZE
         self._record = (
             _Record(store_url, spec.name, direction, VALUE_NAMES[spec.objective], lease) if store_url else None
@@ -157,7 +165,7 @@ class Search:
         self._paused: set[int] = set()
         self._brain = optuna.create_study(
             study_name=spec.name,
-            storage=InMemoryStorage(),
+            storage=_Memory(),
             direction=direction,
             sampler=make_sampler(spec, _seed_after(spec.seed, len(history)), self._expected),
             pruner=_make_pruner(spec.prune.unpromising, spec.max_epochs),
@@ -165,30 +173,68 @@ class Search:
         tried = {trial.system_attrs.get(_START) for trial in history}
         self._starts = deque(start for start in starts if _start_key(start) not in tried)
         for trial in history:
+            if trial.state is not OptunaState.FAIL and trial.number not in self._repeats:
+                self._tried.add(_key(trial.params))
             self._brain.add_trial(_untold(trial) if trial.number in self._repeats else _running(trial))
             if self._rungs and trial.number not in self._repeats:
                 self._climb(self._rungs, trial)
 
     @property
     def is_exhausted(self) -> bool:
-        """True when a grid has no setting left that was not tried."""
-        if not self._is_grid:
-            return False
-        taken = [trial for trial in self._trials() if trial.state is not OptunaState.FAIL]
-        return len(taken) >= self._space.size
+        """True when every setting of the space has been tried."""
+        return self._settings is not None and len(self._tried) >= len(self._settings)
 
     def ask(self) -> Suggestion:
-        """Propose settings, those that were given first; the trial is RUNNING from here on."""
-        start = self._starts.popleft() if self._starts else None
-        if start is not None:
-            self._brain.enqueue_trial(dict(start))
+        """Propose settings that were not tried yet, those that were given first; the trial is RUNNING from here on.
+
+        A trial that failed says nothing of its settings: they may be tried again.
+        """
+        tried = self._tried
+        while self._starts:
+            number = self._propose(self._starts.popleft())
+            if _key(self._trial(number).params) not in tried:
+                return self._begin(number)
+            self._withdraw(number)
+        rejected: set[str] = set()
+        while (number := self._propose(None)) is not None:
+            key = _key(self._trial(number).params)
+            if key not in tried:
+                return self._begin(number)
+            self._withdraw(number)
+            if key in rejected or len(rejected) >= _MOST_REJECTED:
+                break  # the sampler insists on it
+            rejected.add(key)
+        return self._begin(self._propose(self._untried(), is_start=False))
+
+    def _propose(self, given: Mapping[str, Any] | None, *, is_start: bool = True) -> int:
+        """Ask for settings, or take those that are given as far as they go; returns the trial's number."""
+        if given is not None:
+            self._brain.enqueue_trial(dict(given))
         trial = self._brain.ask()
-        if start is not None:
-            self._brain._storage.set_trial_system_attr(trial._trial_id, _START, _start_key(start))
+        if given is not None and is_start:
+            self._brain._storage.set_trial_system_attr(trial._trial_id, _START, _start_key(given))
         for name, dimension in self._space.dimensions.items():
             if self._space.is_active(name, trial.params):
                 _suggest(trial, name, dimension)
-        return self._begin(trial.number)
+        return trial.number
+
+    def _withdraw(self, number: int) -> None:
+        """Take back the last proposal, as if it had not been made."""
+        storage = self._brain._storage
+        assert isinstance(storage, _Memory)
+        storage.withdraw(self._trial(number)._trial_id)
+
+    def _untried(self) -> dict[str, Any]:
+        """A setting that was not tried yet, at random; of a space that has none left, any."""
+        if self._settings is not None:
+            left = [setting for setting in self._settings if _key(setting) not in self._tried]
+            return dict(self._rng.choice(left or self._settings))
+        setting: dict[str, Any] = {}
+        for _ in range(_MOST_REJECTED):
+            setting = self._space.draw(self._rng)
+            if _key(setting) not in self._tried:
+                break
+        return setting
 
     def ask_again(self, number: int) -> Suggestion:
         """The settings of an interrupted or paused trial, which runs again under its number."""
@@ -287,6 +333,8 @@ class Search:
             intermediate = self._trial(number).intermediate_values
             values = [intermediate[max(intermediate)]] if intermediate else None if value is None else [value]
         self._paused.discard(number)
+        if optuna_state is OptunaState.FAIL:
+            self._tried.discard(_key(self._trial(number).params))
         # A trial that failed, or was never promoted, says nothing of how it would have ended.
         if self._rungs and optuna_state.is_finished() and state not in (TrialState.UNPROMISING, TrialState.FAILED):
             self._rungs.end(number, math.inf if value is None else self._sign * value)
@@ -335,6 +383,7 @@ class Search:
 
     def _begin(self, number: int) -> Suggestion:
         trial = self._trial(number)
+        self._tried.add(_key(trial.params))
         if self._record:
             record, template = self._record, copy.deepcopy(trial)
             self._write(lambda: record.begin(template))
@@ -345,6 +394,18 @@ class Search:
 
     def _trial(self, number: int) -> FrozenTrial:
         return self._trials()[number]
+
+
+class _Memory(InMemoryStorage):
+    """The trials that the sampler sees. The last one can be taken back, as it cannot in Optuna's own (5.0)."""
+
+    def withdraw(self, trial_id: int) -> None:
+        with self._lock:
+            study_id, number = self._trial_id_to_study_id_and_number.pop(trial_id)
+            trials = self._studies[study_id].trials
+            assert number == len(trials) - 1
+            trials.pop()
+            self._max_trial_id -= 1
 
 
 class _Record:
@@ -620,6 +681,11 @@ def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> None:
         )
     else:
         trial.suggest_float(name, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
+
+
+def _key(params: Mapping[str, Any]) -> str:
+    """Equal for equal settings."""
+    return json.dumps(params, sort_keys=True)
 
 
 def _start_key(start: Mapping[str, Any]) -> str:

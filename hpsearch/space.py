@@ -10,6 +10,8 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
+from random import Random
 from typing import Any
 
 from pydantic import ValidationError
@@ -88,6 +90,31 @@ class Space:
             if name in params and params[name] in there
         }
 
+    def settings(self, most: int) -> Iterator[dict[str, Any]]:
+        """Every setting of a finite space, each once; what `when` makes inactive is left out. At most so many."""
+
+        def complete(names: list[str], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            if not names:
+                yield chosen
+                return
+            name, *rest = names
+            values = listed(self.dimensions[name]) if self.is_active(name, chosen) else None
+            if values is None:
+                yield from complete(rest, chosen)
+            else:
+                for value in values:
+                    yield from complete(rest, {**chosen, name: value})
+
+        return islice(complete(list(self.dimensions), {}), most)
+
+    def draw(self, rng: Random) -> dict[str, Any]:
+        """A setting at random, evenly over each dimension."""
+        chosen: dict[str, Any] = {}
+        for name, dimension in self.dimensions.items():
+            if self.is_active(name, chosen):
+                chosen[name] = _drawn(dimension, rng)
+        return chosen
+
     def is_active(self, name: str, values: Mapping[str, Any]) -> bool:
         """True if the `when:` of this dimension holds for the values sampled so far."""
         return all(parent in values and values[parent] in allowed for parent, allowed in self.dimensions[name].when)
@@ -100,6 +127,28 @@ class Space:
         if isinstance(dimension, Choice):
             return max(float(value) for value in dimension.values)
         return float(self.fixed.get(name, default))
+
+
+def listed(dimension: Dimension) -> list[Any]:
+    """The values of a finite dimension."""
+    if isinstance(dimension, Choice):
+        return list(dimension.values)
+    step = dimension.step or 1
+    values = [dimension.low + index * step for index in range(int(dimension.size))]
+    return [int(value) if dimension.integer else float(value) for value in values]
+
+
+def _drawn(dimension: Dimension, rng: Random) -> Any:
+    if isinstance(dimension, Choice):
+        return rng.choice(dimension.values)
+    if dimension.step is not None:
+        value = dimension.low + dimension.step * rng.randrange(int(dimension.size))
+    elif dimension.log:
+        value = math.exp(rng.uniform(math.log(dimension.low), math.log(dimension.high)))
+    else:
+        value = rng.uniform(dimension.low, dimension.high)
+    value = min(max(value, dimension.low), dimension.high)
+    return round(value) if dimension.integer else float(value)
 
 
 def parse_space(raw: Any, path: KeyPath = ("search",)) -> tuple[Space, list[Problem]]:

@@ -147,6 +147,7 @@ class StudyRun:
         self._listeners = [listen]
         self._live: dict[int, _Live] = {}
         self._clock = Clock(60 * spec.budget.minutes, time.monotonic()) if spec.budget.minutes else None
+        self._has_told_exhausted = False
         self._is_ending = False
         """Whether the time that is left goes to the leading trials alone."""
         self._grace_until = math.inf
@@ -305,7 +306,9 @@ class StudyRun:
         if (promoted := self._search.promote()) is not None:
             return self._promote(promoted)
         begun = self.num_finished + len(self._live) + len(self._paused)
-        if begun < self.spec.budget.trials and not self._search.is_exhausted:
+        if begun < self.spec.budget.trials and self._search.is_exhausted:
+            self._tell_exhausted(begun)
+        elif begun < self.spec.budget.trials:
             suggestion = self._search.ask()
             return self._start(suggestion, _Waiting(suggestion.number))
         if self._paused and not self._live:
@@ -776,6 +779,14 @@ class StudyRun:
         """There are trials that run as they should."""
         self._outcomes = [""] * SAME_FAILURES
         self._suspicion = None
+
+    def _tell_exhausted(self, begun: int) -> None:
+        if not self._has_told_exhausted:
+            self._has_told_exhausted = True
+            self._note(
+                f"every setting of the search space has been tried: the study ends after {begun} trials of its "
+                f"{self.spec.budget.trials} (`hpsearch finals {self.spec.name}` trains the best again with new seeds)"
+            )
 
     def _has_room(self) -> bool:
         if self._full_disk is None:

@@ -120,15 +120,17 @@ def within_budget(lengths: NDArray[np.int64], tokens: int = EVALUATION_TOKENS) -
     return batches
 
 
-def padded(split: TokenSplit, indices: Indices, *, longest: int, padding: int) -> Tensor:
+def padded(split: TokenSplit, indices: Indices, *, longest: int, padding: int, end: int) -> Tensor:
     """Token ids of shape (examples, longest of them), cut to `longest` tokens and padded at the end.
 
-    A document that is cut keeps its last token, which may be the mark that ends it.
+    A document that is cut keeps the mark that ends it, if there is one: as its tokenizer cuts it elsewhere.
     """
     documents = []
     for index in indices:
         ids = split.document(int(index))
-        documents.append(ids if len(ids) <= longest else np.append(ids[: longest - 1], ids[-1]).astype(ids.dtype))
+        if len(ids) > longest:
+            ids = np.append(ids[: longest - 1], ids[-1] if ids[-1] == end else ids[longest - 1]).astype(ids.dtype)
+        documents.append(ids)
     ids = np.full((len(documents), max(map(len, documents))), padding, dtype=np.int64)
     for row, document in enumerate(documents):
         ids[row, : len(document)] = document

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from hpsearch.data import SPLITS, DataCard, TokenSplit, load_split, read_card, save_tokenizer
 from hpsearch.settings import ModelSettings
-from hpsearch.tasks import architecture
+from hpsearch.tasks import architecture, probe
 from hpsearch.tasks.base import (
     EVALUATION_TOKENS,
     IGNORED,
@@ -37,7 +37,7 @@ def build(config: TrialConfig) -> CausalLM:
 
 
 def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
-    architecture.check_model(AutoModelForCausalLM, settings, vocab_size=vocab_size)
+    probe.check_model(AutoModelForCausalLM, settings, vocab_size=vocab_size)
 
 
 class CausalLM:
@@ -49,6 +49,11 @@ class CausalLM:
         self._splits: dict[str, TokenSplit] = {split: load_split(data, split) for split in SPLITS}
         self._length = settings.context_length
         self.model = architecture.build_model(AutoModelForCausalLM, settings, vocab_size=self._card.vocab_size)
+        # A text begins behind the end of another. A pretrained model knows its own length.
+        self._longest = self._length if settings.pretrained is None else None
+        end = {"bos_token_id": self._card.end_id, "pad_token_id": self._card.end_id}
+        lengths = {} if self._longest is None else {"max_length": self._longest}
+        architecture.set_generation(self.model, **end, **lengths)
         self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
 
     @property
@@ -106,4 +111,4 @@ class CausalLM:
         return Scored(scores=scores, examples=examples)
 
     def save(self, folder: str) -> None:
-        save_tokenizer(self._folder, folder)
+        save_tokenizer(self._folder, folder, context_length=self._longest, sides=("left", "left"))

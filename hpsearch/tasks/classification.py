@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
-from hpsearch.data import SPLITS, load_labels, load_split, read_card, save_tokenizer
+from hpsearch.data import PADDING_ID, SPLITS, load_labels, load_split, read_card, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.settings import ClassificationSpec, ModelSettings
 from hpsearch.statistics import ZERO_DIVISION
-from hpsearch.tasks import architecture
+from hpsearch.tasks import architecture, probe
 from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bucketed, make_score, padded, within_budget
 from hpsearch.trial import TrialConfig
 
@@ -26,7 +26,8 @@ def build(config: TrialConfig) -> Classification:
 
 
 def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
-    architecture.check_model(AutoModelForSequenceClassification, settings, **_tokens(vocab_size, 0, [""] * labels))
+    tokens = _tokens(vocab_size, PADDING_ID, [""] * labels)
+    probe.check_model(AutoModelForSequenceClassification, settings, **tokens)
 
 
 class Classification:
@@ -47,6 +48,7 @@ class Classification:
             raise UsageError(f"classification.positive_label: no label {options.positive_label!r}; there are {known}")
         tokens = _tokens(self._card.vocab_size, self._card.padding_id, self._card.labels)
         self.model = architecture.build_model(AutoModelForSequenceClassification, settings, **tokens)
+        self.model.config.problem_type = f"{'multi' if options.multi_label else 'single'}_label_classification"
         self._weights = torch.tensor(self._class_weights(), dtype=torch.float32) if options.class_weights else None
 
     @property
@@ -61,7 +63,9 @@ class Classification:
 
     def batch(self, split: str, indices: Indices) -> Batch:
         """Token ids of shape (texts, longest of them) and labels of shape (texts, labels)."""
-        ids = padded(self._texts[split], indices, longest=self._length, padding=self._card.padding_id)
+        ids = padded(
+            self._texts[split], indices, longest=self._length, padding=self._card.padding_id, end=self._card.end_id
+        )
         return Batch((ids, torch.from_numpy(self._labels[split][indices])))
 
     def predicted(self, split: str, indices: Indices) -> int:
@@ -120,7 +124,7 @@ class Classification:
         return self._value("f1", self._options.f1, self._labels["validation"], predicted)
 
     def save(self, folder: str) -> None:
-        save_tokenizer(self._folder, folder)
+        save_tokenizer(self._folder, folder, context_length=self._length)
 
     def _logits(self, batch: Batch) -> Tensor:
         ids = batch.tensors[0]

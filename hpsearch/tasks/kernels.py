@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from hpsearch.tasks.base import IGNORED
@@ -251,6 +252,8 @@ def can_decode(model: PreTrainedModel) -> bool:
         "min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty", "sequence_bias",
         "exponential_decay_length_penalty", "forced_decoder_ids", "encoder_no_repeat_ngram_size",
     )  # fmt: skip
+    if type(model).generate is not GenerationMixin.generate:
+        return False
     return isinstance(config.eos_token_id, int) and all(
         not getattr(config, name, None) or (name.endswith("penalty") and getattr(config, name) == 1.0)
         for name in special

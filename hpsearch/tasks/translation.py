@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import AutoModelForSeq2SeqLM
 from hpsearch.data import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.settings import ModelSettings, TranslationSpec
-from hpsearch.tasks import architecture
+from hpsearch.tasks import architecture, probe
 from hpsearch.tasks.base import (
     IGNORED,
     Batch,
@@ -41,7 +41,7 @@ def build(config: TrialConfig) -> Translation:
 
 
 def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
-    architecture.check_model(AutoModelForSeq2SeqLM, settings, **_tokens(settings, vocab_size, target_vocab_size))
+    probe.check_model(AutoModelForSeq2SeqLM, settings, **_tokens(settings, vocab_size, target_vocab_size))
 
 
 class Translation:
@@ -62,6 +62,16 @@ class Translation:
         self._start = self.model.config.decoder_start_token_id
         if self._start is None:
             raise UsageError(f"model.pretrained: {settings.pretrained} names no decoder_start_token_id")
+        architecture.set_generation(
+            self.model,
+            max_length=self._length,
+            num_beams=options.num_beams,
+            do_sample=False,
+            decoder_start_token_id=self._start,
+            pad_token_id=self._padding,
+        )
+        self.model.config.prefix = options.source_prefix or None
+        self.model.config.task_specific_params = None
         two = torch.arange(2)[None]
         self._loss = VocabularyLoss(
             self.model, input_ids=two, attention_mask=torch.ones_like(two), decoder_input_ids=two
@@ -80,8 +90,9 @@ class Translation:
 
     def batch(self, split: str, indices: Indices) -> Batch:
         """Source and target ids, each of shape (pairs, longest of them)."""
-        source = padded(self._sources[split], indices, longest=self._length, padding=self._padding)
-        target = padded(self._targets[split], indices, longest=self._length, padding=IGNORED)
+        end = self._card.end_id
+        source = padded(self._sources[split], indices, longest=self._length, padding=self._padding, end=end)
+        target = padded(self._targets[split], indices, longest=self._length, padding=IGNORED, end=end)
         return Batch((source, target))
 
     def predicted(self, split: str, indices: Indices) -> int:
@@ -133,21 +144,14 @@ class Translation:
         return outputs
 
     def save(self, folder: str) -> None:
-        save_tokenizer(self._folder, folder)
+        save_tokenizer(self._folder, folder, context_length=self._length)
 
     def _generate(self, batch: Batch) -> Tensor:
         source = batch.tensors[0]
         is_text = (source != self._padding).long()
         if self._decodes_greedily:
             return decode_greedily(self.model, source, is_text, self._length)
-        ids: Tensor = self.model.generate(
-            input_ids=source,
-            attention_mask=is_text,
-            num_beams=self._options.num_beams,
-            do_sample=False,
-            max_length=self._length,
-            use_cache=True,
-        )
+        ids: Tensor = self.model.generate(input_ids=source, attention_mask=is_text, use_cache=True)
         return ids
 
     def _lengths(self, split: str) -> NDArray[np.int64]:

@@ -35,7 +35,9 @@ LAYERS = [
     {"trainer"},
     {"checkpoints", "devices", "muon", "ranks"},
     {"tasks.causal_lm", "tasks.translation", "tasks.classification"},
+    {"tasks.probe"},
     {"tasks.architecture", "tasks.kernels"},
+    {"tasks.configuration"},
     {"tasks.base"},
     {"tasks"},
     {"data"},
@@ -51,7 +53,7 @@ LAYERS = [
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
 TASK_ROOM = {
-    "tasks.base", "tasks.architecture", "tasks.kernels", "tasks.causal_lm", "tasks.translation", "tasks.classification",
+    "tasks.base", "tasks.architecture", "tasks.configuration", "tasks.kernels", "tasks.probe", "tasks.causal_lm", "tasks.translation", "tasks.classification",
 }  # fmt: skip
 OWNERS = {
     "click": {"cli"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import closing
@@ -14,8 +15,10 @@ from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
 from hpsearch.samplers import BEST_SEEN, LATEST_SEEN, _History, clip_at_median
-from hpsearch.search import OPTUNA_STATE, Search, first_suggestions
-from hpsearch.spec import StudySpec, load_study
+from hpsearch.search import OPTUNA_STATE, Search, first_suggestions, recorded_trials
+from hpsearch.spec import StudySpec, load_study, validate_study
+from hpsearch.store import Store
+from hpsearch.study_file import parse_study
 from hpsearch.trial import TrialState
 
 BASE = """name: s
@@ -32,6 +35,14 @@ def spec(tmp_path: Path, *overrides: str) -> StudySpec:
     file = tmp_path / "s.yaml"
     file.write_text(BASE)
     return load_study(file, overrides=overrides)
+
+
+def study(search: dict[str, Any], sampler: str = "random") -> StudySpec:
+    """A study of this search space alone."""
+    text = json.dumps(
+        {"name": "s", "task": "causal_lm", "data": {"corpus": "python_docs"}, "search": search, "sampler": sampler}
+    )
+    return validate_study(parse_study(text, source="s.yaml"), base=Path())
 
 
 def loss_of(params: dict[str, Any]) -> float:
@@ -375,3 +386,59 @@ def test_a_study_that_goes_on_keeps_to_the_spread_it_began_with(tmp_path: Path) 
                 found.append(suggestion.params)
                 search.tell(suggestion.number, TrialState.COMPLETED, value=1.0, notes={})
     assert found == whole
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "grid"])
+def test_no_setting_is_tried_twice(sampler: str) -> None:
+    """A space of six settings has six trials, whatever proposes them, and then it is exhausted."""
+    wanted = {"batch_size": [8, 16], "num_layers": {"min": 1, "max": 3}}
+    search = Search(study(search=wanted, sampler=sampler), None)
+    seen = []
+    while not search.is_exhausted:
+        suggestion = search.ask()
+        seen.append((suggestion.params["batch_size"], suggestion.params["num_layers"]))
+        search.tell(suggestion.number, TrialState.COMPLETED, value=float(len(seen) % 3), notes={})
+    assert sorted(seen) == [(size, layers) for size in (8, 16) for layers in (1, 2, 3)]
+
+
+def test_a_setting_that_failed_may_be_tried_again_and_conditions_count() -> None:
+    conditional = {
+        "optimizer": ["adamw", "muon"],
+        "adam_beta2": {"values": [0.9, 0.99], "when": {"optimizer": "adamw"}},
+    }
+    search = Search(study(search=conditional), None)
+    first = search.ask()
+    search.tell(first.number, TrialState.FAILED, value=None, notes={})
+    seen = []
+    while not search.is_exhausted:
+        seen.append(search.ask().params)
+    assert len(seen) == 3
+    assert first.params in seen
+    assert all(("adam_beta2" in params) == (params["optimizer"] == "adamw") for params in seen)
+
+
+def test_a_study_that_goes_on_knows_what_was_tried_before(store_url: str) -> None:
+    wanted = {"batch_size": [8, 16, 32, 64]}
+    Store(store_url, create=True)
+    seen = []
+    for _ in range(4):
+        search = Search(study(search=wanted), store_url)
+        suggestion = search.ask()
+        seen.append(suggestion.params["batch_size"])
+        search.tell(suggestion.number, TrialState.COMPLETED, value=1.0, notes={})
+        search.close()
+    assert sorted(seen) == [8, 16, 32, 64]
+    assert [trial.params["batch_size"] for trial in recorded_trials(store_url, "s").values()] == seen
+    assert Search(study(search=wanted), store_url).is_exhausted
+
+
+def test_where_nothing_is_searched_there_is_one_trial() -> None:
+    search = Search(study(search={}), None)
+    assert search.ask().params == {}
+    assert search.is_exhausted
+
+
+def test_a_start_that_was_tried_is_not_tried_again() -> None:
+    starts = [{"batch_size": 8}, {"batch_size": 8}, {"batch_size": 16}]
+    search = Search(study(search={"batch_size": [8, 16, 32]}), None, starts=starts)
+    assert [search.ask().params["batch_size"] for _ in range(3)] == [8, 16, 32]

@@ -25,8 +25,8 @@ from hpsearch.errors import UsageError
 from hpsearch.pruning import OverfitRule
 from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
-from hpsearch.tasks.architecture import build_config
 from hpsearch.tasks.causal_lm import CausalLM
+from hpsearch.tasks.configuration import build_config
 from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
 from hpsearch.trial import STOP_FILE, Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.worker import run_trial
