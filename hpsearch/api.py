@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -28,12 +29,12 @@ from hpsearch.errors import (
     RunFolderError,
     UnknownStudyError,
     UsageError,
-    hide_password,
 )
 from hpsearch.housekeeping import Garbage, earlier_attempts, find_garbage, run_folder
 from hpsearch.housekeeping import collect as collect_garbage
 from hpsearch.ownership import is_own, owner_of
 from hpsearch.ranking import Choice, Leaderboard, compare, count_states, finalists, frame, leaderboard
+from hpsearch.redaction import hide_secrets
 from hpsearch.scratch import private_folder
 from hpsearch.settings import ModelSettings, RunSettings
 from hpsearch.space import narrowed
@@ -245,7 +246,7 @@ def _status(opened: Store, name: str, url: str) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "study": name,
-        "store": hide_password(url),
+        "store": hide_secrets(url),
         "budget": row["budget_trials"],
         "states": count_states(trials),
         "best": board.best,
@@ -567,17 +568,18 @@ def launch_spec(
         return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
 
 
-def check(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict[str, Any]:
+def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contacts_store: bool = True) -> dict[str, Any]:
     """What a launch would do, touching nothing: space, first settings, data, store, devices, tokens to train.
 
-    Raises the error that the launch would raise.
+    With `contacts_store` false nothing is asked of the store, which a file from elsewhere may name. Raises the error
+    that the launch would raise.
     """
     from hpsearch.data import measure
     from hpsearch.search import first_suggestions
     from hpsearch.tasks import check_model
 
-    store_state = Store.preflight(spec.store)
-    existing = _existing(spec, extend=extend, moves=moves)
+    store_state = Store.preflight(spec.store) if contacts_store else None
+    existing = _existing(spec, extend=extend, moves=moves) if contacts_store else None
     card, truncated = (None, {}) if spec.data.hub else measure(spec)
     if card:
         for settings in _corner_models(spec):
@@ -599,6 +601,7 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict
         "store": store_state,
         "resumes": existing,
         "devices": _devices(),
+        "computing": _computing(spec),
         "data": card.__dict__ if card else None,
         "truncated": truncated,
         "estimated_tokens": _estimated_tokens(spec, card) if card else None,
@@ -862,11 +865,26 @@ def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, run: Stu
 
 def _recorded(overrides: Sequence[str], **options: Any) -> list[str]:
     """The overrides as they are kept with the study; the store's password is not."""
-    given = {f"--{option}": hide_password(str(value)) for option, value in options.items() if value is not None}
+    given = {f"--{option}": hide_secrets(str(value)) for option, value in options.items() if value is not None}
     return [
         *(f"--set {override}" for override in overrides),
         *(f"{option} {value}" for option, value in given.items()),
     ]
+
+
+def _computing(spec: StudySpec) -> dict[str, Any]:
+    """What trials on this machine would compute in, by what its devices can do, and what is slow about it."""
+    from hpsearch.devices import describe_cpu, has_bfloat16, pick_device
+    from hpsearch.trainer import precision
+
+    device = pick_device("cpu" if spec.resources.gpus_per_trial == 0 else "auto")
+    formats = precision(spec.training, device)
+    warnings = []
+    if formats["model"] == "bfloat16" and not has_bfloat16(device):
+        warnings.append("training.precision is bfloat16, which this device only emulates: many times slower")
+    if spec.training.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        warnings.append("training.compile needs a C++ compiler, and this machine has none")
+    return {"device": device.type, **formats, **describe_cpu(), "warnings": warnings}
 
 
 def _devices() -> list[str]:

@@ -21,9 +21,9 @@ from hpsearch.errors import (
     EXIT_IO,
     EXIT_SIGINT,
     HpsearchError,
-    hide_password,
     plain,
 )
+from hpsearch.redaction import has_secret, hide_secrets
 from hpsearch.settings import MOST
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -141,7 +141,7 @@ def _output_may_fail() -> Iterator[None]:
 
 def _shown(message: str) -> str:
     """A message as it may be printed, whatever names it quotes."""
-    return "\n".join(plain(line) for line in hide_password(message).split("\n"))
+    return "\n".join(plain(line) for line in hide_secrets(message).split("\n"))
 
 
 _GIVEN_STORE = "HPSEARCH_GIVEN_STORE"
@@ -166,13 +166,13 @@ def _take_passwords_off_the_command_line() -> None:
             name = "--store" if key.strip() == "store" else name
         elif name == "--set" and value.startswith("store="):
             name, value = "--store", value.removeprefix("store=")
-        if name == "--store" and hide_password(value) != value:
+        if name == "--store" and has_secret(value):
             store = value
         else:
             rest += [f"--store={value}"] if name == "--store" else [argument]
     if store is None:
         return
-    os.environ |= {"HPSEARCH_STORE": store, _GIVEN_STORE: hide_password(store)}
+    os.environ |= {"HPSEARCH_STORE": store, _GIVEN_STORE: hide_secrets(store)}
     os.execv(sys.executable, [sys.executable, "-m", "hpsearch", *rest])
 
 
@@ -798,9 +798,12 @@ def completion(shell: str) -> None:
 
 def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: bool = False) -> int:
     from hpsearch import api, terminal
-    from hpsearch.spec import load_study
+    from hpsearch.spec import environment_store, load_study
 
-    found = api.check(load_study(study_file, **options), extend=extend, moves=options["folder"] is not None)
+    spec = load_study(study_file, **options)
+    # A server that the file alone names is not asked: libpq would give it the passwords of PGPASSWORD and ~/.pgpass.
+    is_own = bool(options["store"] or environment_store() or spec.store.startswith("sqlite"))
+    found = api.check(spec, extend=extend, moves=options["folder"] is not None, contacts_store=is_own)
     print(terminal.to_json(found) if as_json else terminal.check_report(found))
     return 0
 
@@ -833,4 +836,4 @@ def _command_again() -> str:
     import shlex
 
     given = [f"--store={os.environ[_GIVEN_STORE]}"] if _GIVEN_STORE in os.environ else []
-    return hide_password(shlex.join(["hpsearch", *sys.argv[1:], *given]))
+    return hide_secrets(shlex.join(["hpsearch", *sys.argv[1:], *given]))

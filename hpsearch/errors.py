@@ -18,7 +18,6 @@ Whatever is not in this tree is a bug of ours and ends in 70.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 EXIT_FINISHED = 0
@@ -100,14 +99,6 @@ class SpecError(UsageError):
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
-
-
-_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+@|([?&](?:password|passfile)=)[^&\s'\"]+")
-
-
-def hide_password(text: str) -> str:
-    """The text with the password of every URL in it replaced by `***`, in its user part or in its query."""
-    return _PASSWORD.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", text)
 
 
 def plain(value: object) -> str:

@@ -38,7 +38,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from hpsearch.errors import StoreAwayError, StoreError, hide_password
+from hpsearch.errors import StoreAwayError, StoreError
+from hpsearch.redaction import hide_secrets
 from hpsearch.rungs import LEVELS, Rungs
 from hpsearch.samplers import make_sampler
 from hpsearch.space import Choice, Dimension
@@ -556,7 +557,7 @@ def _away(url: str) -> Iterator[None]:
         yield
     except optuna.exceptions.StorageInternalError as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise StoreAwayError(f"the store {hide_password(url)} cannot be used: {hide_password(cause)}") from error
+        raise StoreAwayError(f"the store {hide_secrets(url)} cannot be used: {hide_secrets(cause)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -651,7 +652,7 @@ def open_storage(url: str) -> RDBStorage:
         except Exception as error:
             if attempt == 2:
                 raise StoreError(
-                    f"Optuna cannot use the store {hide_password(url)}: {hide_password(str(error))}"
+                    f"Optuna cannot use the store {hide_secrets(url)}: {hide_secrets(str(error))}"
                 ) from error
             time.sleep(0.5 * (attempt + 1))
     configure_engine(storage.engine)

@@ -19,8 +19,9 @@ from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 
 from hpsearch import rungs, storage
 from hpsearch.corpora import CORPORA
-from hpsearch.errors import Problem, SpecError, hide_password
+from hpsearch.errors import Problem, SpecError
 from hpsearch.pruning import TARGET_EVALUATIONS, OverfitRule
+from hpsearch.redaction import hide_secrets, remember_secrets
 from hpsearch.settings import (
     FIXED_BY_PRETRAINED,
     FOR_PRETRAINED,
@@ -472,6 +473,7 @@ def load_study(
         ("folder", "--folder", folder, "HPSEARCH_FOLDER", os.environ.get("HPSEARCH_FOLDER")),
     ):
         if chosen := given or there:
+            remember_secrets(chosen)
             document.override(key, chosen, option if given else variable)
     return validate_study(document, base=Path(path).parent)
 
@@ -482,6 +484,7 @@ def environment_store() -> str | None:
     The file of a submitted job is `masked` with HPSEARCH_STORE_KEY. Raises SpecError when there is no such file.
     """
     if store := os.environ.get("HPSEARCH_STORE"):
+        remember_secrets(store)
         return store
     file = os.environ.get("HPSEARCH_STORE_FILE")
     if not file:
@@ -490,7 +493,9 @@ def environment_store() -> str | None:
         content = Path(file).read_bytes()
         if key := os.environ.get("HPSEARCH_STORE_KEY"):
             content = masked(content, bytes.fromhex(key))
-        return content.decode().strip() or None
+        store = content.decode().strip()
+        remember_secrets(store)
+        return store or None
     except OSError as error:
         raise SpecError([f"HPSEARCH_STORE_FILE: cannot read {file}: {error.strerror}"]) from None
     except ValueError:
@@ -523,7 +528,7 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     spec._space = space
     problems += _cross_checks(spec, content)
     if (wrong := storage.problem(spec.folder)) is not None:
-        problems.append(Problem(path=("folder",), message=f"{hide_password(spec.folder)}: {wrong}"))
+        problems.append(Problem(path=("folder",), message=f"{hide_secrets(spec.folder)}: {wrong}"))
     if problems:
         raise document.error(problems)
     return spec
@@ -587,6 +592,9 @@ def _from_wandb(content: dict[str, Any], problems: list[Problem], document: Stud
     return content
 
 
+_OURS = "HPSEARCH_"
+_EXPANDED = ("HOME", "USER", "TMPDIR", "PGHOST", "PGPORT", "PGUSER", "PGDATABASE")
+"""Other variables that a study file may name: it may come from elsewhere, and secrets are not for it to send away."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -595,6 +603,12 @@ def _interpolate(content: dict[str, Any], problems: list[Problem]) -> None:
 
     def filled(text: str, path: KeyPath) -> str:
         def value(match: re.Match[str]) -> str:
+            if not match[1].startswith(_OURS) and match[1] not in _EXPANDED:
+                expected = f"names that begin with {_OURS}, or {', '.join(_EXPANDED)}"
+                problems.append(
+                    Problem(path=path, message=f"${{{match[1]}}} is not read in a study file; expected {expected}")
+                )
+                return ""
             found = os.environ.get(match[1], match[2])
             if found is None:
                 problems.append(
@@ -619,6 +633,7 @@ def _interpolate(content: dict[str, Any], problems: list[Problem]) -> None:
 
     if isinstance(content.get("store"), str):
         content["store"] = filled(content["store"], ("store",))
+        remember_secrets(content["store"])
     if isinstance(content.get("data"), dict) and "files" in content["data"]:
         content["data"] = {**content["data"], "files": walk(content["data"]["files"], ("data", "files"))}
 

@@ -23,10 +23,13 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from hpsearch import migrations
-from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError, UnknownStudyError, hide_password
+from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError, UnknownStudyError, UsageError
+from hpsearch.redaction import hide_secrets, remember_secrets
 from hpsearch.trial import UNFINISHED, Point, TrialConfig, TrialResult, TrialState
 
 BUSY_TIMEOUT_S = 30
+_DRIVERS = {"sqlite": ("sqlite", "sqlite+pysqlite"), "postgresql": ("postgresql", "postgresql+psycopg")}
+"""What a store's URL may begin with."""
 
 
 class _Json(sa.types.TypeDecorator[Any]):
@@ -188,10 +191,12 @@ class Store:
         file = _sqlite_file(parsed)
         if file is not None:
             if not file.parent.is_dir():
-                raise StoreError(f"cannot write the store {url}: there is no folder {file.parent}")
+                raise StoreError(f"cannot write the store {hide_secrets(url)}: there is no folder {file.parent}")
             place = file if file.exists() else file.parent
             if not os.access(place, os.W_OK) or (file.exists() and not file.is_file()):
-                raise StoreError(f"cannot write the store {url}: {place} is not a writable file or folder")
+                raise StoreError(
+                    f"cannot write the store {hide_secrets(url)}: {place} is not a writable file or folder"
+                )
             if not file.exists():
                 return "new"
         engine = sa.create_engine(parsed)
@@ -202,15 +207,15 @@ class Store:
             raise StoreError(_unreachable(url, error)) from error
         finally:
             engine.dispose()
-        _refuse_newer(found, hide_password(url))
+        _refuse_newer(found, hide_secrets(url))
         if found == 0:
             return "new"
         return "current" if found == len(migrations.STEPS) else "old"
 
     @property
     def shown_url(self) -> str:
-        """The URL with its password hidden: the only form that may be printed or logged."""
-        return hide_password(self._engine.url.render_as_string(hide_password=True))
+        """The URL with its secrets hidden: the only form that may be printed or logged."""
+        return hide_secrets(self.url)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -626,7 +631,8 @@ class Store:
         file = _sqlite_file(parsed)
         if file is not None and not file.exists() and not create:
             raise StoreError(
-                f"there is no store at {url}; name the one that the study was launched with (--store or HPSEARCH_STORE)"
+                f"there is no store at {hide_secrets(url)}; name the one that the study was launched with (--store or "
+                "HPSEARCH_STORE)"
             )
         if file is not None and create:
             Store.preflight(url)
@@ -697,17 +703,24 @@ def configure_engine(engine: sa.Engine, *, may_write: bool = True) -> None:
 
 
 def _parsed(url: str) -> sa.URL:
+    remember_secrets(url)
     try:
         parsed = sa.make_url(url)
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError, ValueError):
-        raise StoreError(
-            f"cannot read the store URL '{hide_password(url)}'; expected sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        raise UsageError(
+            f"cannot read the store URL '{hide_secrets(url)}'; expected sqlite:///FILE or postgresql://USER@HOST/DATABASE"
         ) from None
     except ImportError as error:
-        raise StoreError(f"the store {hide_password(url)} needs a driver that is not installed: {error}") from None
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise StoreError(f"a store is SQLite or PostgreSQL, not {parsed.get_backend_name()}")
+        raise StoreError(f"the store {hide_secrets(url)} needs a driver that is not installed: {error}") from None
+    if parsed.get_backend_name() not in _DRIVERS:
+        raise UsageError(f"a store is SQLite or PostgreSQL, not {parsed.get_backend_name()}")
+    if parsed.drivername not in _DRIVERS[parsed.get_backend_name()]:
+        backend = parsed.get_backend_name()
+        raise UsageError(
+            f"the store {hide_secrets(url)} names a driver that hpsearch does not use, {parsed.get_driver_name()}; "
+            f"write {backend}://..."
+        )
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StoreError("a store must outlive the launch, and SQLite's memory does not; write sqlite:///FILE")
     return parsed
@@ -726,8 +739,8 @@ def _refuse_newer(version: int, shown_url: str) -> None:
 
 
 def _unreachable(url: str, error: DBAPIError) -> str:
-    cause = hide_password(str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error).__name__)
-    return f"the store {hide_password(url)} cannot be used: {cause}"
+    cause = hide_secrets(str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error).__name__)
+    return f"the store {hide_secrets(url)} cannot be used: {cause}"
 
 
 def _insert(connection: sa.Connection, table: sa.Table) -> Any:

@@ -272,12 +272,25 @@ def check_report(found: dict[str, Any]) -> str:
         lines.append("data         from the hub, not fetched by check")
     resumed = found["resumes"]
     resumes = "nothing: a new study" if resumed is None else counts(resumed) or "a study without trials"
+    store = "will be made" if found["store"] == "new" else "reachable"
+    if found["store"] is None:
+        store = resumes = "not contacted, since the study file alone names it: give it with --store or HPSEARCH_STORE"
     lines += [
-        f"store        {'will be made' if found['store'] == 'new' else 'reachable'}",
+        f"store        {store}",
         f"resumes      {resumes}",
         f"devices      {', '.join(found['devices'])}",
+        f"computing    {_computing(found['computing'])}",
+        *(f"warning      {warning}" for warning in found["computing"]["warnings"]),
     ]
     return "\n".join(plain(line) for line in lines)
+
+
+def _computing(computing: dict[str, Any]) -> str:
+    where = "GPU" if computing["device"] == "cuda" else "CPU"
+    flags = ", ".join(computing["instructions"]) or "no vector instructions that are known"
+    return (
+        f"on the {where}, the model in {computing['model']}, Muon in {computing['muon']} ({computing['cpu']}: {flags})"
+    )
 
 
 def _cut(found: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ os.environ.update(auth_environment())
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from hpsearch.errors import EXIT_FINISHED, ClusterError, UsageError, hide_password
+from hpsearch.errors import EXIT_FINISHED, ClusterError, UsageError
+from hpsearch.redaction import hide_secrets
 from hpsearch.study import GRACE_S
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -115,7 +116,7 @@ class Cluster:
                     submission_id=job_id,
                     entrypoint=shlex.join(command),
                     runtime_env={"working_dir": str(package), "env_vars": environment},
-                    metadata={"hpsearch_study": spec.name, "hpsearch_store": hide_password(store or "")},
+                    metadata={"hpsearch_study": spec.name, "hpsearch_store": hide_secrets(store or "")},
                 )
         return job_id
 
@@ -185,7 +186,7 @@ class Cluster:
         except (ConnectionError, OSError) as error:
             raise ClusterError(f"there is no Ray cluster that takes jobs at {self.address}") from error
         except RuntimeError as error:
-            said = hide_password(str(error).strip().splitlines()[-1])
+            said = hide_secrets(str(error).strip().splitlines()[-1])
             raise ClusterError(f"the Ray cluster at {self.address} says: {said[:500]}") from error
 
 
@@ -245,7 +246,7 @@ def _job(details: Any) -> Job:
         study=metadata.get("hpsearch_study", ""),
         store=metadata.get("hpsearch_store", ""),
         status=details.status.value,
-        message=hide_password((details.message or "").strip()),
+        message=hide_secrets((details.message or "").strip()),
         started_at=_time(details.start_time),
         ended_at=_time(details.end_time),
         exit_code=getattr(details, "driver_exit_code", None),

@@ -65,12 +65,15 @@ def test_a_hostile_study_file_is_refused_fast_and_small(tmp_path: Path, text: st
 def test_the_environment_reaches_the_store_and_the_data_files_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SECRET", "canary")
+    monkeypatch.setenv("HPSEARCH_SECRET", "canary")
     file = tmp_path / "s.yaml"
-    file.write_text(GOOD + "folder: ${SECRET}\nsearch: {schedule: [linear, cosine]}\nstore: sqlite:///${SECRET}.db\n")
+    file.write_text(
+        GOOD
+        + "folder: ${HPSEARCH_SECRET}\nsearch: {schedule: [linear, cosine]}\nstore: sqlite:///${HPSEARCH_SECRET}.db\n"
+    )
     study = load_study(file)
     assert study.store == "sqlite:///canary.db"
-    assert study.folder == "${SECRET}"
+    assert study.folder == "${HPSEARCH_SECRET}"
 
 
 EVIL = [
@@ -121,14 +124,15 @@ def test_hostile_names_on_the_command_line_name_nothing(tiny: Path, tmp_path: Pa
     assert len(package.studies(store=store)) == 1
 
 
-def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: str) -> None:
+@pytest.mark.parametrize("password", ["canary4711", "canary4711/c d:e"])
+def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: str, password: str) -> None:
     import sqlalchemy as sa
 
     user = f"u{os.getpid()}"
     server = sa.create_engine(postgres_store, isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
-        connection.execute(sa.text(f"CREATE ROLE {user} SUPERUSER LOGIN PASSWORD 'canary4711'"))
-    store = sa.make_url(postgres_store).set(username=user, password="canary4711").render_as_string(hide_password=False)
+        connection.execute(sa.text(f"CREATE ROLE {user} SUPERUSER LOGIN PASSWORD '{password}'"))
+    store = sa.make_url(postgres_store).set(username=user, password=password).render_as_string(hide_password=False)
     seen: list[str] = []
     process = subprocess.Popen(
         [sys.executable, "-m", "hpsearch", "--debug", "launch", str(tiny), "--backend=ray", "--store", store],

@@ -47,7 +47,7 @@ LAYERS = [
     {"corpora", "space", "study_file", "trial"},
     {"pruning", "rungs"},
     {"settings", "memory", "endgame", "storage"},
-    {"scratch"},
+    {"scratch", "redaction"},
     {"errors"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -69,7 +69,7 @@ def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
         pytest.param("model: {hidden_size: 100, num_heads: 3}", "num_heads (3) does not divide hidden_size (100)", id="heads"),
         pytest.param("resources: {gpus_per_trial: 1.5}", "s.yaml:4:29: resources.gpus_per_trial: expected auto, packed, a part of one or a whole number, got 1.5", id="gpus"),
         pytest.param("backend: inline\nresources: {gpus_per_trial: 2}", "s.yaml:5:29: resources.gpus_per_trial: the inline backend has one process", id="several GPUs in one process"),
-        pytest.param("store: ${NOT_SET_ANYWHERE}", "s.yaml:4:8: store: the environment has no NOT_SET_ANYWHERE; set it, or write ${NOT_SET_ANYWHERE:-default}", id="environment"),
+        pytest.param("store: ${HPSEARCH_NOT_SET}", "s.yaml:4:8: store: the environment has no HPSEARCH_NOT_SET; set it, or write ${HPSEARCH_NOT_SET:-default}", id="environment"),
         pytest.param("classification: {f1: micro}", "s.yaml:4:1: classification: settings of another task; this study's is causal_lm", id="other task"),
         pytest.param("tokenizer: {shared: false}", "s.yaml:4:21: tokenizer.shared: only a translation has two vocabularies", id="two vocabularies"),
         pytest.param("metric: {name: loss}", "s.yaml:4:1: metric: a W&B sweep key: hpsearch always minimises validation loss", id="W&B metric"),
@@ -195,9 +195,9 @@ def test_settings_of_a_trial_lie_over_the_files(tmp_path: Path) -> None:
 
 def test_the_store_comes_from_option_environment_file_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(tmp_path, BASE).store == "sqlite:///hpsearch.db"
-    with_store = BASE + "store: ${SOME_STORE:-sqlite:///file.db}\n"
+    with_store = BASE + "store: ${HPSEARCH_SOME_STORE:-sqlite:///file.db}\n"
     assert load(tmp_path, with_store).store == "sqlite:///file.db"
-    monkeypatch.setenv("SOME_STORE", "sqlite:///some.db")
+    monkeypatch.setenv("HPSEARCH_SOME_STORE", "sqlite:///some.db")
     assert load(tmp_path, with_store).store == "sqlite:///some.db"
     monkeypatch.setenv("HPSEARCH_STORE", "sqlite:///environment.db")
     assert load(tmp_path, with_store).store == "sqlite:///environment.db"
