@@ -447,6 +447,32 @@ def finals(
     return launch_spec(spec, row["overrides"], listen or _silent, repeats)
 
 
+def retry(name: str, *trials: int, store: str | None = None) -> list[int]:
+    """Put failed trials of a study, all by default, back into its queue for the next launch; returns their numbers.
+
+    Raises UnknownStudyError, StudyBusyError, and UsageError for a trial that has not failed.
+    """
+    from hpsearch.search import Search
+
+    url = store_url(store)
+    with _opened(url, create=True) as opened:
+        row = opened.study(name)
+        chosen = [opened.trial(row, number) for number in dict.fromkeys(trials)]
+        if wrong := [trial for trial in chosen if trial["state"] != TrialState.FAILED]:
+            raise UsageError(f"trial {wrong[0]['number']} of '{name}' has not failed: it is {wrong[0]['state']}")
+        failed = chosen or [trial for trial in opened.trials(row["id"]) if trial["state"] == TrialState.FAILED]
+        if not failed:
+            return []
+        with leases.hold(opened, row, lambda text: None) as lease:
+            opened.fence(row["id"], lease.token)
+            spec = recorded_study(row["spec"], row["placement"], url, trials=row["budget_trials"])
+            with closing(Search(spec, url, lease=(row["id"], lease.token))) as search:
+                for trial in failed:
+                    opened.reopen_trial(trial["id"], "failed, and was put back by `hpsearch retry`")
+                    search.reopen(trial["number"])
+    return [trial["number"] for trial in failed]
+
+
 def collect(name: str, *, keep: int | None = None, dry_run: bool = False, store: str | None = None) -> list[Garbage]:
     """Remove the checkpoints of a study that are neither among the best `keep` nor needed to resume; returns them.
 
@@ -502,6 +528,7 @@ def launch_spec(
     def note(text: str) -> None:
         listen(Event(kind="note", facts={"text": text}))
 
+    spec = _with_its_defaults(spec)
     _existing(spec, extend=extend, moves=moves)
     check_trackers(track, locate(spec.folder))
     starts = [] if repeats is not None else _starts(spec)
@@ -517,6 +544,7 @@ def launch_spec(
 
         store = stack.enter_context(_opened(spec.store, create=True))
         row = _register(store, spec, overrides, card)
+        spec = _as_begun(spec, row)
         lease = stack.enter_context(leases.hold(store, row, note))
         # What another driver did while this one waited for the lease counts.
         row = _go_on(store, store.study(spec.name), spec, overrides, extend=extend, is_final=repeats is not None)
@@ -579,6 +607,7 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
     from hpsearch.tasks import check_model
 
     store_state = Store.preflight(spec.store) if contacts_store else None
+    spec = _with_its_defaults(spec) if contacts_store else spec
     existing = _existing(spec, extend=extend, moves=moves) if contacts_store else None
     card, truncated = (None, {}) if spec.data.hub else measure(spec)
     if card:
@@ -707,15 +736,34 @@ def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
 def _existing(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict[str, int] | None:
     """Trials by state of the study that a launch would go on with; None when it is new. Refuses a changed study."""
     if Store.preflight(spec.store) != "current":
+        _refuse_other_study(spec)
         return None
     with _opened(spec.store) as store:
         row = store.find_study(spec.name)
         if row is None:
+            _refuse_other_study(spec)
             return None
         _refuse_difference(row, spec, extend=extend)
         if not moves:
             _refuse_other_folder(store, row, spec)
         return {counted["state"]: counted["trials"] for counted in store.counts(row["id"]) if not counted["is_repeat"]}
+
+
+def _with_its_defaults(spec: StudySpec) -> StudySpec:
+    """`_as_begun`, when the store has the study, also in tables of an older hpsearch."""
+    if Store.preflight(spec.store) != "current":
+        return spec
+    with _opened(spec.store) as store:
+        row = store.find_study(spec.name)
+    return spec if row is None else _as_begun(spec, row)
+
+
+def _refuse_other_study(spec: StudySpec) -> None:
+    if Store.holds_other_study(spec.store, spec.name):
+        raise UsageError(
+            f"the database {hide_secrets(spec.store)} holds a study '{spec.name}' of Optuna's that hpsearch has not "
+            "made; give this one another name with --name, or another store"
+        )
 
 
 def _refuse_other_folder(store: Store, row: Row, spec: StudySpec) -> None:
@@ -734,7 +782,7 @@ def _refuse_other_folder(store: Store, row: Row, spec: StudySpec) -> None:
 
 def _refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
     """Raise UsageError when the study of the store says something else, and may not be (or was not) extended."""
-    old, new = {**row["spec"], "budget": {"trials": row["budget_trials"]}}, spec.record()
+    old, new = {**_completed(row), "budget": {"trials": row["budget_trials"]}}, spec.record()
     new["budget"] = {"trials": spec.budget.trials}
     differences = list(_differences(old, new))
     if not differences:
@@ -759,6 +807,33 @@ def _refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
         f"{heading}Undo the change to go on with it, give the new study a name of its own with --name, or put the old "
         "one aside with --restart"
     )
+
+
+def _completed(row: Row) -> dict[str, Any]:
+    """The record of a study with today's defaults for settings that there were none of when it was begun."""
+    try:
+        spec = recorded_study(row["spec"], row["placement"] or {}, DEFAULT_STORE, trials=row["budget_trials"])
+    except ValueError:  # what it says is not allowed any more
+        return dict(row["spec"])
+    return {**spec.record(), "data": {**spec.record()["data"], "files": row["spec"]["data"].get("files")}}
+
+
+def _as_begun(spec: StudySpec, row: Row) -> StudySpec:
+    """The study with the optimizer that it was begun with, where its file names none.
+
+    Of a study that an earlier hpsearch began, the store says what was the default then.
+    """
+    recorded = row["spec"].get("training", {})
+    defaults = {
+        name: recorded[name]
+        for name in ("optimizer", "weight_average")
+        if getattr(spec.training, name) is None and recorded.get(name) is not None
+    }
+    if not defaults:
+        return spec
+    begun = spec.model_copy(update={"training": spec.training.model_copy(update=defaults)})
+    begun._space = spec.space
+    return begun
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

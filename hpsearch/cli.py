@@ -52,7 +52,8 @@ class _Group(click.Group):
         _take_passwords_off_the_command_line()
         set_threshold(50_000)  # rows by the thousand are made and kept: to look through them again and again is slow
         kwargs["standalone_mode"] = False
-        debug = "--debug" in sys.argv or bool(os.environ.get("HPSEARCH_DEBUG"))
+        _take_debug_from_anywhere()
+        debug = bool(os.environ.get("HPSEARCH_DEBUG"))
         try:
             code = super().main(*args, **kwargs)
             sys.stdout.flush()
@@ -86,6 +87,13 @@ class _Group(click.Group):
             )
             sys.exit(EXIT_BUG)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _take_debug_from_anywhere() -> None:
+    """`--debug` works before a command and after it, and stays in force when the process begins anew."""
+    if "--debug" in sys.argv[1:]:
+        os.environ["HPSEARCH_DEBUG"] = "1"
+        sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]
 
 
 def _open_closed_streams() -> None:
@@ -755,6 +763,21 @@ def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: 
         print(f"{plain(piece.folder)}  {piece.size / 1e6:,.1f} MB  {piece.why}")
     verb = "would be removed" if dry_run else "removed"
     print(f"{len(garbage)} folders, {sum(piece.size for piece in garbage) / 1e6:,.1f} MB {verb}")
+
+
+@main.command()
+@click.argument("study")
+@click.argument("trials", type=_TRIAL, nargs=-1, metavar="[TRIAL]...")
+@_store_option
+def retry(study: str, trials: tuple[int, ...], store: str | None) -> None:
+    """Put failed trials, all by default, back into the queue: the next launch trains them again."""
+    from hpsearch import api
+
+    numbers = api.retry(study, *trials, store=store)
+    put_back = (
+        f"put back: {', '.join(map(str, numbers))}; launch the study to run them" if numbers else "none has failed"
+    )
+    print(put_back, file=sys.stderr)
 
 
 @main.command()

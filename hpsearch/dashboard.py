@@ -7,6 +7,7 @@ rewritten.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -37,6 +38,9 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 TOKEN_VARIABLE = "HPSEARCH_DASHBOARD_TOKEN"
 MIN_TOKEN_LENGTH = 16
 DRAW_EVERY_S = 4.0
+MOST_CONNECTIONS = 64
+SILENCE_S = 10.0
+"""A connection that says nothing for so long is closed."""
 HEALTH_PATH = "/healthz"
 _COOKIE = "hpsearch_dashboard"
 _READS = {"GET", "HEAD", "OPTIONS"}
@@ -221,7 +225,34 @@ def _is_loopback(host: str) -> bool:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """One thread for each connection, of which there are at most MOST_CONNECTIONS; more are closed at once."""
+
     daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__(*args, **kwargs)
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)  # the connection waits, and asking again at once would only burn the CPU
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away is no event; the rest goes to standard error as it is."""
@@ -234,5 +265,7 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
+    timeout = SILENCE_S
+
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: an address may hold the token."""

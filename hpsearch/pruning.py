@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
-from hpsearch.settings import Strict
+from hpsearch.settings import MOST, Strict
 
 
 class Losses(Protocol):
@@ -56,9 +56,9 @@ class OverfitRule(Strict):
     of three hundred values say little of where a run is going.
     """
 
-    window: int = Field(7, ge=4, description="Validation losses looked at for a rising trend.")
+    window: int = Field(7, ge=4, le=MOST, description="Validation losses looked at for a rising trend.")
     z: float = Field(1.96, gt=0, description="Mann-Kendall z above which the trend counts as rising (1.96: p < 0.025).")
-    patience: int = Field(7, ge=2, description="Evaluations without a new best that end the run as well.")
+    patience: int = Field(7, ge=2, le=MOST, description="Evaluations without a new best that end the run as well.")
     warmup: float = Field(0.2, ge=0, lt=1, description="Part of the run before which it is too early to tell.")
     explode_factor: float = Field(
         2.0, gt=1, description="Training loss above this multiple of its first value counts as exploding."

@@ -343,6 +343,11 @@ class Search:
         if number not in self._repeats and optuna_state.is_finished():
             self._brain._storage.set_trial_state_values(self._trial(number)._trial_id, optuna_state, values)
 
+    def reopen(self, number: int) -> None:
+        """Put a trial that failed back into the queue of Optuna's tables. Raises StoreAwayError."""
+        if self._record:
+            self._record.reopen(number)
+
     def annotated(self) -> tuple[set[int], dict[int, set[str]]]:
         """Trials that have a note in the dashboard, and the names of the artifacts that trials have."""
         return self._record.annotated() if self._record else (set(), {})
@@ -470,6 +475,16 @@ class _Record:
     def report(self, number: int, epoch: int, value: float) -> None:
         with _away(self._url):
             self.storage.set_trial_intermediate_value(self._ids[number], epoch, value)
+
+    def reopen(self, number: int) -> None:
+        """Optuna lets nobody change a trial that has ended; its tables (of 5.0) do."""
+        with _away(self._url):
+            session = self.storage.scoped_session()
+            row: Any = models.TrialModel
+            changed = {"state": OptunaState.WAITING, "datetime_complete": None}
+            session.query(row).filter(row.trial_id == self._ids[number]).update(changed)
+            session.commit()
+            self.storage.remove_session()
 
     def set_attribute(self, number: int, name: str, value: float) -> None:
         # A commit whose answer was lost may have ended the trial already.

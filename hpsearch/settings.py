@@ -31,13 +31,14 @@ class ModelSettings(Strict):
     num_layers: int | None = Field(
         None,
         ge=0,
+        le=MOST,
         description="Transformer blocks; of an encoder-decoder, in each of its halves. By default 2; of a pretrained "
         "model all, or the first so many.",
     )
-    num_encoder_layers: int | None = Field(None, ge=0, description="Blocks of an encoder-decoder's encoder.")
-    num_decoder_layers: int | None = Field(None, ge=0, description="Blocks of an encoder-decoder's decoder.")
-    hidden_size: int = Field(128, ge=1, description="Width of the residual stream.")
-    num_heads: int | None = Field(None, ge=1, description="Attention heads; by default one per 32 of width.")
+    num_encoder_layers: int | None = Field(None, ge=0, le=MOST, description="Blocks of an encoder-decoder's encoder.")
+    num_decoder_layers: int | None = Field(None, ge=0, le=MOST, description="Blocks of an encoder-decoder's decoder.")
+    hidden_size: int = Field(128, ge=1, le=MOST, description="Width of the residual stream.")
+    num_heads: int | None = Field(None, ge=1, le=MOST, description="Attention heads; by default one per 32 of width.")
     dropout: float | None = Field(
         None,
         ge=0,
@@ -45,13 +46,21 @@ class ModelSettings(Strict):
         description="Dropout probability, wherever the architecture has one; by default 0, or the pretrained model's.",
     )
     init_std: float | None = Field(None, gt=0, description="Standard deviation of initial weights.")
-    context_length: int = Field(128, ge=2, description="Tokens in a sequence; longer examples are cut, and counted.")
+    context_length: int = Field(
+        128, ge=2, le=MOST, description="Tokens in a sequence; longer examples are cut, and counted."
+    )
     freeze_embeddings: bool = Field(False, description="Leave a pretrained model's embeddings as they are.")
     freeze_layers: int = Field(
-        0, ge=0, description="Leave so many of a pretrained model's first blocks as they are (at most all of them)."
+        0,
+        ge=0,
+        le=MOST,
+        description="Leave so many of a pretrained model's first blocks as they are (at most all of them).",
     )
     lora_rank: int = Field(
-        0, ge=0, description="Train low-rank adapters of this rank and a new head in place of the pretrained weights."
+        0,
+        ge=0,
+        le=MOST,
+        description="Train low-rank adapters of this rank and a new head in place of the pretrained weights.",
     )
     lora_alpha: float = Field(16.0, gt=0, description="Scale of the adapters: their output times alpha / rank.")
     config: dict[str, Scalar] = Field(
@@ -63,8 +72,10 @@ class TrainingSettings(Strict):
     """How it is trained. Losses are in nats per token; times in seconds."""
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    batch_size: int = Field(16, ge=1, description="Sequences per optimizer step; never changed by memory trouble.")
-    num_epochs: int = Field(4, ge=1, description="Passes over the training split.")
+    batch_size: int = Field(
+        16, ge=1, le=MOST, description="Sequences per optimizer step; never changed by memory trouble."
+    )
+    num_epochs: int = Field(4, ge=1, le=MOST, description="Passes over the training split.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled; on weight matrices only.")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Part of all steps with a rising learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
@@ -94,23 +105,26 @@ class RunSettings(TrainingSettings):
     """Training settings plus what a study fixes for all its runs, and never searches."""
 
     evaluations_per_epoch: int | None = Field(
-        None, ge=1, description="Validation losses taken per epoch; by default some 40 in the longest run of the study."
+        None,
+        ge=1,
+        le=MOST,
+        description="Validation losses taken per epoch; by default some 40 in the longest run of the study.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on GPUs that have it, float32 elsewhere."
     )
     compile: bool = Field(False, description="torch.compile the model (minutes of compile time on a CPU).")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Sequences in memory at once; halved by itself when memory runs out."
+        None, ge=1, le=MOST, description="Sequences in memory at once; halved by itself when memory runs out."
     )
 
 
 class TranslationSpec(Strict):
     """How translations are decoded and scored on the test split."""
 
-    num_beams: int = Field(1, ge=1, description="1 decodes greedily.")
+    num_beams: int = Field(1, ge=1, le=MOST, description="1 decodes greedily.")
     source_prefix: str = Field("", description="Put before every source, as T5 was trained to expect.")
-    samples: int = Field(5, ge=0, description="Decoded sentences kept with each trial.")
+    samples: int = Field(5, ge=0, le=MOST, description="Decoded sentences kept with each trial.")
 
 
 class ClassificationSpec(Strict):

@@ -286,7 +286,7 @@ _DISTRIBUTIONS = {
 }
 
 
-def _parse_range(name: str, raw: dict[str, Any], when: tuple[tuple[str, Dimension], ...]) -> Range:
+def _parse_range(name: str, raw: dict[str, Any], when: tuple[tuple[str, Dimension], ...]) -> Dimension:
     for key in ("min", "max"):
         if key not in raw:
             raise _WrongError(f"a range needs '{key}' (or give 'values' for choices)")
@@ -305,9 +305,9 @@ def _parse_range(name: str, raw: dict[str, Any], when: tuple[tuple[str, Dimensio
         log, whole, stepped = _DISTRIBUTIONS[known]
         if whole and not integer:
             raise _WrongError("int_uniform needs whole numbers at both ends", "distribution")
-        if stepped and step is None:
-            step = 1
-        integer = integer and (whole or _is_whole(name) or (stepped and isinstance(step, int)))
+        if stepped:
+            return _parse_quantised(name, raw, 1 if step is None else step, when)
+        integer = integer and (whole or _is_whole(name))
     low, high = raw["min"], raw["max"]
     if low >= high:
         raise _WrongError(f"min ({low}) must be below max ({high})")
@@ -330,6 +330,36 @@ def _parse_range(name: str, raw: dict[str, Any], when: tuple[tuple[str, Dimensio
     if _is_whole(name) and not integer:
         raise _WrongError(f"{name} takes whole numbers; write whole numbers at both ends")
     return Range(low=low, high=high, integer=integer, log=log, step=step, when=when)
+
+
+_LEVELS = 64
+"""Values of a quantised logarithmic range: no more are told apart."""
+
+
+def _parse_quantised(name: str, raw: dict[str, Any], q: Any, when: tuple[tuple[str, Dimension], ...]) -> Dimension:
+    """W&B's `q_` distributions: the multiples of q between min and max, evenly spread on their scale.
+
+    https://docs.wandb.ai/guides/sweeps/sweep-config-keys (distribution options)
+    """
+    key = "q" if "q" in raw else "step"
+    low, high = raw["min"], raw["max"]
+    if not _is_number(q) or q <= 0:
+        raise _WrongError(f"expected a number above 0, got {_shown(q)}", key)
+    first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)
+    if last < first or (last == first and low != high):
+        raise _WrongError(f"only multiples of {q} count, and {low} to {high} has fewer than two", key)
+    is_whole = isinstance(q, int) and not _is_float(name)
+    if raw["distribution"] == "q_uniform":
+        bounds = {"min": first * q, "max": last * q}
+        for bound, value in bounds.items():
+            _checked(name, value if is_whole else float(value), (bound,))
+        return Range(low=bounds["min"], high=bounds["max"], integer=is_whole, step=q, when=when)
+    if first <= 0:
+        raise _WrongError(f"a log range must start above 0, got min: {low}", "min")
+    steps = [first * (last / first) ** (level / (_LEVELS - 1)) for level in range(_LEVELS)]
+    multiples = dict.fromkeys(round(step) for step in steps)
+    values = tuple(_checked(name, step * q if is_whole else float(step * q), ("min",)) for step in multiples)
+    return Choice(values=values, when=when)
 
 
 def _scale_is_log(raw: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from hpsearch.redaction import hide_secrets, remember_secrets
 from hpsearch.settings import (
     FIXED_BY_PRETRAINED,
     FOR_PRETRAINED,
+    MOST,
     SEARCHABLE,
     ClassificationSpec,
     ModelSettings,
@@ -42,6 +43,8 @@ from hpsearch.study_file import KeyPath, StudyDocument, parse_scalar, read_study
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
 _PLACEMENT = {"folder", "resources", "backend", "address", "limits", "enqueue", "transfer_from"}
+MOST_MINUTES = 10_000_000.0
+"""Some 19 years: timers of the system take no longer ones."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
@@ -88,7 +91,7 @@ class DataSpec(Strict):
     label_column: str = Field("label", description="Column that holds the label, or a list of labels.")
     source_column: str = Field("source", description="Column that holds the text to translate.")
     target_column: str = Field("target", description="Column that holds its translation.")
-    max_examples: int | None = Field(None, ge=10, description="Use at most so many examples of each split.")
+    max_examples: int | None = Field(None, ge=10, le=MOST, description="Use at most so many examples of each split.")
     fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no validation split.")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no test split.")
@@ -126,25 +129,45 @@ class TokenizerSpec(Strict):
 
 
 class BudgetSpec(Strict):
-    trials: int = Field(20, ge=1, description="Trials to finish; interrupted ones do not count.")
-    minutes: float | None = Field(None, gt=0, description="Wall time of one launch; running trials are interrupted.")
+    trials: int = Field(20, ge=1, le=MOST, description="Trials to finish; interrupted ones do not count.")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        le=MOST_MINUTES,
+        description="Wall time of one launch. As it runs out, the leading trials are brought to their ends; what has "
+        "not ended is scored as it is.",
+    )
 
 
 class LimitSpec(Strict):
     """What a trial may cost and how often it may break, before it is ended."""
 
     max_minutes: float | None = Field(
-        None, gt=0, description="A trial that has run so long is ended and scored at its best checkpoint."
+        None,
+        gt=0,
+        le=MOST_MINUTES,
+        description="A trial that has run so long is ended and scored at its best checkpoint.",
     )
     stall_minutes: float | None = Field(
-        30.0, gt=0, description="A worker that makes no step for so long is ended; its trial is tried again."
+        30.0,
+        gt=0,
+        le=MOST_MINUTES,
+        description="A worker that makes no step for so long is ended; its trial is tried again.",
     )
-    retries: int = Field(2, ge=0, description="Times that a trial whose worker died goes on from its checkpoint.")
+    retries: int = Field(
+        2, ge=0, le=MOST, description="Times that a trial whose worker died goes on from its checkpoint."
+    )
     keep_checkpoints: int = Field(
-        5, ge=1, description="Ranked trials whose best checkpoint stays; the rest is collected as the study runs."
+        5,
+        ge=1,
+        le=MOST,
+        description="Ranked trials whose best checkpoint stays; the rest is collected as the study runs.",
     )
     keep_paused: int = Field(
-        20, ge=1, description="Trials that wait with their checkpoint to be promoted; of more, the last is ended."
+        20,
+        ge=1,
+        le=MOST,
+        description="Trials that wait with their checkpoint to be promoted; of more, the last is ended.",
     )
 
 
@@ -157,7 +180,10 @@ class SamplerSpec(Strict):
 
     name: SamplerName = "tpe"
     startup_trials: int = Field(
-        10, ge=0, description="Trials, spread evenly over the space, before a model is trusted (tpe, gp, cmaes)."
+        10,
+        ge=0,
+        le=MOST,
+        description="Trials, spread evenly over the space, before a model is trusted (tpe, gp, cmaes).",
     )
 
 
@@ -169,17 +195,21 @@ class UnpromisingSpec(Strict):
         description="promote: a trial pauses, with its checkpoint, at parts of its run and goes on when it is among "
         "the best there. The others end trials for good.",
     )
-    startup_trials: int = Field(5, ge=0, description="Trials that finish before any is pruned (median, percentile).")
+    startup_trials: int = Field(
+        5, ge=0, le=MOST, description="Trials that finish before any is pruned (median, percentile)."
+    )
     warmup_epochs: int | None = Field(
         None,
         ge=0,
+        le=MOST,
         description="Epochs that no trial is pruned in (median, percentile); by default a fifth of the longest run.",
     )
     percentile: float = Field(25.0, gt=0, lt=100, description="The best part that is kept (percentile).")
-    min_epochs: int = Field(1, ge=1, description="Epochs at the lowest rung (asha, hyperband).")
+    min_epochs: int = Field(1, ge=1, le=MOST, description="Epochs at the lowest rung (asha, hyperband).")
     reduction_factor: int = Field(
         3,
         ge=2,
+        le=MOST,
         description="One in so many goes on at each rung (promote, asha, hyperband); of promote more where the order "
         "at a rung is not the order later.",
     )
@@ -208,7 +238,7 @@ class ResourceSpec(Strict):
     """What one trial gets, and how many run at once. Threads per process of a trial equal its CPUs."""
 
     cpus_per_trial: int = Field(
-        1, ge=1, description="Shared by the processes of a trial, which take one each at least."
+        1, ge=1, le=MOST, description="Shared by the processes of a trial, which take one each at least."
     )
     gpus_per_trial: float | Literal["auto", "packed"] = Field(
         "auto",
@@ -218,7 +248,7 @@ class ResourceSpec(Strict):
     )
     across_nodes: bool = Field(False, description="The GPUs of a trial may be on several nodes.")
     memory_gb_per_trial: float | None = Field(
-        None, gt=0, description="Memory that a node must have free for a trial, in 10^9 bytes."
+        None, gt=0, le=MOST, description="Memory that a node must have free for a trial, in 10^9 bytes."
     )
     accelerator_type: str | None = Field(
         None, pattern=r"^[A-Za-z0-9._-]+$", description="Kind of GPU that a trial needs, as Ray calls it (A100, H100)."
@@ -231,9 +261,8 @@ class ResourceSpec(Strict):
     @field_validator("gpus_per_trial", mode="before")
     @classmethod
     def _gpus(cls, value: Any) -> Any:
-        if value not in ("auto", "packed") and (
-            isinstance(value, str | bool) or value < 0 or (value > 1 and value != int(value)) or value > 4096
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 4096
+        if value not in ("auto", "packed") and not (is_number and (value <= 1 or value == int(value))):
             raise ValueError(f"expected auto, packed, a part of one or a whole number, got {value!r}")
         return value
 

@@ -212,6 +212,28 @@ class Store:
             return "new"
         return "current" if found == len(migrations.STEPS) else "old"
 
+    @staticmethod
+    def holds_other_study(url: str, name: str) -> bool:
+        """Whether Optuna's tables in this database have a study of this name, which hpsearch has not made.
+
+        Asked of a database in which our tables have none. Writes nothing. Raises StoreError.
+        """
+        parsed = _parsed(url)
+        file = _sqlite_file(parsed)
+        if file is not None and not file.exists():
+            return False
+        engine = sa.create_engine(parsed)
+        try:
+            with engine.connect() as connection:
+                if not sa.inspect(connection).has_table("studies"):
+                    return False
+                query = sa.text("SELECT 1 FROM studies WHERE study_name = :name")
+                return connection.execute(query, {"name": name}).first() is not None
+        except DBAPIError as error:
+            raise StoreError(_unreachable(url, error)) from error
+        finally:
+            engine.dispose()
+
     @property
     def shown_url(self) -> str:
         """The URL with its secrets hidden: the only form that may be printed or logged."""
@@ -379,6 +401,15 @@ class Store:
                 sa.update(_trials)
                 .where(_trials.c.id == trial_id, _trials.c.state.in_(_UNFINISHED))
                 .values(state=TrialState.PAUSED.value, reason=reason)
+            )
+
+    def reopen_trial(self, trial_id: int, reason: str) -> None:
+        """Put a trial that failed back into the queue, with all its retries."""
+        with self._guarded(), self._engine.begin() as connection:
+            connection.execute(
+                sa.update(_trials)
+                .where(_trials.c.id == trial_id, _trials.c.state == TrialState.FAILED.value)
+                .values(state=TrialState.INTERRUPTED.value, reason=reason, losses=0, ended_at=None, error=None)
             )
 
     def finish_trial(self, trial_id: int, result: TrialResult, *, last_epoch: float | None) -> None:

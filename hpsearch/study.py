@@ -53,6 +53,11 @@ GRACE_S = 20.0
 """What running trials get to write a checkpoint when the study is asked to stop; Kubernetes gives a pod 30 s."""
 SAME_FAILURES = 3
 """A study ends when so many trials have ended and all of them failed the same way."""
+BACK_OFF_S = 1.0
+MOST_BACK_OFF_S = 60.0
+"""What is waited for after a loss, and after many of them."""
+EQUAL_FAILURE_PAUSES = 2
+"""Pauses after SAME_FAILURES equal failures in a row, before the study ends."""
 DISK_PATIENCE_S = 600.0
 """How long a study waits for room on a full disk."""
 SCORE_S = 60.0
@@ -148,6 +153,11 @@ class StudyRun:
         self._live: dict[int, _Live] = {}
         self._clock = Clock(60 * spec.budget.minutes, time.monotonic()) if spec.budget.minutes else None
         self._has_told_exhausted = False
+        self._not_before = -math.inf
+        """When trials may begin again, after losses."""
+        self._losses_in_a_row = 0
+        self._failures_in_a_row: list[str] = []
+        """How the last trials failed, without one among them that ran as it should."""
         self._is_ending = False
         """Whether the time that is left goes to the leading trials alone."""
         self._grace_until = math.inf
@@ -209,7 +219,7 @@ class StudyRun:
     @property
     def is_waiting(self) -> bool:
         """True when `next_trial` gives none for now, but may give one later."""
-        return self._full_disk is not None
+        return self._full_disk is not None or time.monotonic() < self._not_before
 
     def share_of_a_device(self, config: TrialConfig) -> float:
         """The part of a GPU that the trial's memory asks for, by what the study's trials took; 1 until enough have."""
@@ -289,7 +299,7 @@ class StudyRun:
         """
         if self.stop_reason is not None:
             return self._next_to_score()
-        if not self._has_room() or (self._suspicion and self._live):
+        if not self._has_room() or (self._suspicion and self._live) or time.monotonic() < self._not_before:
             return None
         if self._is_ending:
             return self._next_to_finish()
@@ -323,6 +333,7 @@ class StudyRun:
     def on_progress(self, number: int, progress: Progress) -> Decision:
         """Record a point; STOP, or PAUSE at a rung, when the other trials show this one to be unpromising."""
         live = self._live[number]
+        self._losses_in_a_row = 0
         if self._suspicion is not None:
             self._trust()
         point, judgement = progress.point, progress.judgement
@@ -367,6 +378,9 @@ class StudyRun:
         """A trial that ended by itself, or that left with a checkpoint because it was asked to or found no room."""
         if self._live[number].config.scores_only:
             self._end_scoring(number, result)
+            return
+        if result.lost_files:
+            self._lose(number, result.reason, result)
             return
         if result.state is not TrialState.INTERRUPTED:
             self._end(number, result)
@@ -417,15 +431,28 @@ class StudyRun:
         if error.startswith(PREEMPTED):
             self._requeue(number, error.splitlines()[0])
             return
+        self._lose(
+            number, reason, TrialResult(state=TrialState.FAILED, reason=reason, error=error, **self._last_known(live))
+        )
+
+    def _lose(self, number: int, reason: str, failed: TrialResult) -> None:
+        """Try a trial again whose worker, or whose files, were lost; let it fail when that has happened too often."""
         losses = self._losses[number] = self._losses.get(number, 0) + 1
-        if self.stop_reason is None and losses <= self.spec.limits.retries:
-            self._note(f"trial {number}: {reason}; trying again from its checkpoint")
-            self._requeue(number, reason, lost=True)
-        elif self.stop_reason is not None:
+        if self.stop_reason is not None:
             self._requeue(number, self.stop_reason)
+        elif losses <= self.spec.limits.retries:
+            wait_s = self._back_off()
+            self._note(f"trial {number}: {reason}; trying again from its checkpoint in {wait_s:.0f} s")
+            self._requeue(number, reason, lost=True)
         else:
-            result = TrialResult(state=TrialState.FAILED, reason=reason, error=error, **self._last_known(live))
-            self._end(number, result)
+            self._end(number, failed)
+
+    def _back_off(self) -> float:
+        """Start nothing for a while, twice as long after each loss that follows on another; returns the seconds."""
+        self._losses_in_a_row += 1
+        wait_s: float = min(MOST_BACK_OFF_S, BACK_OFF_S * 2.0 ** (self._losses_in_a_row - 1))
+        self._not_before = max(self._not_before, time.monotonic() + wait_s)
+        return wait_s
 
     def on_cluster_lost(self, reason: str) -> None:
         """The cluster under the trials is gone, and perhaps this process with it, soon: bring everything to safety."""
@@ -765,7 +792,10 @@ class StudyRun:
             return
         if len(self._outcomes) < SAME_FAILURES or self._suspicion is not None:
             self._outcomes.append(re.sub(r"\d+(\.\d+)?", "N", result.reason))
-        if len(self._outcomes) < SAME_FAILURES or "" in self._outcomes:
+        if "" in self._outcomes:
+            self._pause_after_equal_failures(result)
+            return
+        if len(self._outcomes) < SAME_FAILURES:
             return
         others = self._live.values()
         if len(set(self._outcomes)) > 1 or (ended.last is None and any(other.last is not None for other in others)):
@@ -775,8 +805,25 @@ class StudyRun:
         if ended.last is not None or not self._live:
             self.request_stop(self._suspicion, EXIT_TOO_MANY_FAILED)
 
+    def _pause_after_equal_failures(self, result: TrialResult) -> None:
+        """Wait when trials of a study that went well begin to fail in one way; end it when that does not help."""
+        self._failures_in_a_row.append(re.sub(r"\d+(\.\d+)?", "N", result.reason))
+        last = self._failures_in_a_row[-SAME_FAILURES:]
+        if len(last) < SAME_FAILURES or len(set(last)) > 1:
+            return
+        said = f"the last {SAME_FAILURES} trials all ended the same way: {result.state}: {result.reason}"
+        if len(self._failures_in_a_row) >= SAME_FAILURES * (1 + EQUAL_FAILURE_PAUSES):
+            self.request_stop(said, EXIT_TOO_MANY_FAILED)
+        elif len(self._failures_in_a_row) % SAME_FAILURES == 0:
+            self._not_before = time.monotonic() + MOST_BACK_OFF_S
+            self._note(
+                f"{said}. No new trial starts for {MOST_BACK_OFF_S:.0f} s; "
+                f"`hpsearch retry {self.spec.name}` puts failed trials back once the cause is gone"
+            )
+
     def _trust(self) -> None:
         """There are trials that run as they should."""
+        self._failures_in_a_row = []
         self._outcomes = [""] * SAME_FAILURES
         self._suspicion = None
 
@@ -803,7 +850,7 @@ class StudyRun:
             return
         self._next_probe = now + _PROBE_EVERY_S
         # Twice: the state that is written, and the one that it replaces.
-        if storage.has_room(self._folder, 2 * needed):
+        if storage.has_room(self._folder, 2 * needed) and storage.names(self._data):
             self._full_disk = None
             self._note("there is room on the disk again; the study goes on")
         elif now - since > DISK_PATIENCE_S:

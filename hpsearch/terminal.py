@@ -335,12 +335,34 @@ def _details(details: dict[str, Any]) -> Iterator[Any]:
         for name in ("source", "reference", "output"):
             yield Text(f"{name:<10} {plain(sample[name])}")
     if confusion := details.get("confusion"):
-        labels = [plain(label) for label in confusion["labels"]]
-        table = _table("true, predicted as", *(label[:6] for label in labels))
-        for label, row in zip(labels, confusion["counts"], strict=True):
-            table.add_row(label, *(str(count) if count else "." for count in row))
         yield Text()
-        yield table
+        yield _confusion(confusion["labels"], confusion["counts"])
+
+
+_MOST_CLASSES = 12
+"""Of a matrix that a terminal shows; of more, it lists the worst confusions."""
+_MOST_CONFUSIONS = 15
+
+
+def _confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Any:
+    names = [plain(label) for label in labels]
+    if len(names) <= _MOST_CLASSES:
+        table = _table("true, predicted as", *(name[:6] for name in names))
+        for name, row in zip(names, counts, strict=True):
+            table.add_row(name, *(str(count) if count else "." for count in row))
+        return table
+    wrong = [
+        (count, sum(row), name, names[column])
+        for index, (name, row) in enumerate(zip(names, counts, strict=True))
+        for column, count in enumerate(row)
+        if count and column != index
+    ]
+    table = _table("most confused", "predicted as", "times", "of")
+    for count, total, name, other in sorted(wrong, key=lambda one: -one[0])[:_MOST_CONFUSIONS]:
+        table.add_row(name, other, str(count), str(total))
+    more = len(wrong) - _MOST_CONFUSIONS
+    note = f"{more} more pairs of {len(names)} classes: see the report" if more > 0 else f"of {len(names)} classes"
+    return Group(table, Text(note if wrong else f"none of {len(names)} classes was taken for another", style="dim"))
 
 
 # Progress of a launch

@@ -164,6 +164,8 @@ class TrialResult:
     """Traceback of a trial that failed."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Versions and thread count that the numbers depend on."""
+    lost_files: bool = False
+    """Of a trial that failed because the system could not read or write a file: it may be able to later."""
     needed_bytes: int | None = None
     """Of a trial that was interrupted because the disk is full: how much did not fit."""
 

@@ -146,6 +146,10 @@ def run_trial(
             result = TrialResult(state=TrialState.INTERRUPTED, reason=str(error))
         except OutOfMemoryError as error:
             result = TrialResult(state=TrialState.INFEASIBLE, reason=f"out of memory at micro-batch 1: {error}")
+        except OSError as error:
+            LOGGER.exception("a file could not be read or written")
+            reason = f"{type(error).__name__}: {error}"
+            result = TrialResult(state=TrialState.FAILED, reason=reason, error=traceback.format_exc(), lost_files=True)
         except Exception as error:
             LOGGER.exception("the trial raised an error")
             result = TrialResult(
@@ -169,7 +173,7 @@ def run_trial(
             },
         )
         LOGGER.info("ends as %s: %s", result.state, result.reason)
-        if result.state is TrialState.INTERRUPTED:
+        if result.state is TrialState.INTERRUPTED or result.lost_files:
             return result
         try:
             _write_result(folder, result, curve, config.origin)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
+import psutil
 import pytest
 
 from hpsearch.dashboard import Guard
@@ -44,6 +47,7 @@ def serving(folder: Path, *arguments: str, token: str = "") -> Iterator[Ask]:
             answer = connection.getresponse()
             return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
 
+        ask.port, ask.pid = port, process.pid  # type: ignore[attr-defined]
         yield ask
     finally:
         process.terminate()
@@ -159,3 +163,23 @@ def test_artifacts_are_downloads_in_a_sandbox() -> None:
     assert status == "200 OK"
     assert headers["Content-Disposition"] == "attachment"
     assert headers["Content-Security-Policy"] == "sandbox"
+
+
+def test_connections_that_say_nothing_keep_nobody_out(folder: Path) -> None:
+    with serving(folder) as ask:
+        port = ask.port  # type: ignore[attr-defined]
+        silent = []
+        for _ in range(150):
+            with suppress(OSError):
+                silent.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+        server = psutil.Process(ask.pid)  # type: ignore[attr-defined]
+        assert server.num_threads() < 100
+        answered = None
+        for _ in range(60):
+            with suppress(OSError, http.client.HTTPException):
+                answered, _, _ = ask("/healthz")
+                break
+            time.sleep(0.5)
+        assert answered == 200
+        for connection in silent:
+            connection.close()
