@@ -482,7 +482,7 @@ class _Record:
             session = self.storage.scoped_session()
             row: Any = models.TrialModel
             changed = {"state": OptunaState.WAITING, "datetime_complete": None}
-            session.query(row).filter(row.trial_id == self._ids[number]).update(changed)
+            session.query(row).filter(row.trial_id == self._ids[number]).update(changed, synchronize_session=False)
             session.commit()
             self.storage.remove_session()
 
