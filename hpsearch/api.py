@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hpsearch
-from hpsearch import leases
+from hpsearch import leases, pretrained
 from hpsearch.errors import (
     EXIT_BUSY,
     EXIT_FINISHED,
@@ -539,6 +539,7 @@ def launch_spec(
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()
         from hpsearch.annotations import Annotator
+        from hpsearch.data import notes
         from hpsearch.search import Search
         from hpsearch.study import StopRequestedError, StudyRun
 
@@ -580,6 +581,8 @@ def launch_spec(
             run.add_listener(listener)
         lease.on_loss = lambda: run.request_stop("another driver took the study over", EXIT_BUSY, grace_s=0)
         listen(_opening(spec, store, card, backend.placement.where, run))
+        for text in notes(spec, card):
+            note(text)
         if any(truncated.values()):
             note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
         with _hearing_signals(run, signals):
@@ -602,13 +605,15 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
     With `contacts_store` false nothing is asked of the store, which a file from elsewhere may name. Raises the error
     that the launch would raise.
     """
-    from hpsearch.data import measure
+    from hpsearch.data import measure, notes
     from hpsearch.search import first_suggestions
     from hpsearch.tasks import check_model
 
     store_state = Store.preflight(spec.store) if contacts_store else None
     spec = _with_its_defaults(spec) if contacts_store else spec
     existing = _existing(spec, extend=extend, moves=moves) if contacts_store else None
+    _check_score(spec)
+    pretrained.of(spec.model)
     card, truncated = (None, {}) if spec.data.hub else measure(spec)
     if card:
         for settings in _corner_models(spec):
@@ -632,6 +637,7 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
         "devices": _devices(),
         "computing": _computing(spec),
         "data": card.__dict__ if card else None,
+        "notes": notes(spec, card) if card else [],
         "truncated": truncated,
         "estimated_tokens": _estimated_tokens(spec, card) if card else None,
     }
@@ -708,9 +714,18 @@ def _import_what_decides() -> None:
 def _prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
     from hpsearch.data import count_cut, prepare
 
+    _check_score(spec)
     folder, card = prepare(spec)
     _check_models(spec, card, cached(folder))
     return folder, card, count_cut(spec, cached(folder))
+
+
+def _check_score(spec: StudySpec) -> None:
+    """Raise UsageError when the score cannot be taken here."""
+    from hpsearch.bleu import metric
+
+    if spec.task == "translation" and spec.translation.bleu_tokenizer != "auto":
+        metric(spec.translation.bleu_tokenizer)
 
 
 def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:

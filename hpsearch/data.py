@@ -6,12 +6,14 @@ split alone. Knows nothing of models.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch import pretrained, storage
+from hpsearch import bleu, pretrained, storage
 from hpsearch.corpora import CORPORA, Example, fold
 from hpsearch.errors import DataError, RunFolderError
 from hpsearch.spec import AlignedFiles, DataSpec, StudySpec, TokenizerSpec
@@ -40,8 +42,10 @@ LABEL_SEPARATOR = "|"
 """Between the labels of one example, where labels are given as text."""
 _CARD = "card.json"
 """Written last: data that has it is whole."""
-_FORMAT = 3
+_FORMAT = 4
 """Of the files on disk; part of the fingerprint."""
+_MOST_SHARED = 0.5
+"""A given split of which a larger part stands in another one, too, is no split of its own."""
 _TARGET_TOKENIZER = "tokenizer-target.json"
 _TEXT_FIELDS = {"causal_lm": ("text",), "translation": ("source", "target"), "classification": ("text",)}
 
@@ -55,6 +59,10 @@ class Examples:
     test: list[Example]
     duplicates: int
     """Examples dropped because the same text, white space aside, had been read before."""
+    overlaps: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of those, the ones that stand in a held-out split of their own, by `SPLIT in HELD-OUT SPLIT`."""
+    rare: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Labels left out because they are too rare to stand in all splits, with their examples."""
 
     def field(self, split: str, index: int) -> list[str]:
         return [example[index] for example in getattr(self, split)]
@@ -100,6 +108,20 @@ class DataCard:
     """Of a translation study; see `Examples.seen_targets`."""
     labels: list[str]
     """Of a classification study, in the order of their numbers."""
+    label_counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    """By split, the examples that have each label."""
+    overlaps: dict[str, int] = dataclasses.field(default_factory=dict)
+    """See `Examples.overlaps`."""
+    rare: dict[str, int] = dataclasses.field(default_factory=dict)
+    """See `Examples.rare`."""
+    bleu_tokenizer: str | None = None
+    """Of a translation study: what BLEU takes for words if nothing else is set."""
+    longest_reference: int | None = None
+    """In such words, of the test split."""
+    first_id: int | None = None
+    """The token of the target language that each translation begins with, of a multilingual model."""
+    start_id: int | None = None
+    """The token of the target language that decoding starts from, in place of the model's own start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +154,14 @@ def read_examples(spec: StudySpec) -> Examples:
     if data.corpus is not None:
         splits = {"train": CORPORA[spec.task][data.corpus]()}
     elif data.files is not None:
-        splits = {split: _read_files(getattr(data.files, split), _columns(spec)) for split in SPLITS}
+        given = {split: files for split in SPLITS if (files := getattr(data.files, split))}
+        splits = {split: _read_files(files, _columns(spec)) for split, files in given.items()}
     else:
         splits = _read_hub(data, _columns(spec))
-    unique, duplicates = _deduplicated({split: _checked(rows, spec) for split, rows in splits.items()})
-    examples = _split(unique, spec, duplicates)
+    unique, duplicates, overlaps = _deduplicated({split: _checked(rows, spec) for split, rows in splits.items()})
+    parts = _split(unique, spec)
+    rare = _drop_rare(parts, spec) if spec.task == "classification" and data.rare_labels == "drop" else {}
+    examples = Examples(**parts, duplicates=duplicates, overlaps=overlaps, rare=rare)
     for split in SPLITS:
         if not getattr(examples, split):
             raise DataError(
@@ -216,6 +241,34 @@ def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
     return _cut(spec, lengths)
 
 
+def notes(spec: StudySpec, card: DataCard) -> list[str]:
+    """What a person should know of prepared data before trials run on it."""
+    found = [
+        f"{count:,} examples of the {split.replace(' in ', ' split stand in the ')} split, too, and count there alone"
+        for split, count in card.overlaps.items()
+    ]
+    counts = card.label_counts
+    rare = [label for label in card.labels if not all(label in counts.get(split, {label: 0}) for split in SPLITS)]
+    if rare:
+        found.append(
+            f"{len(rare)} of {len(card.labels)} labels do not stand in all splits: {_some(rare)}; "
+            "`data.rare_labels: drop` leaves them out"
+        )
+    if card.rare:
+        found.append(f"{len(card.rare)} labels that do not stand in all splits were left out: {_some([*card.rare])}")
+    chosen = spec.translation.bleu_tokenizer
+    if chosen in bleu.BY_SPACES and card.bleu_tokenizer not in (None, *bleu.BY_SPACES):
+        found.append(
+            f"translation.bleu_tokenizer: {chosen} finds words between spaces, and the references have none: BLEU is "
+            f"next to 0 for all outputs; {card.bleu_tokenizer} (or auto) fits them"
+        )
+    elif card.longest_reference is not None and card.longest_reference < bleu.ORDER:
+        found.append(
+            f"no reference of the test split has {bleu.ORDER} words for BLEU to count: it is 0 for all outputs"
+        )
+    return found
+
+
 def save_tokenizer(
     folder: Path, checkpoint: str, *, context_length: int | None, sides: tuple[str, str] = ("right", "right")
 ) -> None:
@@ -289,6 +342,8 @@ def stable_fraction(text: str, salt: str) -> float:
 class _Trained:
     """Tokenizers trained on the training split: one, or one for each language."""
 
+    first_id = start_id = None
+
     def __init__(self, examples: Examples, spec: StudySpec) -> None:
         self._task = spec.task
         texts = {field: examples.field("train", index) for index, field in enumerate(_TEXT_FIELDS[spec.task])}
@@ -330,12 +385,23 @@ class _Brought:
         folder = pretrained.of(spec.model)
         assert folder is not None
         self._spec = spec
-        self._tokenizer = pretrained.load_tokenizer(folder)
+        self.first_id: int | None = None
+        self.start_id: int | None = None
+        if spec.task == "translation":
+            data = spec.data
+            self._tokenizer, code = pretrained.load_translator(folder, data.source_language, data.target_language)
+            # mBART's first models start from the language; later ones are made to say it first.
+            if code is not None and pretrained.starts_from_language(folder, self._tokenizer, code):
+                self.start_id = code
+            else:
+                self.first_id = code
+        else:
+            self._tokenizer = pretrained.load_tokenizer(folder)
         end = pretrained.end_id(self._tokenizer)
         assert end is not None
         self.end_id = end
         self.padding_id = end if self._tokenizer.pad_token_id is None else int(self._tokenizer.pad_token_id)
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = max(len(self._tokenizer), 1 + max(pretrained.languages(self._tokenizer).values(), default=0))
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
         described = fast.to_str() if fast else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
         self.hash = hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -346,11 +412,17 @@ class _Brought:
             return [[*ids, self.end_id] for ids in encoded]
         if field == "target":
             encoded = self._tokenizer(text_target=texts, verbose=False)["input_ids"]
+            codes = {self.first_id, self.start_id} - {None}
+            first = [] if self.first_id is None else [self.first_id]
+            # Some tokenizers put the language behind the text, where no decoder could begin with it.
+            encoded = (
+                [[*first, *(token for token in ids if token not in codes)] for ids in encoded] if codes else encoded
+            )
         else:
             prefix = self._spec.translation.source_prefix if field == "source" else ""
             encoded = self._tokenizer([prefix + text for text in texts], verbose=False)["input_ids"]
         if self._spec.task == "translation":
-            return [ids if ids[-1:] == [self.end_id] else [*ids, self.end_id] for ids in encoded]
+            return [ids if self.end_id in ids[-2:] else [*ids, self.end_id] for ids in encoded]
         return [ids or [self.end_id] for ids in encoded]
 
     def save(self, folder: Path) -> None:
@@ -371,8 +443,12 @@ class _Prepared:
         }
         self._spec = spec
         classifies = spec.task == "classification"
-        known = {label for row in examples.train for label in _labels_of(row, spec)} if classifies else set()
-        self._labels = sorted(known)
+        self._label_counts = (
+            {split: dict(_counted(getattr(examples, split), spec).most_common()) for split in SPLITS}
+            if classifies
+            else {}
+        )
+        self._labels = sorted(self._label_counts.get("train", ()))
         self.card = self._make_card()
 
     def lengths(self) -> dict[tuple[str, str], NDArray[np.int64]]:
@@ -380,6 +456,9 @@ class _Prepared:
 
     def _make_card(self) -> DataCard:
         examples, counted, tokenizer = self._examples, self._fields[-1], self._tokenizer
+        references = examples.field("test", -1)
+        translates = self._spec.task == "translation"
+        words = bleu.choose(self._spec.data.target_language, references) if translates else None
         return DataCard(
             fingerprint=_fingerprint(examples, self._spec),
             tokenizer=tokenizer.hash,
@@ -396,8 +475,15 @@ class _Prepared:
             },
             duplicates=examples.duplicates,
             seen_ngrams=examples.seen_ngrams,
-            seen_targets=examples.seen_targets if self._spec.task == "translation" else None,
+            seen_targets=examples.seen_targets if translates else None,
             labels=self._labels,
+            label_counts=self._label_counts,
+            overlaps=examples.overlaps,
+            rare=examples.rare,
+            bleu_tokenizer=words,
+            longest_reference=bleu.longest(references, words) if words else None,
+            first_id=tokenizer.first_id,
+            start_id=tokenizer.start_id,
         )
 
     def write(self, folder: Path) -> None:
@@ -444,40 +530,127 @@ def _checked(rows: Iterable[Example], spec: StudySpec) -> Iterator[Example]:
             raise DataError(f"data: row {number}: column '{empty[0]}' is empty")
 
 
-def _deduplicated(splits: dict[str, Iterator[Example]]) -> tuple[dict[str, list[Example]], int]:
+def _deduplicated(
+    splits: dict[str, Iterator[Example]],
+) -> tuple[dict[str, list[Example]], int, dict[str, int]]:
+    """The examples of the given splits, each once, the number of others, and how many stand in a held-out split."""
     seen: set[Example] = set()
-    held_out: set[str] = set()
+    held_out: dict[str, str] = {}
     duplicates = 0
-    unique: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    overlaps: Counter[str] = Counter()
+    unique: dict[str, list[Example]] = {}
     # Held-out splits are read first, so that a text that stands in training as well is dropped there.
-    for split in reversed(SPLITS):
-        for example in splits.get(split, ()):
+    for split in (split for split in reversed(SPLITS) if split in splits):
+        unique[split] = []
+        shared: Counter[str] = Counter()
+        rows = 0
+        for example in splits[split]:
+            rows += 1
             key = tuple(fold(text) for text in example)
-            if key in seen or key[0] in held_out:
-                duplicates += 1
+            if key[0] in held_out:
+                shared[held_out[key[0]]] += 1
+            elif key not in seen:
+                seen.add(key)
+                unique[split].append(example)
                 continue
-            seen.add(key)
-            unique[split].append(example)
-        held_out.update(fold(example[0]) for example in unique[split])
-    return unique, duplicates
+            duplicates += 1
+        for other, count in shared.items():
+            if count > _MOST_SHARED * rows:
+                raise DataError(
+                    f"data: {count:,} of the {rows:,} examples of the {split} split stand in the {other} split, too; "
+                    "expected splits that share no text, or none, which are then split off the training split"
+                )
+            overlaps[f"{split} in {other}"] = count
+        held_out |= {fold(example[0]): split for example in unique[split]}
+    return unique, duplicates, dict(overlaps)
 
 
-def _split(unique: dict[str, list[Example]], spec: StudySpec, duplicates: int) -> Examples:
+def _split(unique: dict[str, list[Example]], spec: StudySpec) -> dict[str, list[Example]]:
+    """The examples by split: the given ones, and those that are split off training because they are not given."""
     data = spec.data
-    parts = {split: _sample(unique[split], data.max_examples) for split in SPLITS}
-    cut_validation = 0.0 if parts["validation"] else data.validation_fraction
-    cut_test = 0.0 if parts["test"] else data.test_fraction
-    train = []
-    for example in parts["train"]:
+    parts = {split: _sample(unique.get(split, []), data.max_examples) for split in SPLITS}
+    fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
+    cut = {split: 0.0 if split in unique else fraction for split, fraction in fractions.items()}
+    if spec.task == "classification":
+        place = _stratified(parts["train"], spec, cut)
+    else:
+        place = _by_threshold(parts["train"], spec, cut)
+    placed = [(place[fold(example[0])], example) for example in parts.pop("train")]
+    return {split: [*parts.get(split, []), *(example for own, example in placed if own == split)] for split in SPLITS}
+
+
+def _by_threshold(examples: list[Example], spec: StudySpec, cut: dict[str, float]) -> dict[str, str]:
+    """The split of each text, by a hash of the text alone; no split at all beyond the fraction to be used."""
+    place = {}
+    for example in examples:
         key = _normalised(example[0]) if spec.task == "translation" else example[0]
-        place = stable_fraction(key, "split")
-        if place < cut_validation:
-            parts["validation"].append(example)
-        elif place < cut_validation + cut_test:
-            parts["test"].append(example)
-        elif stable_fraction(key, "fraction") < data.fraction:
-            train.append(example)
-    return Examples(train=train, validation=parts["validation"], test=parts["test"], duplicates=duplicates)
+        position = stable_fraction(key, "split")
+        if position < cut["validation"]:
+            split = "validation"
+        elif position < cut["validation"] + cut["test"]:
+            split = "test"
+        else:
+            split = "train" if stable_fraction(key, "fraction") < spec.data.fraction else ""
+        place[fold(example[0])] = split
+    return place
+
+
+def _stratified(examples: list[Example], spec: StudySpec, cut: dict[str, float]) -> dict[str, str]:
+    """The split of each text, such that every class stands in all splits if it has enough texts, else in training.
+
+    Within a class, texts are ordered by their hash; validation takes the first and test the last, so that a further
+    text moves one over each border at most. A text with several labels belongs to the rarest of them.
+    """
+    labels: dict[str, set[str]] = {}
+    for row in examples:
+        labels.setdefault(fold(row[0]), set()).update(_labels_of(row, spec))
+    counts = Counter(label for own in labels.values() for label in own)
+    classes: dict[str, list[str]] = {}
+    for text in sorted(labels, key=lambda text: stable_fraction(text, "split")):
+        classes.setdefault(min(labels[text], key=lambda label: (counts[label], label)), []).append(text)
+    place = dict.fromkeys(labels, "")
+    for texts in classes.values():
+        validation, test = _shares(len(texts), cut["validation"], cut["test"])
+        rest = sorted(texts[validation : len(texts) - test], key=lambda text: stable_fraction(text, "fraction"))
+        place |= dict.fromkeys(texts[:validation], "validation")
+        place |= dict.fromkeys(texts[len(texts) - test :], "test")
+        place |= dict.fromkeys(rest[: max(1, round(len(rest) * spec.data.fraction))], "train")
+    _train_every_label(place, labels)
+    return place
+
+
+def _shares(count: int, *cuts: float) -> list[int]:
+    """How many of a class each cut takes: one at least, leaving one; nothing where there are too few for that."""
+    wanted = [max(1, round(count * cut)) if cut else 0 for cut in cuts]
+    if count <= sum(map(bool, cuts)):
+        return [0] * len(cuts)
+    while sum(wanted) >= count:
+        wanted[wanted.index(max(wanted))] -= 1
+    return wanted
+
+
+def _train_every_label(place: dict[str, str], labels: dict[str, set[str]]) -> None:
+    """Put one text of each label that only stands beside rarer ones into training, if none is there."""
+    trained = {label for text, split in place.items() if split == "train" for label in labels[text]}
+    for text in sorted(labels, key=lambda text: stable_fraction(text, "split")):
+        if not labels[text] <= trained:
+            place[text] = "train"
+            trained |= labels[text]
+
+
+def _drop_rare(parts: dict[str, list[Example]], spec: StudySpec) -> dict[str, int]:
+    """Leave out the labels that some split lacks, and the examples that then have none; returns how many had each."""
+    counts = {split: _counted(rows, spec) for split, rows in parts.items()}
+    total: Counter[str] = sum(counts.values(), Counter())
+    rare = {label: total[label] for label in sorted(total) if not all(label in counts[split] for split in SPLITS)}
+    for split, rows in parts.items():
+        kept = [(row[0], [label for label in _labels_of(row, spec) if label not in rare]) for row in rows]
+        parts[split] = [(text, LABEL_SEPARATOR.join(labels)) for text, labels in kept if labels]
+    return rare
+
+
+def _counted(rows: Iterable[Example], spec: StudySpec) -> Counter[str]:
+    return Counter(label for row in rows for label in set(_labels_of(row, spec)))
 
 
 def _sample(examples: list[Example], most: int | None) -> list[Example]:
@@ -498,16 +671,28 @@ def _labels_of(row: Example, spec: StudySpec) -> list[str]:
 
 
 def _check_labels(examples: Examples, spec: StudySpec) -> None:
-    known = {label for row in examples.train for label in _labels_of(row, spec)}
+    known = _counted(examples.train, spec)
     if len(known) < 2:
         raise DataError(f"data: the training split has one class only ({next(iter(known))!r}); a classifier needs two")
+    positive = spec.classification.positive_label
+    if positive is not None and positive not in known:
+        raise DataError(
+            f"classification.positive_label: no example of the training split has the label {positive!r}; there are "
+            f"{_some([label for label, _ in known.most_common()])}"
+        )
     for split in ("validation", "test"):
         for row in getattr(examples, split):
             for label in _labels_of(row, spec):
                 if label not in known:
                     raise DataError(
-                        f"data: label {label!r} of the {split} split does not occur in training (text: {row[0][:60]!r})"
+                        f"data: label {label!r} of the {split} split does not occur in training (text: "
+                        f"{row[0][:60]!r}); `data.rare_labels: drop` leaves such labels out"
                     )
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    """The first of many names."""
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 _LOADERS = {".txt": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -522,8 +707,12 @@ def _read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...]) -
     for name in files:
         kind = _LOADERS[Path(name).suffix]
         options = {"sample_by": "paragraph"} if kind == "text" else {}
+        rows: Iterable[dict[str, Any]]
         try:
-            rows = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
+            if kind in _AS_WRITTEN:
+                rows = _AS_WRITTEN[kind](name)
+            else:
+                rows = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
             yield from _rows(rows, ("text",) if kind == "text" else columns, name)
         except DataError:
             raise
@@ -531,6 +720,35 @@ def _read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...]) -
             raise _not_utf8(name, error) from error
         except Exception as error:  # pyarrow, pandas and datasets each raise their own; all mean a malformed file
             raise DataError(f"data: {name} cannot be read as {kind}: {_first_line(error)}") from error
+
+
+def _csv_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of text as it is written: `datasets` lets pandas guess types by the chunk, and drop `NA`."""
+    import pandas as pd
+
+    for frame in pd.read_csv(name, dtype=str, na_filter=False, chunksize=10_000):
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise DataError(f"data: {name} has rows with more fields than its first line names columns")
+        for row in frame.to_dict("records"):
+            yield {str(column): value for column, value in row.items()}
+
+
+def _json_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines: `datasets` has pyarrow guess types, and takes text for dates."""
+    with open(name, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: expected an object, got {line.strip()[:60]}")  # noqa: TRY004
+            yield row
+
+
+_AS_WRITTEN = {"csv": _csv_rows, "json": _json_rows}
 
 
 def _aligned(files: AlignedFiles) -> Iterator[Example]:
@@ -596,15 +814,16 @@ def _text(value: Any, place: str, *, is_label: bool) -> str:
     if isinstance(value, str):
         return value
     if is_label and isinstance(value, int | bool):
-        return str(value)
+        return json.dumps(value)
     if is_label and isinstance(value, list):
-        return LABEL_SEPARATOR.join(map(str, value))
+        return LABEL_SEPARATOR.join(entry if isinstance(entry, str) else json.dumps(entry) for entry in value)
     raise DataError(f"data: {place} holds {type(value).__name__}, not text")
 
 
 def _fingerprint(examples: Examples, spec: StudySpec) -> str:
     """Of everything that decides the arrays, so that equal ones are made once."""
     settings: list[Any] = [_FORMAT, spec.task, spec.tokenizer.model_dump(), spec.classification.multi_label]
+    settings += [spec.data.source_language, spec.data.target_language]
     folder = pretrained.of(spec.model)
     if folder is not None:
         settings += [_Brought(spec).hash, spec.translation.source_prefix]

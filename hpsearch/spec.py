@@ -91,10 +91,21 @@ class DataSpec(Strict):
     label_column: str = Field("label", description="Column that holds the label, or a list of labels.")
     source_column: str = Field("source", description="Column that holds the text to translate.")
     target_column: str = Field("target", description="Column that holds its translation.")
+    source_language: str | None = Field(
+        None, description="What a multilingual tokenizer calls the language to translate from: eng_Latn, en_XX, en."
+    )
+    target_language: str | None = Field(
+        None, description="The language to translate to; it decides what BLEU takes for words, too."
+    )
     max_examples: int | None = Field(None, ge=10, le=MOST, description="Use at most so many examples of each split.")
     fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no validation split.")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no test split.")
+    rare_labels: Literal["keep", "drop"] = Field(
+        "keep",
+        description="Labels with too few examples to stand in all splits: they stand in training at least, or are left "
+        "out with their examples.",
+    )
 
     @field_validator("files", mode="before")
     @classmethod
@@ -488,7 +499,7 @@ def load_study(
         dotted, equals, value = override.partition("=")
         if not equals or not dotted:
             raise SpecError([f"--set {override}: expected KEY=VALUE, such as search.num_layers.max=4"])
-        document.override(dotted.strip(), parse_scalar(value), f"--set {override}")
+        document.override(dotted.strip(), parse_scalar(value), f"--set {override}", value.strip())
     for dotted, option, given in (
         ("name", "--name", name),
         ("budget.trials", "--trials", trials),
@@ -545,6 +556,7 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     space, space_problems = parse_space(content.pop("search", {}))
     problems += space_problems
     _interpolate(content, problems)
+    _take_label_as_written(content, document)
     raw_search = document.content.get("search") if isinstance(document.content.get("search"), dict) else {}
     try:
         spec = StudySpec.model_validate({**content, "search": raw_search})
@@ -561,6 +573,15 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     if problems:
         raise document.error(problems)
     return spec
+
+
+def _take_label_as_written(content: dict[str, Any], document: StudyDocument) -> None:
+    """Labels are text, whatever YAML takes them for."""
+    options = content.get("classification")
+    label = options.get("positive_label") if isinstance(options, dict) else None
+    if isinstance(options, dict) and isinstance(label, bool | int | float):
+        text = document.texts.get(("classification", "positive_label"), label)
+        content["classification"] = {**options, "positive_label": text}
 
 
 def json_schema() -> dict[str, Any]:
@@ -789,6 +810,9 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
         if section in content and section != spec.task:
             message = f"settings of another task; this study's is {spec.task}"
             problems.append(Problem(path=(section,), message=message, at_key=True))
+    for name in ("source_language", "target_language"):
+        if getattr(spec.data, name) is not None and spec.task != "translation":
+            problems.append(Problem(path=("data", name), message="only a translation has languages", at_key=True))
     if spec.classification.f1 == "binary" and spec.classification.positive_label is None:
         message = "binary F1 needs positive_label: the label that it is about"
         problems.append(Problem(path=("classification", "f1"), message=message))

@@ -39,10 +39,12 @@ class StudyDocument:
     content: dict[str, Any]
     key_marks: dict[KeyPath, Mark] = field(default_factory=dict)
     value_marks: dict[KeyPath, Mark] = field(default_factory=dict)
+    texts: dict[KeyPath, str] = field(default_factory=dict)
+    """Values without quotes as they were written: 01 is the number 1, but may mean the text."""
     overrides: dict[KeyPath, str] = field(default_factory=dict)
     """Key path to the command-line option that set it, such as `--set budget.trials=4`."""
 
-    def override(self, dotted: str, value: Any, option: str) -> None:
+    def override(self, dotted: str, value: Any, option: str, text: str | None = None) -> None:
         """Set the value at a dotted path, making the mappings on the way; `option` names it in messages."""
         path = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
         if not all(str(part) for part in path):
@@ -60,6 +62,9 @@ class StudyDocument:
         node[path[-1]] = value
         for known in [known for known in self.value_marks if known[: len(path)] == path]:
             del self.value_marks[known]
+            self.texts.pop(known, None)
+        if text is not None:
+            self.texts[path] = text
         self.overrides[path] = option
 
     def line_of(self, problem: Problem) -> tuple[tuple[int, int], str]:
@@ -190,7 +195,10 @@ class _Loader(yaml.SafeLoader):
 def _construct(node: yaml.Node, path: KeyPath, document: StudyDocument, problems: list[Problem]) -> Any:
     document.value_marks[path] = Mark(node.start_mark.line + 1, node.start_mark.column + 1)
     if isinstance(node, yaml.ScalarNode):
-        return _scalar(node.value) if node.style is None else node.value
+        if node.style is not None:
+            return node.value
+        document.texts[path] = node.value
+        return _scalar(node.value)
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*path, index), document, problems) for index, child in enumerate(node.value)]
     content: dict[str, Any] = {}

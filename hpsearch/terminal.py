@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import accumulate
 from typing import IO, Any
 
 from rich.console import Console, Group
@@ -267,6 +269,8 @@ def check_report(found: dict[str, Any]) -> str:
             + (f", {data['seen_targets']:.1%} of the held-out targets" if data["seen_targets"] is not None else ""),
             f"cut          {_cut(found)}",
             f"to train     about {found['estimated_tokens']:,} tokens without pruning",
+            *([f"classes      {_classes(data['label_counts'])}"] if data["labels"] else []),
+            *(f"note         {text}" for text in found["notes"]),
         ]
     else:
         lines.append("data         from the hub, not fetched by check")
@@ -297,6 +301,14 @@ def _cut(found: dict[str, Any]) -> str:
     cut = {split: count for split, count in found["truncated"].items() if count}
     counted = ", ".join(f"{count} {split}" for split, count in cut.items())
     return f"{counted} examples are longer than {found['fixed']['context_length']} tokens" if cut else "nothing"
+
+
+def _classes(counts: dict[str, dict[str, int]], width: int = 100) -> str:
+    """How many there are, and as many as fit on a line with the examples that have them, most frequent first."""
+    total: Counter[str] = sum((Counter(split) for split in counts.values()), Counter())
+    shown = [f"{label} {count:,}" for label, count in total.most_common()]
+    fitting = max(1, sum(length <= width for length in accumulate(len(text) + 2 for text in shown)))
+    return f"{len(shown)}: {', '.join(shown[:fitting])}{', ...' if fitting < len(shown) else ''}"
 
 
 def trial_report(trial: Row, width: int) -> Group:

@@ -103,6 +103,7 @@ def _load(auto_class: Any, settings: ModelSettings, **tokens: Any) -> tuple[PreT
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # transformers raises many kinds for weights that do not fit
         raise UsageError(f"model.pretrained: {settings.pretrained} cannot be loaded: {error}") from error

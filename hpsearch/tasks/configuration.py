@@ -145,9 +145,11 @@ def _pretrained_config(
     auto_class: Any, settings: ModelSettings, folder: Any, tokens: dict[str, Any]
 ) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # malformed, of no known type, or with code of its own
         raise UsageError(f"model.pretrained: {folder}/config.json cannot be used: {error}") from error
+    # Names code that came with the model: transformers would ask whether to run it where its own class will do.
+    vars(config).pop("auto_map", None)
     if type(config) not in auto_class._model_mapping:
         raise UsageError(
             f"model.pretrained: {settings.pretrained} is a '{config.model_type}', which transformers has no "

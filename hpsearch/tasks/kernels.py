@@ -248,7 +248,7 @@ def can_decode(model: PreTrainedModel) -> bool:
     """Whether greedy decoding of this model is the largest logit at each step and nothing else."""
     config = model.generation_config
     special = (
-        "bad_words_ids", "forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens", "no_repeat_ngram_size",
+        "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "no_repeat_ngram_size",
         "min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty", "sequence_bias",
         "exponential_decay_length_penalty", "forced_decoder_ids", "encoder_no_repeat_ngram_size",
     )  # fmt: skip
@@ -285,6 +285,8 @@ def decode_greedily(model: PreTrainedModel, source: Tensor, attention_mask: Tens
             use_cache=True,
         ).logits[:, -1]
         chosen = logits.argmax(dim=-1)
+        if length == 1 and config.forced_bos_token_id is not None:
+            chosen = torch.full_like(chosen, config.forced_bos_token_id)
         if length == max_length - 1 and config.forced_eos_token_id is not None:
             chosen = torch.full_like(chosen, config.forced_eos_token_id)
         ids[open_rows, length] = chosen

@@ -1,6 +1,6 @@
 """Translation by encoder-decoders: next-token loss on the target, BLEU, chrF2++ and TER of decoded text.
 
-Owns sacrebleu. Batches hold sentences of similar length, so that little of them is padding.
+Batches hold sentences of similar length, so that little of them is padding.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForSeq2SeqLM
 
+from hpsearch import bleu
 from hpsearch.data import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.settings import ModelSettings, TranslationSpec
@@ -55,10 +55,14 @@ class Translation:
         self._length = settings.context_length
         self._predicted = {split: np.minimum(self._targets[split].lengths, self._length) for split in SPLITS}
         self._options = options
+        chosen = options.bleu_tokenizer
+        # Made here, so that what it lacks is found before anything is trained.
+        self._bleu = bleu.metric(self._card.bleu_tokenizer or "13a" if chosen == "auto" else chosen)
         self._label_smoothing = label_smoothing
         tokens = _tokens(settings, self._card.vocab_size, self._card.target_vocab_size)
         self.model = architecture.build_model(AutoModelForSeq2SeqLM, settings, **tokens)
         self._padding = self._card.padding_id
+        self._set_language()
         self._start = self.model.config.decoder_start_token_id
         if self._start is None:
             raise UsageError(f"model.pretrained: {settings.pretrained} names no decoder_start_token_id")
@@ -121,7 +125,7 @@ class Translation:
             "num_beams": self._options.num_beams,
             "context_length": self._length,
         }
-        metrics = {"bleu": BLEU(), "chrf": CHRF(word_order=2), "ter": TER()}
+        metrics = {"bleu": self._bleu, "chrf": CHRF(word_order=2), "ter": TER()}
         scores = tuple(_score(name, metric, outputs, references, shared) for name, metric in metrics.items())
         examples = {"bleu": np.array(metrics["bleu"]._extract_corpus_statistics(outputs, [references]))}
         shown = np.linspace(0, len(outputs) - 1, min(self._options.samples, len(outputs)), dtype=int)
@@ -133,18 +137,29 @@ class Translation:
     def validation_score(self, evaluate: Evaluate) -> float:
         """BLEU of the validation split."""
         references = load_texts(self._folder, "validation", "target")
-        return float(BLEU().corpus_score(self.decode(evaluate, "validation"), [references]).score)
+        return float(self._bleu.corpus_score(self.decode(evaluate, "validation"), [references]).score)
 
     def decode(self, evaluate: Evaluate, split: str) -> list[str]:
         """Translations of a split, in its order, with a key-value cache."""
         outputs = [""] * self.num_examples[split]
         for indices, ids in evaluate(split, self._generate):
-            for index, text in zip(indices, decode(self._folder, ids.tolist()), strict=True):
+            # Not every tokenizer knows that the language is no part of the text.
+            rows = [[token for token in row if token != self._card.first_id] for row in ids.tolist()]
+            for index, text in zip(indices, decode(self._folder, rows), strict=True):
                 outputs[index] = text
         return outputs
 
     def save(self, folder: str) -> None:
         save_tokenizer(self._folder, folder, context_length=self._length)
+
+    def _set_language(self) -> None:
+        """Have a multilingual model decode into the target language."""
+        card, generation = self._card, self.model.generation_config
+        if card.start_id is not None:
+            self.model.config.decoder_start_token_id = generation.decoder_start_token_id = card.start_id
+            generation.forced_bos_token_id = None
+        if card.first_id is not None:
+            generation.forced_bos_token_id = card.first_id
 
     def _generate(self, batch: Batch) -> Tensor:
         source = batch.tensors[0]

@@ -250,3 +250,35 @@ def test_an_objective_that_the_task_lacks_is_refused(tmp_path: Path, task: str, 
     corpus = {"causal_lm": "python_docs", "translation": "ui_messages"}[task]
     (line,) = mistakes(tmp_path, f"name: s\ntask: {task}\ndata: {{corpus: {corpus}}}\nobjective: {objective}\n")
     assert line.endswith(f"objective: {message}")
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        ("1", "1"),
+        ("01", "01"),
+        ("1.0", "1.0"),
+        ("true", "true"),
+        ("'1'", "1"),
+        ("yes", "yes"),
+        ("2020-01-01", "2020-01-01"),
+    ],
+)
+def test_a_positive_label_is_text_as_written(tmp_path: Path, written: str, label: str) -> None:
+    text = (
+        "name: a\ntask: classification\ndata: {corpus: python_areas}\nclassification: {f1: binary, positive_label: x}\n"
+    )
+    assert load(tmp_path, text.replace(": x", f": {written}")).classification.positive_label == label
+    assert (
+        load(tmp_path, text, overrides=[f"classification.positive_label={written}"]).classification.positive_label
+        == label
+    )
+    jsonschema.validate(
+        {
+            "name": "a",
+            "task": "classification",
+            "data": {"corpus": "python_areas"},
+            "classification": {"positive_label": 1},
+        },
+        json_schema(),
+    )

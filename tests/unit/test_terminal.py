@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpsearch.terminal import watch_report
+from hpsearch.terminal import _classes, watch_report
 
 
 def running(number: int, points: int) -> dict[str, Any]:
@@ -42,3 +42,11 @@ def test_looking_on_draws_the_longest_running_curve_where_there_is_room(
     assert len(lines) <= height
     assert "9/12" in said
     assert ("trial 2\n" in said and "o validation, . training loss" in said) == is_drawn
+
+
+def test_classes_are_counted_on_a_line_most_frequent_first() -> None:
+    assert _classes({"train": {"a": 3, "b": 9}, "test": {"a": 1, "b": 1_000}}) == "2: b 1,009, a 4"
+    many = _classes({"train": {f"label {number}": 1_000 - number for number in range(400)}})
+    assert many.startswith("400: label 0 1,000, label 1 999, ")
+    assert many.endswith(", ...")
+    assert len(many) <= 110
