@@ -38,6 +38,8 @@ EVERY_S = 20.0
 """Seconds between two looks at a study, at least."""
 SHARE = 0.05
 """Of a core, at most."""
+_LEAVE_S = 2.0
+"""What the thread gets to end; a store that hangs keeps nobody."""
 _TOP = 10
 """Rows of the leaderboard in a study's note."""
 _FIGURES = ("curves", "leaderboard")
@@ -204,11 +206,12 @@ class Annotator:
     def close(self) -> None:
         """End the thread."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_LEAVE_S)
 
     def finish(self) -> None:
         """Annotate what is on record by now, and end."""
-        self.close()
+        self._closed.set()
+        self._thread.join()
         self._annotate()
 
     def _work(self) -> None:

@@ -50,7 +50,7 @@ from hpsearch.spec import (
 from hpsearch.storage import Folder, cached, copied, locate, names
 from hpsearch.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import LAST_WORDS, RANKED, RESULT, UNFINISHED, Event, Listener, TrialConfig, TrialState
+from hpsearch.trial import LAST_WORDS, RANKED, RESULT, TRIAL, UNFINISHED, Event, Listener, TrialConfig, TrialState
 from hpsearch.trial_log import log_file, read_log
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
     from hpsearch.data import DataCard
     from hpsearch.invariants import Finding
+    from hpsearch.outbox import Outbox
     from hpsearch.study import Repeat, StudyRun
 
 _RUN_AGAIN = UNFINISHED | {TrialState.FAILED}
@@ -361,7 +362,7 @@ def export_model(
         raise RunFolderError(f"{source} does not belong to '{name}'; nothing is exported from it")
     if "config.json" not in names(source):
         raise RunFolderError(f"the checkpoint of trial {trial} is not at {source} any more, or not within reach")
-    copied(source, target, without=(LAST_WORDS, RESULT))
+    copied(source, target, without=(LAST_WORDS, RESULT, TRIAL))
     return target
 
 
@@ -585,7 +586,7 @@ def launch_spec(
             note(text)
         if any(truncated.values()):
             note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
-        with _hearing_signals(run, signals):
+        with _hearing_signals(run, signals, outbox):
             try:
                 backend.run(run)
             except StopRequestedError:
@@ -595,6 +596,7 @@ def launch_spec(
             outbox.flush()
             annotator.finish()
             outbox.flush()
+            run.settle()
         code = signals.exit_code or run.stop_code or _verdict(run)
         return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
 
@@ -907,7 +909,7 @@ class _Signals:
 
 
 @contextmanager
-def _hearing_signals(run: StudyRun, seen: _Signals) -> Iterator[None]:
+def _hearing_signals(run: StudyRun, seen: _Signals, outbox: Outbox) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP ask the run to stop; a second one ends the process at once, as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -920,6 +922,7 @@ def _hearing_signals(run: StudyRun, seen: _Signals) -> Iterator[None]:
     def stop(number: int, _: Any) -> None:
         seen.exit_code = codes[signal.Signals(number)]
         run.request_stop(f"stopped by {signal.Signals(number).name}")
+        outbox.hurry()
         signal.signal(number, before[signal.Signals(number)])
 
     for number in codes:

@@ -8,7 +8,8 @@ HpsearchError
 ├── StudyBusyError      4   another driver holds the study
 │   └── LeaseLostError      another driver took the study over while this one was away
 ├── StoreError         69   the study store cannot be reached, read or written
-│   └── StoreAwayError      perhaps only for a while
+│   ├── StoreAwayError      perhaps only for a while
+│   └── StoreRefusedError   what was to be written is nothing that it takes
 ├── RunFolderError     74   files of the run (data, checkpoints) cannot be written
 │   └── DiskFullError       there is no room for them, or their object store stays away
 └── ClusterError       75   Ray could not be started or was lost; launch again to resume
@@ -65,6 +66,10 @@ class StoreError(HpsearchError):
 
 
 class StoreAwayError(StoreError):
+    pass
+
+
+class StoreRefusedError(StoreError):
     pass
 
 

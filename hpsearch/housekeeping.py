@@ -6,13 +6,14 @@ What stays: the best checkpoint of the top ranked trials, and whatever a trial t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hpsearch import storage
 from hpsearch.storage import Folder, locate
 from hpsearch.store import Row, Store
-from hpsearch.trial import RANKED, UNFINISHED, TrialResult, TrialState
+from hpsearch.trial import RANKED, TRIAL, UNFINISHED, TrialConfig, TrialResult, TrialState
 
 _FOLDER = re.compile(r"trial-(\d{5,})(?:-attempt-(\d+))?")
 
@@ -45,6 +46,23 @@ def trial_folders(run: Folder, number: int | None = None) -> Iterator[tuple[int,
         match = _FOLDER.fullmatch(name)
         if match and (number is None or int(match[1]) == number):
             yield int(match[2] or 1), run / name
+
+
+def begun(attempts: Iterable[Folder]) -> TrialConfig | None:
+    """What the newest of some attempts at a trial was begun with, as its worker has noted it."""
+    for folder in attempts:
+        if (content := storage.read(folder / TRIAL)) is not None:
+            with suppress(ValueError):  # of another version of hpsearch, or cut short
+                return TrialConfig.model_validate_json(content)
+    return None
+
+
+def newest_first(run: Folder) -> dict[int, list[Folder]]:
+    """Folders of the attempts at every trial."""
+    found: dict[int, list[Folder]] = {}
+    for _, folder in sorted(trial_folders(run), key=lambda there: there[0], reverse=True):
+        found.setdefault(trial_of(folder) or 0, []).append(folder)
+    return found
 
 
 def trial_of(folder: Folder) -> int | None:

@@ -20,6 +20,8 @@ from hpsearch.store import Row, Store
 
 TIMEOUT_S = 30.0
 BEAT_S = 5.0
+_RELEASE_S = 2.0
+"""What a lease gets to be released; one that is not runs out."""
 
 
 class Lease:
@@ -42,6 +44,8 @@ def hold(store: Store, study: Row, note: Callable[[str], None]) -> Iterator[Leas
                 if not store.renew_lease(study["id"], lease.token):
                     lease.on_loss()
                     return
+        with suppress(HpsearchError):
+            store.release_lease(study["id"], lease.token)
 
     heart = threading.Thread(target=beat, name="hpsearch-lease", daemon=True)
     heart.start()
@@ -49,9 +53,7 @@ def hold(store: Store, study: Row, note: Callable[[str], None]) -> Iterator[Leas
         yield lease
     finally:
         done.set()
-        heart.join()
-        with suppress(HpsearchError):  # what cannot be released runs out
-            store.release_lease(study["id"], lease.token)
+        heart.join(_RELEASE_S)
 
 
 def is_held(lease: Row | None) -> bool:

@@ -5,6 +5,7 @@ A write is repeated until it is done, so it must be one that can be done twice; 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -17,6 +18,11 @@ PATIENCE_S = 600.0
 _SILENCE_S = 3.0
 """A store that is back sooner is not talked about."""
 _LONGEST_PAUSE_S = 5.0
+LEAVE_S = 20.0
+"""What a store that is away gets when nobody is there any more to wait for it."""
+_STEP_S = 3.0
+"""A store that has done a write so lately does the next one, too."""
+_LOOK_S = 0.2
 
 
 class Outbox:
@@ -30,6 +36,10 @@ class Outbox:
         self._writes: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._until = math.inf
+        self._moved = -math.inf
+        """When a write was last put or done."""
+        self._trouble: StoreAwayError | None = None
         self._thread = threading.Thread(target=self._work, name="hpsearch-outbox", daemon=True)
         self._thread.start()
 
@@ -37,27 +47,43 @@ class Outbox:
         """Do this after everything that was put before."""
         with self._changed:
             self._writes.append(write)
-            self._changed.notify_all()
+            self._move()
+
+    def hurry(self, limit_s: float = LEAVE_S) -> None:
+        """Somebody waits: a store that is away gets so many seconds more. Safe to call from a signal handler."""
+        self._until = min(self._until, time.monotonic() + limit_s)
 
     def flush(self) -> None:
         """Wait until everything is written. Raises the error that keeps it from being written."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._writes or self.error is not None)
+            while self._writes and self.error is None and not self._is_late():
+                self._changed.wait(_LOOK_S)  # a signal may have come
+            if self._writes and self.error is None:
+                self.error = self._trouble or StoreAwayError("the store does not answer")
         if self.error is not None:
             raise self.error
 
     def close(self) -> None:
-        """Write what waits, as far as that goes, and end."""
+        """Write what waits, as far as that goes, and end. A write that hangs is left behind."""
+        self.hurry()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        while self._thread.is_alive() and not self._is_late():
+            self._thread.join(_LOOK_S)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > max(self._until, self._moved + _STEP_S)
+
+    def _move(self) -> None:
+        self._moved = time.monotonic()
+        self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._writes or self._closed)
-                if not self._writes:
+                if not self._writes or self.error is not None:
                     return
                 write = self._writes[0]
             try:
@@ -69,26 +95,26 @@ class Outbox:
                 return
             with self._changed:
                 self._writes.popleft()
-                self._changed.notify_all()
+                self._move()
 
     def _do(self, write: Callable[[], None]) -> None:
-        away_since: float | None = None
+        began = time.monotonic()
         noted = False
         pause = 0.1
         while True:
             try:
                 write()
             except StoreAwayError as error:
-                now = time.monotonic()
-                away_since = now if away_since is None else away_since
-                if now - away_since > self._patience_s:
+                away_s = time.monotonic() - began
+                self._trouble = error
+                if away_s > self._patience_s or self._is_late():
                     raise
-                if not noted and now - away_since > _SILENCE_S:
+                if not noted and away_s > _SILENCE_S:
                     noted = True
                     self._note(f"{error}. Trials go on, and what they report waits; trying again")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             else:
-                if noted and away_since is not None:
-                    self._note(f"the store is back after {time.monotonic() - away_since:.0f} s")
+                if noted:
+                    self._note(f"the store is back after {time.monotonic() - began:.0f} s")
                 return

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -38,13 +38,14 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
+from hpsearch.engines import engine_options, guarded, set_limits
 from hpsearch.errors import StoreAwayError, StoreError
 from hpsearch.redaction import hide_secrets
 from hpsearch.rungs import LEVELS, Rungs
 from hpsearch.samplers import make_sampler
 from hpsearch.space import Choice, Dimension
 from hpsearch.spec import StudySpec, UnpromisingSpec
-from hpsearch.store import configure_engine, fence
+from hpsearch.store import fence, parse_url, storable
 from hpsearch.trial import TrialState
 
 VALUE_NAMES = {"loss": "validation loss (nats per token)", "bleu": "validation BLEU", "f1": "validation F1"}
@@ -91,6 +92,8 @@ class Suggestion:
 
     number: int
     params: dict[str, Any]
+    attributes: dict[str, Any]
+    """What `adopt` must be given beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,7 @@ class Search:
             else None
         )
         self._paused: set[int] = set()
+        self._refused: dict[int, str] = {}
         self._brain = optuna.create_study(
             study_name=spec.name,
             storage=_Memory(),
@@ -184,6 +188,11 @@ class Search:
     def is_exhausted(self) -> bool:
         """True when every setting of the space has been tried."""
         return self._settings is not None and len(self._tried) >= len(self._settings)
+
+    @property
+    def size(self) -> int:
+        """How many trials there are."""
+        return len(self._trials())
 
     def ask(self) -> Suggestion:
         """Propose settings that were not tried yet, those that were given first; the trial is RUNNING from here on.
@@ -240,7 +249,11 @@ class Search:
     def ask_again(self, number: int) -> Suggestion:
         """The settings of an interrupted or paused trial, which runs again under its number."""
         self._tell_record(number, OptunaState.RUNNING, None, {})
-        return Suggestion(number=number, params=self.params(number))
+        return self.suggestion(number)
+
+    def suggestion(self, number: int) -> Suggestion:
+        """The settings of a trial, as they were proposed."""
+        return Suggestion(number=number, params=self.params(number), attributes=_mirrored(self._trial(number)))
 
     def params(self, number: int) -> dict[str, Any]:
         """The settings of a trial."""
@@ -253,19 +266,25 @@ class Search:
 
     def repeat(self, number: int, *, seed: int) -> Suggestion:
         """The settings of a trial once more, on the record but hidden from the sampler: it is no new point."""
-        original = self._trial(number)
-        self._brain.add_trial(
-            create_trial(
-                state=OptunaState.RUNNING,
-                params=original.params,
-                distributions=original.distributions,
-                system_attrs={_REPEAT: number, _SEED: seed},
-            )
-        )
-        suggestion = self._begin(len(self._trials()) - 1)
-        self._repeats.add(suggestion.number)
-        self._brain._storage.set_trial_state_values(self._trial(suggestion.number)._trial_id, OptunaState.FAIL)
+        return self._add(self.params(number), {_REPEAT: number, _SEED: seed})
+
+    def adopt(self, params: dict[str, Any], attributes: dict[str, Any]) -> None:
+        """Take up a trial as the next one: it was begun, but not on record."""
+        self.unfinished.append(self._add(params, attributes).number)
+
+    def _add(self, params: dict[str, Any], attributes: dict[str, Any]) -> Suggestion:
+        distributions = {name: _distribution(self._space.dimensions[name]) for name in params}
+        running: dict[str, Any] = {"state": OptunaState.RUNNING, "system_attrs": attributes}
+        self._brain.add_trial(create_trial(params=params, distributions=distributions, **running))
+        suggestion = self._begin(self.size - 1)
+        if _REPEAT in attributes:
+            self._repeats.add(suggestion.number)
+            self._brain._storage.set_trial_state_values(self._trial(suggestion.number)._trial_id, OptunaState.FAIL)
         return suggestion
+
+    def refuse(self, number: int, why: str) -> None:
+        """From here on, a trial is on record as failed, whatever it is told. For the thread that writes."""
+        self._refused[number] = why
 
     def report(self, number: int, *, epoch: int, value: float) -> bool:
         """Record the objective at the end of an epoch; True when the trial is unpromising and should stop."""
@@ -361,7 +380,14 @@ class Search:
         if self._record:
             record = self._record
             rungs = {key: rung for key, rung in _mirrored(self._trial(number)).items() if key.startswith("completed_")}
-            self._write(lambda: record.tell(number, state, values, notes, rungs))
+
+            def write() -> None:
+                if (why := self._refused.get(number)) is not None:
+                    record.tell(number, OptunaState.FAIL, None, {"outcome": TrialState.FAILED.value, "why": why}, {})
+                else:
+                    record.tell(number, state, values, notes, rungs)
+
+            self._write(write)
 
     def close(self) -> None:
         """Give the connections to the store back."""
@@ -393,7 +419,7 @@ class Search:
         if self._record:
             record, template = self._record, copy.deepcopy(trial)
             self._write(lambda: record.begin(template))
-        return Suggestion(number=number, params=dict(trial.params))
+        return self.suggestion(number)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._brain.get_trials(deepcopy=False)
@@ -439,8 +465,7 @@ class _Record:
 
     def widen(self, distributions: dict[str, BaseDistribution]) -> None:
         """Record past trials as drawn from these distributions, which hold all their values: a study was extended."""
-        with _away(self._url):
-            session = self.storage.scoped_session()
+        with _away(self._url), self._session() as session:
             rows: Any = (
                 session.query(models.TrialParamModel)
                 .join(models.TrialModel)
@@ -454,6 +479,13 @@ class _Record:
                     row.param_value = distribution.to_internal_repr(value)
                     row.distribution_json = wanted
             session.commit()
+
+    @contextmanager
+    def _session(self) -> Iterator[Any]:
+        """A session that is given back whatever happens: a later one would find the error of this."""
+        try:
+            yield self.storage.scoped_session()
+        finally:
             self.storage.remove_session()
 
     def begin(self, trial: FrozenTrial) -> None:
@@ -502,7 +534,7 @@ class _Record:
         trial_id = self._ids[number]
         # A commit whose answer was lost has ended the trial already.
         with _away(self._url), suppress(optuna.exceptions.UpdateFinishedTrialError):
-            for key, note in notes.items():
+            for key, note in storable(notes).items():
                 self.storage.set_trial_user_attr(trial_id, key, note)
             for key, attribute in attributes.items():
                 self.storage.set_trial_system_attr(trial_id, key, attribute)
@@ -544,16 +576,15 @@ class _Record:
         """In one transaction: Optuna and its dashboard commit each piece, and a reader can see half a figure."""
         row: Any = models.StudySystemAttributeModel
         study_id = self._study._study_id
-        session = self.storage.scoped_session()
-        known = session.query(row).filter(row.study_id == study_id, row.key.in_(attributes))
-        rows = {found.key: found for found in known}
-        for key, value in attributes.items():
-            if key in rows:
-                rows[key].value_json = json.dumps(value)
-            else:
-                session.add(row(study_id=study_id, key=key, value_json=json.dumps(value)))
-        session.commit()
-        self.storage.remove_session()
+        with self._session() as session:
+            known = session.query(row).filter(row.study_id == study_id, row.key.in_(attributes))
+            rows = {found.key: found for found in known}
+            for key, value in storable(attributes).items():
+                if key in rows:
+                    rows[key].value_json = json.dumps(value)
+                else:
+                    session.add(row(study_id=study_id, key=key, value_json=json.dumps(value)))
+            session.commit()
 
 
 def _study_note(there: Mapping[str, Any], note: str, replaces: str) -> dict[str, Any]:
@@ -566,13 +597,8 @@ def _study_note(there: Mapping[str, Any], note: str, replaces: str) -> dict[str,
     return {**dict.fromkeys(keys, ""), "dashboard:note_ver": version, "dashboard:note_str:0": note}
 
 
-@contextmanager
-def _away(url: str) -> Iterator[None]:
-    try:
-        yield
-    except optuna.exceptions.StorageInternalError as error:
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise StoreAwayError(f"the store {hide_secrets(url)} cannot be used: {hide_secrets(cause)}") from error
+def _away(url: str) -> AbstractContextManager[None]:
+    return guarded(url, optuna.exceptions.StorageInternalError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -659,18 +685,23 @@ def _numbered(pattern: re.Pattern[str], attributes: Mapping[str, Any], numbers: 
 
 
 def open_storage(url: str) -> RDBStorage:
+    options = engine_options(parse_url(url))
     # Two first launches into one database can race to make Optuna's tables; the loser finds them at its second try.
     for attempt in range(3):
         try:
-            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": not url.startswith("sqlite")})
+            with _away(url):
+                storage = RDBStorage(url, engine_kwargs=options)
             break
+        except StoreAwayError:
+            if attempt == 2 or not url.startswith("sqlite"):
+                raise
         except Exception as error:
             if attempt == 2:
                 raise StoreError(
                     f"Optuna cannot use the store {hide_secrets(url)}: {hide_secrets(str(error))}"
                 ) from error
-            time.sleep(0.5 * (attempt + 1))
-    configure_engine(storage.engine)
+        time.sleep(0.5 * (attempt + 1))
+    set_limits(storage.engine)
     return storage
 
 

@@ -11,29 +11,40 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from hpsearch import migrations
-from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError, UnknownStudyError, UsageError
+from hpsearch.engines import guarded, make_engine
+from hpsearch.errors import LeaseLostError, StoreError, UnknownStudyError, UsageError
 from hpsearch.redaction import hide_secrets, remember_secrets
 from hpsearch.trial import UNFINISHED, Point, TrialConfig, TrialResult, TrialState
 
-BUSY_TIMEOUT_S = 30
 _DRIVERS = {"sqlite": ("sqlite", "sqlite+pysqlite"), "postgresql": ("postgresql", "postgresql+psycopg")}
 """What a store's URL may begin with."""
 
 
+class _Text(sa.types.TypeDecorator[str]):
+    """Text that PostgreSQL and SQLite take, whatever it comes from: see `storable`."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
+        return storable(value)  # type: ignore[no-any-return]
+
+
 class _Json(sa.types.TypeDecorator[Any]):
-    """JSON kept as text in SQLite and as JSONB in PostgreSQL, with NaN and infinities as null."""
+    """JSON kept as text in SQLite and as JSONB in PostgreSQL, of what both take: see `storable`."""
 
     impl = sa.Text
     cache_ok = True
@@ -44,7 +55,7 @@ class _Json(sa.types.TypeDecorator[Any]):
         return dialect.type_descriptor(JSONB(none_as_null=True) if dialect.name == "postgresql" else sa.Text())
 
     def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:
-        value = _finite(value)
+        value = storable(value)
         return value if dialect.name == "postgresql" else json.dumps(value)
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
@@ -67,23 +78,23 @@ class _Utc(sa.types.TypeDecorator[datetime]):
 metadata = sa.MetaData()
 _studies = sa.Table(
     "hpsearch_studies", metadata,
-    sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("name", sa.String(64)),
-    sa.Column("task", sa.String(32)), sa.Column("metric", sa.String(32)), sa.Column("higher_is_better", sa.Boolean),
-    sa.Column("spec", _Json), sa.Column("fingerprint", sa.String(16)), sa.Column("overrides", _Json),
+    sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("name", _Text(64)),
+    sa.Column("task", _Text(32)), sa.Column("metric", _Text(32)), sa.Column("higher_is_better", sa.Boolean),
+    sa.Column("spec", _Json), sa.Column("fingerprint", _Text(16)), sa.Column("overrides", _Json),
     sa.Column("budget_trials", sa.Integer), sa.Column("data", _Json), sa.Column("created_at", _Utc),
-    sa.Column("objective", sa.String(16)), sa.Column("placement", _Json), sa.Column("uid", sa.String(32)),
+    sa.Column("objective", _Text(16)), sa.Column("placement", _Json), sa.Column("uid", _Text(32)),
 )  # fmt: skip
 _trials = sa.Table(
     "hpsearch_trials", metadata,
     sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("study_id", sa.BigInteger),
-    sa.Column("number", sa.Integer), sa.Column("state", sa.String(16)), sa.Column("reason", sa.Text),
+    sa.Column("number", sa.Integer), sa.Column("state", _Text(16)), sa.Column("reason", _Text),
     sa.Column("params", _Json), sa.Column("settings", _Json), sa.Column("seed", sa.BigInteger),
     sa.Column("attempt", sa.Integer), sa.Column("started_at", _Utc),
-    sa.Column("ended_at", _Utc), sa.Column("device_seconds", sa.Double), sa.Column("host", sa.String(255)),
-    sa.Column("device", sa.String(255)), sa.Column("last_epoch", sa.Double),
+    sa.Column("ended_at", _Utc), sa.Column("device_seconds", sa.Double), sa.Column("host", _Text(255)),
+    sa.Column("device", _Text(255)), sa.Column("last_epoch", sa.Double),
     sa.Column("best_evaluation", sa.Integer), sa.Column("best_epoch", sa.Double),
     sa.Column("best_valid_loss", sa.Double), sa.Column("num_parameters", sa.BigInteger),
-    sa.Column("micro_batch_size", sa.Integer), sa.Column("checkpoint", sa.Text), sa.Column("error", sa.Text),
+    sa.Column("micro_batch_size", sa.Integer), sa.Column("checkpoint", _Text), sa.Column("error", _Text),
     sa.Column("provenance", _Json), sa.Column("repeat_of", sa.Integer), sa.Column("best_valid_score", sa.Double),
     sa.Column("losses", sa.Integer),
 )  # fmt: skip
@@ -96,19 +107,19 @@ _points = sa.Table(
 )  # fmt: skip
 _scores = sa.Table(
     "hpsearch_scores", metadata,
-    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("metric", sa.String(32), primary_key=True),
+    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("metric", _Text(32), primary_key=True),
     sa.Column("value", sa.Double), sa.Column("low", sa.Double), sa.Column("high", sa.Double),
     sa.Column("n", sa.Integer), sa.Column("contract", _Json),
 )  # fmt: skip
 _decisions = sa.Table(
     "hpsearch_decisions", metadata,
     sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("trial_id", sa.BigInteger),
-    sa.Column("evaluation", sa.Integer), sa.Column("verdict", sa.String(16)), sa.Column("action", sa.String(16)),
+    sa.Column("evaluation", sa.Integer), sa.Column("verdict", _Text(16)), sa.Column("action", _Text(16)),
     sa.Column("evidence", _Json), sa.Column("decided_at", _Utc),
 )  # fmt: skip
 _details = sa.Table(
     "hpsearch_details", metadata,
-    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("kind", sa.String(32), primary_key=True),
+    sa.Column("trial_id", sa.BigInteger, primary_key=True), sa.Column("kind", _Text(32), primary_key=True),
     sa.Column("content", _Json),
 )  # fmt: skip
 _examples = sa.Table(
@@ -117,14 +128,14 @@ _examples = sa.Table(
 )  # fmt: skip
 _leases = sa.Table(
     "hpsearch_leases", metadata,
-    sa.Column("study_id", sa.BigInteger, primary_key=True), sa.Column("holder", sa.String(255)),
+    sa.Column("study_id", sa.BigInteger, primary_key=True), sa.Column("holder", _Text(255)),
     sa.Column("token", sa.BigInteger), sa.Column("beat", sa.BigInteger), sa.Column("acquired_at", _Utc),
     sa.Column("heartbeat_at", _Utc), sa.Column("process", _Json),
 )  # fmt: skip
 _specs = sa.Table(
     "hpsearch_specs", metadata,
     sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("study_id", sa.BigInteger),
-    sa.Column("version", sa.Integer), sa.Column("spec", _Json), sa.Column("fingerprint", sa.String(16)),
+    sa.Column("version", sa.Integer), sa.Column("spec", _Json), sa.Column("fingerprint", _Text(16)),
     sa.Column("budget_trials", sa.Integer), sa.Column("recorded_at", _Utc),
 )  # fmt: skip
 _leaderboard = sa.table(
@@ -138,6 +149,7 @@ _leaderboard = sa.table(
 )  # fmt: skip
 
 Row = dict[str, Any]
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _UNFINISHED = [state.value for state in UNFINISHED]
 
 
@@ -187,24 +199,20 @@ class Store:
 
         Raises StoreError when the store cannot be written, or was written by a newer hpsearch.
         """
-        parsed = _parsed(url)
+        parsed = parse_url(url)
         file = _sqlite_file(parsed)
         if file is not None:
             if not file.parent.is_dir():
-                raise StoreError(f"cannot write the store {hide_secrets(url)}: there is no folder {file.parent}")
-            place = file if file.exists() else file.parent
-            if not os.access(place, os.W_OK) or (file.exists() and not file.is_file()):
-                raise StoreError(
-                    f"cannot write the store {hide_secrets(url)}: {place} is not a writable file or folder"
-                )
+                raise StoreError(f"cannot write the store {url}: there is no folder {file.parent}")
+            for place in (file, file.parent) if file.exists() else (file.parent,):
+                if not os.access(place, os.W_OK) or file.is_dir():
+                    raise StoreError(f"cannot write the store {url}: {place} is not a writable file or folder")
             if not file.exists():
                 return "new"
-        engine = sa.create_engine(parsed)
+        engine = make_engine(parsed, may_write=False)
         try:
-            with engine.connect() as connection:
+            with guarded(url), engine.connect() as connection:
                 found = migrations.version(connection)
-        except DBAPIError as error:
-            raise StoreError(_unreachable(url, error)) from error
         finally:
             engine.dispose()
         _refuse_newer(found, hide_secrets(url))
@@ -218,19 +226,17 @@ class Store:
 
         Asked of a database in which our tables have none. Writes nothing. Raises StoreError.
         """
-        parsed = _parsed(url)
+        parsed = parse_url(url)
         file = _sqlite_file(parsed)
         if file is not None and not file.exists():
             return False
-        engine = sa.create_engine(parsed)
+        engine = make_engine(parsed, may_write=False)
         try:
-            with engine.connect() as connection:
+            with guarded(url), engine.connect() as connection:
                 if not sa.inspect(connection).has_table("studies"):
                     return False
                 query = sa.text("SELECT 1 FROM studies WHERE study_name = :name")
                 return connection.execute(query, {"name": name}).first() is not None
-        except DBAPIError as error:
-            raise StoreError(_unreachable(url, error)) from error
         finally:
             engine.dispose()
 
@@ -364,7 +370,7 @@ class Store:
     def add_point(self, trial_id: int, point: Point) -> None:
         """Record a point of a curve; a run that was resumed from before it brings it again, and the new one stays."""
         with self._guarded(), self._engine.begin() as connection:
-            values = {key: _finite(value) for key, value in asdict(point).items()}
+            values = {key: storable(value) for key, value in asdict(point).items()}
             insert = _insert(connection, _points).values(trial_id=trial_id, **values)
             connection.execute(insert.on_conflict_do_update(index_elements=["trial_id", "evaluation"], set_=values))
 
@@ -658,7 +664,7 @@ class Store:
             return [dict(zip(names, row, strict=True)) for row in result]
 
     def _open_engine(self, url: str, create: bool) -> sa.Engine:
-        parsed = _parsed(url)
+        parsed = parse_url(url)
         file = _sqlite_file(parsed)
         if file is not None and not file.exists() and not create:
             raise StoreError(
@@ -667,18 +673,10 @@ class Store:
             )
         if file is not None and create:
             Store.preflight(url)
-        engine = sa.create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
-        configure_engine(engine, may_write=create)
-        return engine
+        return make_engine(parsed, may_write=create)
 
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except (OperationalError, InterfaceError) as error:
-            raise StoreAwayError(_unreachable(self.url, error)) from error
-        except DBAPIError as error:
-            raise StoreError(_unreachable(self.url, error)) from error
+    def _guarded(self) -> AbstractContextManager[None]:
+        return guarded(self.url)
 
 
 def fence(engine: sa.Engine, study_id: int, token: int) -> None:
@@ -709,31 +707,15 @@ def fence(engine: sa.Engine, study_id: int, token: int) -> None:
         connection.info["proved"] = True
 
     def _end(connection: sa.Connection) -> None:
-        connection.info.pop("proved", None)
+        if not connection.invalidated:  # one that is broken takes what is known of it along
+            connection.info.pop("proved", None)
 
     sa.event.listen(engine, "commit", _end)
     sa.event.listen(engine, "rollback", _end)
 
 
-def configure_engine(engine: sa.Engine, *, may_write: bool = True) -> None:
-    """Give every connection of an engine (ours, or Optuna's) the settings that a shared SQLite file needs."""
-    if engine.dialect.name != "sqlite":
-        return
-
-    @sa.event.listens_for(engine, "connect")
-    def _on_connect(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
-        cursor.execute("PRAGMA foreign_keys = ON")
-        if may_write:
-            cursor.execute("PRAGMA journal_mode = WAL")
-            cursor.execute("PRAGMA synchronous = NORMAL")
-        cursor.close()
-
-    engine.dispose()
-
-
-def _parsed(url: str) -> sa.URL:
+def parse_url(url: str) -> sa.URL:
+    """The URL of a store, its secrets remembered as such. Raises UsageError, StoreError."""
     remember_secrets(url)
     try:
         parsed = sa.make_url(url)
@@ -769,11 +751,6 @@ def _refuse_newer(version: int, shown_url: str) -> None:
         )
 
 
-def _unreachable(url: str, error: DBAPIError) -> str:
-    cause = hide_secrets(str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error).__name__)
-    return f"the store {hide_secrets(url)} cannot be used: {cause}"
-
-
 def _insert(connection: sa.Connection, table: sa.Table) -> Any:
     """An INSERT that knows ON CONFLICT."""
     from sqlalchemy.dialects import postgresql, sqlite
@@ -806,13 +783,19 @@ def _record_scores(connection: sa.Connection, trial_id: int, result: TrialResult
         connection.execute(sa.insert(_examples).values(trial_id=trial_id, content=result.examples))
 
 
-def _finite(value: Any) -> Any:
+def storable(value: Any) -> Any:
+    """The value as both databases take it: numbers that are none become null, characters that are none U+FFFD.
+
+    PostgreSQL has no NUL in its text, and half a surrogate pair is no UTF-8.
+    """
+    if isinstance(value, str):
+        return _NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(child) for child in value]
+        return {storable(key): storable(child) for key, child in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [storable(child) for child in value]
     return value
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from hpsearch import storage
 from hpsearch.endgame import LEAST_S, Clock
-from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFolderError
-from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, earlier_attempts, run_folder
+from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFolderError, StoreRefusedError
+from hpsearch.housekeeping import CheckpointKeeper, attempt_folder, begun, earlier_attempts, newest_first, run_folder
 from hpsearch.memory import PeakMemory
 from hpsearch.outbox import Outbox
 from hpsearch.ownership import Owner
@@ -80,6 +80,8 @@ class _Live:
     started: float
     row_id: int = -1
     """Known once the outbox has written the trial's start."""
+    refused: str = ""
+    """Why the store takes nothing more of it."""
     verdict: str = ""
     last: Point | None = None
     best: float = math.inf
@@ -181,6 +183,8 @@ class StudyRun:
         self._paused: dict[int, _Waiting] = {}
         self._losses: dict[int, int] = {}
         self._memory = PeakMemory()
+        self._refused: deque[TrialState] = deque()
+        """Ends that the store did not take, counted as what they are not."""
         self._row_ids: dict[int, Callable[[], int]] = {}
         """Of trials that are being scored."""
         self.scored: set[int] = set()
@@ -193,6 +197,9 @@ class StudyRun:
         for row in rows:
             self._count(TrialState(row["state"]))
             self._memory.learn(row["settings"], row["micro_batch_size"], row["provenance"])
+        self._attempts = newest_first(self._folder)
+        """Folders that earlier launches have left."""
+        self._adopt()
         self.resumed = self._take_up(rows)
 
     def add_listener(self, listener: Listener) -> None:
@@ -249,6 +256,7 @@ class StudyRun:
 
         Raises the error of the outbox, too.
         """
+        self.settle()
         if self._outbox.error is not None:
             raise self._outbox.error
         now = time.monotonic()
@@ -261,6 +269,12 @@ class StudyRun:
             self._look_for_room()
         if self.stop_reason is not None and self._is_over(now):
             raise StopRequestedError(self.stop_reason)
+
+    def settle(self) -> None:
+        """Count trials as failed whose ends the store did not take."""
+        while self._refused:
+            self.states[self._refused.popleft().value] -= 1
+            self._count(TrialState.FAILED)
 
     def find_silent(self) -> list[TrialConfig]:
         """Trials whose workers do not even run, so that they cannot end themselves after `limits.stall_minutes`."""
@@ -333,11 +347,14 @@ class StudyRun:
     def on_progress(self, number: int, progress: Progress) -> Decision:
         """Record a point; STOP, or PAUSE at a rung, when the other trials show this one to be unpromising."""
         live = self._live[number]
+        if live.refused:
+            live.last = progress.point
+            return Decision.STOP
         self._losses_in_a_row = 0
         if self._suspicion is not None:
             self._trust()
         point, judgement = progress.point, progress.judgement
-        self._outbox.put(lambda: self._store.add_point(live.row_id, point))
+        self._put(live, lambda: self._store.add_point(live.row_id, point))
         if math.isfinite(point.valid_loss):
             live.best = min(live.best, point.valid_loss)
         if point.valid_score is not None:
@@ -397,7 +414,7 @@ class StudyRun:
         assert live.last is not None
         place, reached = self._search.standing(number)
         reason = f"waits at epoch {live.last.epoch:.4g}: {place} of the {reached} trials that came so far"
-        self._outbox.put(lambda: self._store.pause_trial(live.row_id, reason))
+        self._put(live, lambda: self._store.pause_trial(live.row_id, reason))
         self._paused[number] = _wait(live)
         self._search.pause(number)
         self._count(TrialState.PAUSED)
@@ -457,6 +474,7 @@ class StudyRun:
     def on_cluster_lost(self, reason: str) -> None:
         """The cluster under the trials is gone, and perhaps this process with it, soon: bring everything to safety."""
         self.request_stop(reason)
+        self._outbox.hurry()
         self.interrupt_live()
         self._outbox.flush()
         self._on_cluster_lost()
@@ -548,7 +566,7 @@ class StudyRun:
         if not self._may_score(time.monotonic()) or not self._unscored():
             return None
         waiting = self._unscored().popleft()
-        suggestion = Suggestion(number=waiting.number, params=self._search.params(waiting.number))
+        suggestion = self._search.suggestion(waiting.number)
         config = self._config(suggestion, waiting).model_copy(update={"scores_only": True, "rungs": ()})
         row_id = waiting.row_id
         self._live[config.number] = _Live(
@@ -564,12 +582,27 @@ class StudyRun:
             return
         self.scored.add(number)
         last, row_id = live.last, self._row_ids.pop(number)
-        self._outbox.put(
-            lambda: self._store.score_unfinished(row_id(), result, last_epoch=last.epoch if last else None)
-        )
+        self._put(live, lambda: self._store.score_unfinished(row_id(), result, last_epoch=last.epoch if last else None))
         self._note(f"trial {number} {result.reason}")
 
     # Below the events
+
+    def _adopt(self) -> None:
+        """Take up trials that were begun while the store was away: it does not know of them, but their folders do."""
+        while (config := self._begun(self._search.size)) is not None:
+            self._search.adopt(config.params, config.attributes or {})
+
+    def _begun(self, number: int) -> TrialConfig | None:
+        """The newest attempt at a trial that a worker has begun, also one that is not on record."""
+        config = begun(self._attempts.get(number, ()))
+        return config if config is not None and config.origin == f"{self._study['uid']}/{number}" else None
+
+    def _since(self, waiting: _Waiting) -> _Waiting:
+        """The trial, with what has become of it since the store last heard."""
+        found = self._begun(waiting.number)
+        if found is None or found.attempt <= waiting.attempt or found.params != self._search.params(waiting.number):
+            return waiting
+        return replace(waiting, attempt=found.attempt, settings=_settings(found))
 
     def _take_up(self, rows: Sequence[Row]) -> int:
         """Queue what an earlier launch did not end, and tell Optuna what it did not hear; returns how many wait."""
@@ -588,7 +621,7 @@ class StudyRun:
             if row is None and (repeat is not None) == (self._repeats is not None):
                 # The driver died between Optuna's row and ours.
                 of, seed = repeat or (None, None)
-                self._queue.append(_Waiting(number, repeat_of=of, seed=seed))
+                self._queue.append(self._since(_Waiting(number, repeat_of=of, seed=seed)))
                 self._count(TrialState.INTERRUPTED)
         for row in by_number.values():
             if TrialState(row["state"]) is TrialState.RUNNING:
@@ -615,6 +648,7 @@ class StudyRun:
                 best=min(losses, default=math.inf),
                 best_score=max(scores, default=None),
             )
+            waiting = self._since(waiting)
             if state is TrialState.PAUSED:
                 self._paused[row["number"]] = waiting
             else:
@@ -642,6 +676,7 @@ class StudyRun:
             task=self.spec.task,
             seed=self.spec.seed if waiting.seed is None else waiting.seed,
             params=suggestion.params,
+            attributes=suggestion.attributes,
             repeat_of=waiting.repeat_of,
             objective=self.spec.objective,
             model=model,
@@ -674,7 +709,7 @@ class StudyRun:
         def write() -> None:
             live.row_id = self._store.start_trial(self._study["id"], config)
 
-        self._outbox.put(write)
+        self._put(live, write)
         facts = {
             "params": config.params,
             "epochs": config.training.num_epochs,
@@ -691,13 +726,20 @@ class StudyRun:
         if live.last is not None and result.seconds < live.last.seconds:
             result = replace(result, seconds=live.last.seconds)
         last_epoch = live.last.epoch if live.last else None
-        self._outbox.put(lambda: self._store.finish_trial(live.row_id, result, last_epoch=last_epoch))
+        self._put(live, lambda: self._store.finish_trial(live.row_id, result, last_epoch=last_epoch))
+        self._outbox.put(lambda: self._fail_if_refused(live, result, last_epoch))
         value = self._objective(result.best_valid_loss, result.best_valid_score)
         repeat_of = live.config.repeat_of
         self._search.tell(number, result.state, value=value, notes=_notes(result, repeat_of))
         # Once the end is on record, and not before: until then the files are all there is of it.
         self._outbox.put(
-            lambda: self._keeper.trial_ended(live.row_id, number, result, self._folder, is_repeat=repeat_of is not None)
+            lambda: self._keeper.trial_ended(
+                live.row_id,
+                number,
+                _failed(live, result) if live.refused else result,
+                self._folder,
+                is_repeat=repeat_of is not None,
+            )
         )
         self._count(result.state)
         if result.state in RANKED and value is not None:
@@ -705,6 +747,29 @@ class StudyRun:
         self._memory.learn(_settings(live.config), result.micro_batch_size, result.provenance)
         self._tell_end(live.config, live.last, result)
         self._look_for_a_pattern(live, result)
+
+    def _put(self, live: _Live, write: Callable[[], None]) -> None:
+        """Write something of a trial. What the store can never take ends that trial, not the study."""
+
+        def put() -> None:
+            if live.refused:
+                return
+            try:
+                write()
+            except StoreRefusedError as error:
+                live.refused = str(error)
+
+        self._outbox.put(put)
+
+    def _fail_if_refused(self, live: _Live, result: TrialResult, last_epoch: float | None) -> None:
+        """Give a trial an end that the store takes, where it did not take what the trial came to."""
+        if not live.refused:
+            return
+        failed = _failed(live, result)
+        self._store.finish_trial(live.row_id, failed, last_epoch=last_epoch)
+        self._search.refuse(live.config.number, failed.reason)
+        self._refused.append(result.state)
+        self._note(f"trial {live.config.number} failed: {failed.reason}")
 
     def _at_rung(self, live: _Live, point: Point, rung: int) -> Decision:
         value = live.best if self.spec.objective == "loss" else live.best_score
@@ -758,7 +823,7 @@ class StudyRun:
 
     def _requeue(self, number: int, reason: str, *, lost: bool = False) -> None:
         live = self._live.pop(number)
-        self._outbox.put(lambda: self._store.requeue_trial(live.row_id, reason, lost=lost))
+        self._put(live, lambda: self._store.requeue_trial(live.row_id, reason, lost=lost))
         self._search.tell(number, TrialState.INTERRUPTED, value=None, notes={"outcome": "interrupted", "why": reason})
         self._queue.appendleft(_wait(live))
         self._count(TrialState.INTERRUPTED)
@@ -775,10 +840,11 @@ class StudyRun:
         self._listen(Event(kind="trial_ended", trial=config.number, facts=facts))
 
     def _decide(self, live: _Live, point: Point, verdict: str, action: Decision, evidence: dict[str, Any]) -> None:
-        self._outbox.put(
+        self._put(
+            live,
             lambda: self._store.add_decision(
                 live.row_id, evaluation=point.evaluation, verdict=verdict, action=action, evidence=evidence
-            )
+            ),
         )
 
     def _look_for_a_pattern(self, ended: _Live, result: TrialResult) -> None:
@@ -933,6 +999,10 @@ def _wait(live: _Live) -> _Waiting:
         best=live.best,
         best_score=live.best_score,
     )
+
+
+def _failed(live: _Live, result: TrialResult) -> TrialResult:
+    return TrialResult(state=TrialState.FAILED, reason=live.refused, seconds=result.seconds, **_best(live.best))
 
 
 def _best(value: float) -> dict[str, Any]:

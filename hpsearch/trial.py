@@ -53,6 +53,10 @@ RESULT = "result.json"
 """File in the folder of an attempt: how it ended, for a driver that did not live to hear it."""
 
 
+TRIAL = "trial.json"
+"""File in the folder of an attempt: its TrialConfig, for a driver whose store does not know of it."""
+
+
 class Decision(StrEnum):
     """What search answers to a point."""
 
@@ -196,6 +200,8 @@ class TrialConfig(Strict):
     seed: int
     params: dict[str, Any]
     """What the sampler chose."""
+    attributes: dict[str, Any] | None = None
+    """What the sampler must know of its choice when the trial is taken up from its folder."""
     repeat_of: int | None = None
     """Of a trial of the finals: the trial whose settings it runs again."""
     objective: Objective = "loss"

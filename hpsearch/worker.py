@@ -53,6 +53,7 @@ from hpsearch.trial import (
     PULSE_FILE,
     RESULT,
     STOP_FILE,
+    TRIAL,
     Point,
     Progress,
     TrialConfig,
@@ -120,6 +121,7 @@ def run_trial(
                 yield from (progress for progress in curve if progress.point.evaluation > config.recorded)
                 return result
         watch = _Watch(config, folder, own_process, team.size if team else 1)
+        storage.write(folder / TRIAL, config.model_dump_json().encode())
     except DiskFullError as error:
         return TrialResult(state=TrialState.INTERRUPTED, reason=str(error), needed_bytes=error.needed)
     except OSError as error:

@@ -94,7 +94,7 @@ class Study:
         faults = {"log": str(self.log), "pace": self.pace, **self.faults}
         environment = {
             **os.environ,
-            "PYTHONPATH": str(INJECT),
+            "PYTHONPATH": os.pathsep.join([str(INJECT), os.environ.get("PYTHONPATH", "")]),
             "HPSEARCH_TEST_FAULTS": json.dumps(faults),
             "HPSEARCH_STORE": self.store,
             "OMP_NUM_THREADS": "1",
