@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from gc import set_threshold
 from typing import IO, Any, TypeVar
 
@@ -48,6 +48,14 @@ class _Group(click.Group):
     """Turns every error into one message and the exit code that it is documented to have."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self._main(*args, **kwargs)
+        except SystemExit as end:
+            if "pyarrow" in sys.modules:
+                _leave(end.code)
+            raise
+
+    def _main(self, *args: Any, **kwargs: Any) -> Any:
         _open_closed_streams()
         _take_passwords_off_the_command_line()
         set_threshold(50_000)  # rows by the thousand are made and kept: to look through them again and again is slow
@@ -87,6 +95,14 @@ class _Group(click.Group):
             )
             sys.exit(EXIT_BUG)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(code: Any) -> None:
+    """End the process without taking Python apart: threads of pyarrow that still read would abort it (arrow#45214)."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
 def _take_debug_from_anywhere() -> None:

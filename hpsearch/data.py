@@ -7,6 +7,7 @@ split alone. Knows nothing of models.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -712,7 +713,10 @@ def _read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...]) -
             if kind in _AS_WRITTEN:
                 rows = _AS_WRITTEN[kind](name)
             else:
-                rows = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
+                # To `datasets` a name is a pattern.
+                rows = datasets.load_dataset(
+                    kind, data_files=[glob.escape(name)], split="train", streaming=True, **options
+                )
             yield from _rows(rows, ("text",) if kind == "text" else columns, name)
         except DataError:
             raise

@@ -68,6 +68,8 @@ _STATE_OF = {
     Verdict.PLATEAU: TrialState.PLATEAU,
     Verdict.DIVERGING: TrialState.DIVERGED,
 }
+_LARGEST_LOSS = 700.0
+"""In nats: a perplexity of more is no floating-point number."""
 _ROOM_TO_BEGIN = 1_000_000
 """Bytes that a trial waits for that could not even make its folder."""
 _LOOK_EVERY_S = 0.25
@@ -189,7 +191,7 @@ def _score_best(config: TrialConfig, watch: _Watch) -> TrialResult:
     """Test scores of the best checkpoint that earlier attempts have left of a trial that has not ended."""
     trainer = watch.trainer = _trainer(config, Ranks(), watch.pulse)
     unfinished = TrialResult(state=TrialState.INTERRUPTED, reason="has no checkpoint to be scored yet")
-    if not trainer.recover_best():
+    if not trainer.recover_best() or trainer.best is None or trainer.best.valid_loss > _LARGEST_LOSS:
         return unfinished
     last = trainer.curve[-1]
     reason = f"scored as it was at epoch {last.epoch:.4g} of {config.training.num_epochs}"
@@ -375,6 +377,9 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
     state = _STATE_OF[judgement.verdict] if stops else TrialState.COMPLETED
     if state is TrialState.DIVERGED or trainer.best is None:
         return replace(common, state=TrialState.DIVERGED, reason=_why(judgement, curve))
+    if trainer.best.valid_loss > _LARGEST_LOSS:
+        reason = f"its best validation loss is {trainer.best.valid_loss:.3g}, too large for any score"
+        return replace(common, state=TrialState.DIVERGED, reason=reason)
     result = _scored(replace(common, state=state, reason=_why(judgement, curve) if stops else common.reason), trainer)
     trainer.export()
     return replace(result, checkpoint=str(trainer.folder))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from io import StringIO
 from pathlib import Path
 
 import optuna
+import pandas as pd
 import pytest
 
 import hpsearch as package
@@ -171,3 +173,38 @@ def test_failed_trials_are_put_back_by_a_command(tiny: Path, tmp_path: Path, hps
     refused = hpsearch("retry", "tiny", "0", "--store", study.store)
     assert refused.returncode == 2
     assert "trial 0 of 'tiny' has not failed" in refused.stderr
+
+
+def test_a_loss_too_large_for_a_perplexity_is_a_divergence(tiny: Path) -> None:
+    overrides = [
+        "search={learning_rate: 1.0e+6, num_epochs: 2}", "training.gradient_clip=0", "training.optimizer=adamw",
+        "training.weight_average=0.0", "prune.overfit=false",
+    ]  # fmt: skip
+    study = package.launch(tiny, trials=1, overrides=overrides)
+    assert study.exit_code == 3
+    assert [trial["state"] for trial in study.trials()] == ["diverged"]
+
+
+def test_a_name_of_a_file_is_no_pattern(tmp_path: Path, hpsearch: Run) -> None:
+    (tmp_path / "da1ta.parquet").write_bytes(b"another file")
+    rows = pd.DataFrame({"text": [f"text number {number} of the file that was named" for number in range(60)]})
+    rows.to_parquet(tmp_path / "da[1]ta.parquet")
+    (tmp_path / "s.yaml").write_text(
+        "name: s\ntask: causal_lm\ndata: {files: 'da[1]ta.parquet'}\ntokenizer: {vocab_size: 300}\nbackend: inline\n"
+    )
+    checked = hpsearch("check", "s.yaml", "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert sum(json.loads(checked.stdout)["data"]["documents"].values()) == 60
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_a_column_that_a_parquet_file_lacks_is_a_usage_error_each_time(
+    tmp_path: Path, hpsearch: Run, turn: int
+) -> None:
+    pd.DataFrame({"text": ["a", "b"] * 500}).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "s.yaml").write_text(
+        "name: s\ntask: causal_lm\ndata: {files: d.parquet, column: txt}\nbackend: inline\n"
+    )
+    refused = hpsearch("check", "s.yaml")
+    assert refused.returncode == 2
+    assert "has no column 'txt'; it has text" in refused.stderr
