@@ -615,7 +615,8 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
     spec = _with_its_defaults(spec) if contacts_store else spec
     existing = _existing(spec, extend=extend, moves=moves) if contacts_store else None
     _check_score(spec)
-    pretrained.of(spec.model)
+    if (model := pretrained.of(spec.model)) and spec.task == "translation":
+        pretrained.load_translator(model, spec.data.source_language, spec.data.target_language)
     card, truncated = (None, {}) if spec.data.hub else measure(spec)
     if card:
         for settings in _corner_models(spec):

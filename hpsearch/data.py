@@ -6,6 +6,7 @@ split alone. Knows nothing of models.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import glob
 import hashlib
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -633,7 +635,8 @@ def _shares(count: int, *cuts: float) -> list[int]:
 def _train_every_label(place: dict[str, str], labels: dict[str, set[str]]) -> None:
     """Put one text of each label that only stands beside rarer ones into training, if none is there."""
     trained = {label for text, split in place.items() if split == "train" for label in labels[text]}
-    for text in sorted(labels, key=lambda text: stable_fraction(text, "split")):
+    lacking = [text for text, own in labels.items() if not own <= trained]
+    for text in sorted(lacking, key=lambda text: stable_fraction(text, "split")):
         if not labels[text] <= trained:
             place[text] = "train"
             trained |= labels[text]
@@ -728,13 +731,16 @@ def _read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...]) -
 
 def _csv_rows(name: str) -> Iterator[dict[str, Any]]:
     """Rows of text as it is written: `datasets` lets pandas guess types by the chunk, and drop `NA`."""
-    import pandas as pd
-
-    for frame in pd.read_csv(name, dtype=str, na_filter=False, chunksize=10_000):
-        if not isinstance(frame.index, pd.RangeIndex):
-            raise DataError(f"data: {name} has rows with more fields than its first line names columns")
-        for row in frame.to_dict("records"):
-            yield {str(column): value for column, value in row.items()}
+    csv.field_size_limit(sys.maxsize)
+    with open(name, encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines, strict=True)
+        try:
+            for row in rows:
+                if None in row:
+                    raise ValueError(f"line {rows.reader.line_num}: more fields than the first line names columns")
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"line {rows.reader.line_num}: {error}") from None
 
 
 def _json_rows(name: str) -> Iterator[dict[str, Any]]:
@@ -746,7 +752,7 @@ def _json_rows(name: str) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg}") from error
+                raise ValueError(f"line {number}: {error.msg}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number}: expected an object, got {line.strip()[:60]}")  # noqa: TRY004
             yield row

@@ -21,7 +21,8 @@ from hpsearch.settings import ModelSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.spm")
+_BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.spm")
+_WANTED = ("*.safetensors", *_BESIDE_WEIGHTS)
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm")
 _SENTENCEPIECE = ("*.model", "*.spm")
 _LFS_POINTER = b"version https://git-lfs"
@@ -34,11 +35,8 @@ def locate(name: str, revision: str | None) -> Path:
     folder = Path(name) if Path(name).is_dir() else _fetch(name, revision)
     if not (folder / "config.json").is_file():
         raise UsageError(f"model.pretrained: {name} is no model of transformers: it has no config.json")
-    for file in (file for pattern in _WANTED for file in sorted(folder.glob(pattern))):
-        if file.open("rb").read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UsageError(
-                f"model.pretrained: {file} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
-            )
+    for file in (file for pattern in _BESIDE_WEIGHTS for file in sorted(folder.glob(pattern))):
+        _refuse_pointer(file)
     config = _read_json(folder / "config.json")
     if config.get("auto_map") and config.get("model_type") not in _known_types():
         raise UsageError(
@@ -77,10 +75,19 @@ def _check_weights(folder: Path) -> None:
             raise UsageError(f"model.pretrained: {folder / shard} lacks {lacking[0]}, which {index.name} says it has")
 
 
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as content:
+        if content.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UsageError(
+                f"model.pretrained: {file} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+            )
+
+
 def _names(file: Path) -> set[str]:
     """Names of the tensors of a safetensors file; its header is compared with its size."""
     from safetensors import safe_open
 
+    _refuse_pointer(file)
     try:
         with safe_open(file, framework="numpy") as content:
             return set(content.keys())

@@ -813,6 +813,8 @@ def _cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
     for name in ("source_language", "target_language"):
         if getattr(spec.data, name) is not None and spec.task != "translation":
             problems.append(Problem(path=("data", name), message="only a translation has languages", at_key=True))
+    if spec.data.rare_labels != "keep" and spec.task != "classification":
+        problems.append(Problem(path=("data", "rare_labels"), message="only a classification has labels", at_key=True))
     if spec.classification.f1 == "binary" and spec.classification.positive_label is None:
         message = "binary F1 needs positive_label: the label that it is about"
         problems.append(Problem(path=("classification", "f1"), message=message))

@@ -87,7 +87,8 @@ def test_somebody_locks_the_lease(suffer: Suffer, survive: Survive, postgres_sto
     study.wait_for_epochs(2, launch)
     with sa.create_engine(postgres_store).begin() as other:
         other.execute(sa.text("UPDATE hpsearch_leases SET holder = holder"))
-        study.wait_for(lambda: noted(study, "lock timeout. Trials go on"), launch)
+        study.wait_for(lambda: noted(study, "Trials go on"), launch)
+        assert noted(study, "lock timeout. Trials go on"), study.events()[-1]
         code, seconds = ended_in(lambda: study.launch().wait(60))
         assert (code, seconds < 40) == (69, True)
         assert "lock timeout" in study.errors().read_text()

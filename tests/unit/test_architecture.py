@@ -62,7 +62,7 @@ OWNERS = {
     "optuna": {"search", "samplers"},
     "optuna_dashboard": {"dashboard"},
     "jinja2": {"pages"},
-    "pandas": {"data", "ranking", "figures", "tables"},
+    "pandas": {"ranking", "figures", "tables"},
     "plotly": {"figures", "pages"},
     "sqlalchemy": {"store", "engines", "migrations"},
     "torch": {"trainer", "worker", "checkpoints", "devices", "muon", "ranks", *TASK_ROOM},

@@ -158,7 +158,14 @@ def test_own_splits_are_kept_and_training_yields_to_them(tmp_path: Path) -> None
         pytest.param("a.jsonl", '{"text": 3}\n', "text", "row 1: column 'text' holds int, not text", id="no text"),
         pytest.param("a.jsonl", "{oops\n", "text", "cannot be read as json", id="broken json"),
         pytest.param("a.jsonl", '{"text": "x"}\n3\n', "text", "line 2: expected an object, got 3", id="no object"),
-        pytest.param("a.csv", "text\n1,2\n", "text", "rows with more fields than its first line", id="more fields"),
+        pytest.param("a.csv", "text\n1,2\n", "text", "line 2: more fields than the first line names", id="more fields"),
+        pytest.param(
+            "a.csv",
+            'text,label\na,"b\n',
+            "text",
+            "cannot be read as csv: line 2: unexpected end of data",
+            id="open quote",
+        ),
         pytest.param("a.parquet", "oops", "text", "cannot be read as parquet", id="broken parquet"),
     ],
 )
@@ -391,10 +398,11 @@ def test_texts_are_text_as_written(tmp_path: Path, suffix: str) -> None:
     import pandas as pd
 
     file = tmp_path / f"a.{suffix}"
-    frame = pd.DataFrame({"text": [*NO_WORDS, *lines(200)]})
+    written = [*NO_WORDS, 'a "quoted", one', "two\nlines", " blank ", "x" * 200_000, *lines(200)]
+    frame = pd.DataFrame({"text": written})
     frame.to_csv(file, index=False) if suffix == "csv" else frame.to_json(file, orient="records", lines=True)
     found = {text for (text,) in all_of(read_examples(study(DataSpec(files=files(file)))))}
-    assert found == {*NO_WORDS, *lines(200)}
+    assert found == set(written)
 
 
 def test_labels_are_text_as_written_wherever_they_stand(tmp_path: Path) -> None:

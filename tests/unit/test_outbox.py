@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -79,4 +80,27 @@ def test_a_store_that_stays_away_ends_the_writing() -> None:
     box.put(away)
     with pytest.raises(StoreAwayError):
         box.flush()
+    box.close()
+
+
+def test_somebody_who_waits_does_not_wait_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STEP_S", 0.2)
+    hangs, box = threading.Event(), Outbox(print)
+    box.put(lambda: hangs.wait(30) and None)
+    box.hurry(0.3)
+    began = time.monotonic()
+    with pytest.raises(StoreAwayError, match="does not answer"):
+        box.flush()
+    box.close()
+    assert time.monotonic() - began < 3
+    hangs.set()
+
+
+def test_a_store_that_writes_is_not_given_up_however_late_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STEP_S", 1.0)
+    box = Outbox(print)
+    for _ in range(10):
+        box.put(lambda: time.sleep(0.05))
+    box.hurry(0.0)
+    box.flush()
     box.close()

@@ -282,3 +282,12 @@ def test_a_positive_label_is_text_as_written(tmp_path: Path, written: str, label
         },
         json_schema(),
     )
+
+
+def test_languages_and_rare_labels_belong_to_a_task(tmp_path: Path) -> None:
+    data = "data: {corpus: python_docs, source_language: en, target_language: fr, rare_labels: drop}\n"
+    assert mistakes(tmp_path, f"name: a\ntask: causal_lm\n{data}") == [
+        "s.yaml:3:29: data.source_language: only a translation has languages",
+        "s.yaml:3:50: data.target_language: only a translation has languages",
+        "s.yaml:3:71: data.rare_labels: only a classification has labels",
+    ]
