@@ -53,9 +53,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
-    def trainer(run: RunSettings = RUN, model: ModelSettings = MODEL, seed: int = 0) -> Trainer:
+    def trainer(run: RunSettings = RUN, model: ModelSettings = MODEL, seed: int = 0, **more: Any) -> Trainer:
         seed_everything(seed)
-        return Trainer(CausalLM(data, model), run, seed=seed, device=CPU, folder=tmp_path / "trial")
+        return Trainer(CausalLM(data, model), run, seed=seed, device=CPU, folder=tmp_path / "trial", **more)
 
     return trainer
 
@@ -486,3 +486,41 @@ def test_the_bootstrap_interval_covers_the_truth() -> None:
         low, high = intervals.interval("perplexity", {"nats": nats, "tokens": tokens}, {})
         hits += low < math.exp(4.0) < high
     assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_a_run_whose_time_is_short_has_its_learning_rate_brought_down_to_its_end(make: Callable[..., Trainer]) -> None:
+    """Each step takes a second of a clock that gives it 20 of its steps; the schedule alone would end much later."""
+    run = RUN.model_copy(
+        update={"num_epochs": 40, "schedule": "constant", "warmup_fraction": 0.0, "final_lr_fraction": 0.1}
+    )
+    steps = 0
+
+    def pulse() -> Order:
+        return Order.TIME_UP if steps >= 20 else Order.GO_ON
+
+    trainer = make(run, pulse=pulse, time_left=lambda: 20.0 - steps)
+    rates = []
+    step = trainer._step
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        rates.append(trainer._learning_rate(trainer._position.step))
+        return step(*arguments)
+
+    trainer._step = counted  # type: ignore[method-assign]
+    points = list(trainer.points())
+    assert points[-1].epoch < 40
+    assert trainer.is_shortened
+    peak = run.learning_rate
+    assert rates[:10] == [peak] * 10
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(peak * 0.1)
+    assert trainer.best is not None
+
+
+def test_a_run_that_has_time_enough_keeps_its_schedule(make: Callable[..., Trainer]) -> None:
+    trainer = make(time_left=lambda: 1e6)
+    as_planned = losses(make().points())
+    assert losses(trainer.points()) == as_planned
+    assert not trainer.is_shortened
