@@ -44,8 +44,12 @@ def choose(language: str | None, references: Iterable[str]) -> str:
     return "char" if parts & _OTHERS else _by_script(references)
 
 
-def metric(tokenizer: str) -> BLEU:
-    """BLEU with one of sacrebleu's tokenizers. Raises UsageError where it lacks a package or a file; fetches none."""
+def metric(tokenizer: str, *, longest_reference: int | None = None) -> BLEU:
+    """BLEU with one of sacrebleu's tokenizers. Raises UsageError where it lacks a package or a file; fetches none.
+
+    Where no reference is ORDER words long, only the orders that there are count (sacrebleu's effective order): else a
+    perfect translation would score 0.
+    """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.tokenizers.tokenizer_spm import SACREBLEU_DIR, SPM_MODELS
 
@@ -58,9 +62,14 @@ def metric(tokenizer: str) -> BLEU:
                 f"`echo a | sacrebleu --tokenize {tokenizer} <(echo a)` fetches it once"
             )
     try:
-        return BLEU(tokenize=tokenizer)
+        return BLEU(tokenize=tokenizer, effective_order=is_short(longest_reference))
     except Exception as error:  # each tokenizer misses its packages in its own way
         raise UsageError(f"{setting} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def is_short(longest_reference: int | None) -> bool:
+    """Whether no reference has sequences of ORDER words."""
+    return longest_reference is not None and longest_reference < ORDER
 
 
 def longest(references: Iterable[str], tokenizer: str) -> int:

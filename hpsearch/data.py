@@ -265,9 +265,9 @@ def notes(spec: StudySpec, card: DataCard) -> list[str]:
             f"translation.bleu_tokenizer: {chosen} finds words between spaces, and the references have none: BLEU is "
             f"next to 0 for all outputs; {card.bleu_tokenizer} (or auto) fits them"
         )
-    elif card.longest_reference is not None and card.longest_reference < bleu.ORDER:
+    if bleu.is_short(card.longest_reference):
         found.append(
-            f"no reference of the test split has {bleu.ORDER} words for BLEU to count: it is 0 for all outputs"
+            f"no reference of the test split has {bleu.ORDER} words: BLEU counts the shorter sequences that there are"
         )
     return found
 

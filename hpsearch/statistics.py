@@ -66,7 +66,7 @@ def score(metric: str, sums: Floats, contract: Mapping[str, Any]) -> Floats:
     if metric in ("bits_per_byte", "accuracy"):
         return np.asarray(sums[..., 0] / sums[..., 1])
     if metric == "bleu":
-        return _bleu(sums)
+        return _bleu(sums, only_there="eff:yes" in str(contract.get("signature", "")))
     if metric == "chrf":
         return _chrf(sums)
     if metric == "ter":
@@ -78,19 +78,24 @@ def score(metric: str, sums: Floats, contract: Mapping[str, Any]) -> Floats:
     return _label_score(metric, contract["average"], hits, guesses, actual, index)
 
 
-def _bleu(sums: Floats) -> Floats:
-    """Corpus BLEU with exponential smoothing, as sacrebleu's default (Post, WMT 2018; Chen & Cherry, WMT 2014)."""
+def _bleu(sums: Floats, *, only_there: bool) -> Floats:
+    """Corpus BLEU with exponential smoothing, as sacrebleu's default (Post, WMT 2018; Chen & Cherry, WMT 2014).
+
+    With `only_there`, sacrebleu's effective order, orders without n-grams are left out of the mean.
+    """
     length, reference = sums[..., 0], sums[..., 1]
     correct, total = sums[..., 2:6], sums[..., 6:10]
+    counts = total > 0
     # The k-th order without a match counts 1 / 2^k matches.
-    nothing = (correct == 0) & (total > 0)
+    nothing = (correct == 0) & counts
     smoothed = np.where(nothing, 0.5 ** np.cumsum(nothing, axis=-1), correct)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(smoothed / total).mean(axis=-1)
+        logs = np.where(counts, np.log(smoothed / total), 0.0).sum(axis=-1) / np.maximum(counts.sum(axis=-1), 1)
         brevity = np.where(length < reference, np.exp(1 - reference / length), 1.0)
         values = 100 * brevity * np.exp(logs)
     # sacrebleu gives 0 where no word matches at all, and where an order has no n-grams.
-    return np.asarray(np.where((correct.sum(axis=-1) > 0) & (total > 0).all(axis=-1), values, 0.0))
+    is_there = counts.any(axis=-1) if only_there else counts.all(axis=-1)
+    return np.asarray(np.where((correct.sum(axis=-1) > 0) & is_there, values, 0.0))
 
 
 def _label_score(

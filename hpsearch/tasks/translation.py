@@ -57,7 +57,8 @@ class Translation:
         self._options = options
         chosen = options.bleu_tokenizer
         # Made here, so that what it lacks is found before anything is trained.
-        self._bleu = bleu.metric(self._card.bleu_tokenizer or "13a" if chosen == "auto" else chosen)
+        words = self._card.bleu_tokenizer or "13a" if chosen == "auto" else chosen
+        self._bleu = bleu.metric(words, longest_reference=self._card.longest_reference)
         self._label_smoothing = label_smoothing
         tokens = _tokens(settings, self._card.vocab_size, self._card.target_vocab_size)
         self.model = architecture.build_model(AutoModelForSeq2SeqLM, settings, **tokens)

@@ -112,7 +112,7 @@ def test_references_too_short_for_bleu_are_told(tmp_path: Path) -> None:
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert notes(spec, measure(spec)[0]) == [
-        "no reference of the test split has 4 words for BLEU to count: it is 0 for all outputs"
+        "no reference of the test split has 4 words: BLEU counts the shorter sequences that there are"
     ]
 
 

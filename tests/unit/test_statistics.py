@@ -34,6 +34,18 @@ def test_bleu_of_sums_is_sacrebleus(outputs: list[str]) -> None:
     assert float(statistics.score("bleu", sums, {})) == pytest.approx(theirs, abs=1e-9)
 
 
+@pytest.mark.parametrize("outputs", [["红 蓝", "大 小"], ["红 蓝", "大 大"], ["红", "小"], ["x", "y"]])
+def test_bleu_of_references_without_four_words_is_sacrebleus_with_its_effective_order(outputs: list[str]) -> None:
+    references = ["红 蓝", "大 小"]
+    metric = BLEU(tokenize="zh", effective_order=True)
+    theirs = metric.corpus_score(outputs, [references]).score
+    counts = np.array(metric._extract_corpus_statistics(outputs, [references]))
+    sums = statistics.summands("bleu", {"bleu": counts}).sum(axis=0)
+    contract = {"signature": str(metric.get_signature())}
+    assert float(statistics.score("bleu", sums, contract)) == pytest.approx(theirs, abs=1e-9)
+    assert (theirs == 100) is (outputs == references)
+
+
 @pytest.mark.parametrize("average", ["macro", "micro", "weighted", "binary"])
 def test_label_scores_of_sums_are_scikit_learns(average: str) -> None:
     rng = np.random.default_rng(0)
