@@ -428,19 +428,9 @@ class Store:
                     state=result.state.value,
                     reason=result.reason,
                     ended_at=_now(),
-                    device_seconds=result.seconds,
-                    host=result.host,
-                    device=result.device,
-                    last_epoch=last_epoch,
-                    best_evaluation=result.best_evaluation,
-                    best_epoch=result.best_epoch,
-                    best_valid_loss=result.best_valid_loss,
-                    best_valid_score=result.best_valid_score,
-                    num_parameters=result.num_parameters,
-                    micro_batch_size=result.micro_batch_size,
                     checkpoint=result.checkpoint,
                     error=result.error,
-                    provenance=result.provenance,
+                    **_measured(result, last_epoch),
                 )
             )
             if updated.rowcount != 1:
@@ -461,19 +451,7 @@ class Store:
             updated = connection.execute(
                 sa.update(_trials)
                 .where(_trials.c.id == trial_id, _trials.c.state.in_(_UNFINISHED))
-                .values(
-                    device_seconds=result.seconds,
-                    host=result.host,
-                    device=result.device,
-                    last_epoch=last_epoch,
-                    best_evaluation=result.best_evaluation,
-                    best_epoch=result.best_epoch,
-                    best_valid_loss=result.best_valid_loss,
-                    best_valid_score=result.best_valid_score,
-                    num_parameters=result.num_parameters,
-                    micro_batch_size=result.micro_batch_size,
-                    provenance=result.provenance,
-                )
+                .values(**_measured(result, last_epoch))
             )
             if updated.rowcount == 1:
                 _record_scores(connection, trial_id, result)
@@ -765,6 +743,16 @@ def _record_spec(
     values = {"spec": spec, "fingerprint": fingerprint, "budget_trials": budget_trials, "recorded_at": _now()}
     version = connection.execute(last).scalar_one()
     connection.execute(sa.insert(_specs).values(study_id=study_id, version=version, **values))
+
+
+def _measured(result: TrialResult, last_epoch: float | None) -> dict[str, Any]:
+    """What a worker has measured of a trial, by column."""
+    names = (
+        "host", "device", "best_evaluation", "best_epoch", "best_valid_loss", "best_valid_score", "num_parameters",
+        "micro_batch_size", "provenance",
+    )  # fmt: skip
+    values = {name: getattr(result, name) for name in names}
+    return {"device_seconds": result.seconds, "last_epoch": last_epoch, **values}
 
 
 def _forget_scores(connection: sa.Connection, trial_id: int) -> None:

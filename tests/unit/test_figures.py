@@ -16,7 +16,8 @@ def board_of(ties: list[str]) -> Leaderboard:
     ]  # fmt: skip
     return Leaderboard(
         studies=["s"], task="causal_lm", metric="perplexity", objective="loss", rows=rows, states={},
-        validation_choice=None, finals=[],
+        validation_choice=None,
+        leading=None, finals=[],
     )  # fmt: skip
 
 
