@@ -43,7 +43,7 @@ def test_bleu_of_references_without_four_words_is_sacrebleus_with_its_effective_
     sums = statistics.summands("bleu", {"bleu": counts}).sum(axis=0)
     contract = {"signature": str(metric.get_signature())}
     assert float(statistics.score("bleu", sums, contract)) == pytest.approx(theirs, abs=1e-9)
-    assert (theirs == 100) is (outputs == references)
+    assert (theirs > 99.999) is (outputs == references)
 
 
 @pytest.mark.parametrize("average", ["macro", "micro", "weighted", "binary"])
