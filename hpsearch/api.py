@@ -918,7 +918,8 @@ def _hearing_signals(run: StudyRun, seen: _Signals, outbox: Outbox) -> Iterator[
     codes = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM, signal.SIGHUP: EXIT_SIGHUP}
     before = {number: signal.getsignal(number) for number in codes}
     # A launch that does without its terminal (nohup) goes on when that closes.
-    codes = {number: code for number, code in codes.items() if before[number] is not signal.SIG_IGN}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del codes[signal.SIGHUP]
 
     def stop(number: int, _: Any) -> None:
         seen.exit_code = codes[signal.Signals(number)]

@@ -89,16 +89,16 @@ def _fitted(
     """The configuration with these values, and with what its model turns out to need beside them."""
     # Where a model has use for padding, that of a stream of text is its end mark.
     padded = {"pad_token_id": END_ID} if values["pad_token_id"] is None else {}
-    first: Exception | None = None
+    first: UsageError | None = None
     for patterns in ({}, _patterns(settings, default)):
-        stage = "transformers refuses this configuration of"
+        failed = f"transformers refuses this configuration of '{settings.architecture}'"
         try:
             config = AutoConfig.for_model(settings.architecture, **{**values, **padded, **patterns})
-            stage = "there is no model of these sizes for"
+            failed = f"a {settings.architecture} of these sizes cannot be built"
             unused = _unused_positions(skeleton(auto_class, config))
             break
         except Exception as error:  # transformers raises many kinds for values that do not fit together
-            first = first or UsageError(f"model: {stage} '{settings.architecture}': {error}")
+            first = first or UsageError(f"model: {failed}: {error}")
     else:
         assert first is not None
         raise first
