@@ -100,7 +100,7 @@ def test_files_of_nobody_are_removed_and_a_lost_checkpoint_is_told(broken: Path)
     assert "trial-00000-attempt-2: trial 0 has ended" in problems
     assert "trial-00001 is gone" in problems
     look(broken, repair=True)
-    assert sorted(folder.name for folder in run.iterdir()) == ["logs", "trial-00000"]
+    assert sorted(folder.name for folder in run.iterdir()) == ["logs", "owner.json", "trial-00000"]
 
 
 def test_only_the_best_checkpoints_stay_as_the_study_runs(tiny: Path) -> None:
