@@ -85,8 +85,20 @@ def gpt(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model", ["architecture: bert", "architecture: gpt2", "pretrained"])
-@pytest.mark.parametrize("multi_label", [False, True])
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize(
+    ("model", "multi_label"),
+    [
+        pytest.param("architecture: bert", True),
+        pytest.param("architecture: bert", False, marks=NIGHTLY),
+        pytest.param("architecture: gpt2", False, marks=NIGHTLY),
+        pytest.param("architecture: gpt2", True, marks=NIGHTLY),
+        pytest.param("pretrained", False),
+        pytest.param("pretrained", True, marks=NIGHTLY),
+    ],
+)
 def test_an_exported_classifier_predicts_what_was_scored(tmp_path: Path, model: str, multi_label: bool) -> None:
     texts = [row["text"] for row in write(tmp_path, "classification", multi_label)]
     start = (
@@ -105,7 +117,14 @@ def test_an_exported_classifier_predicts_what_was_scored(tmp_path: Path, model: 
     assert found == details["predictions"]
 
 
-@pytest.mark.parametrize("model", ["architecture: gpt2", "architecture: llama", "pretrained"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "architecture: gpt2",
+        pytest.param("architecture: llama", marks=NIGHTLY),
+        pytest.param("pretrained", marks=NIGHTLY),
+    ],
+)
 def test_an_exported_language_model_continues_batches_within_its_context(tmp_path: Path, model: str) -> None:
     long = write(tmp_path, "causal_lm")[-1]["text"]
     start = (
@@ -127,10 +146,10 @@ def test_an_exported_language_model_continues_batches_within_its_context(tmp_pat
 @pytest.mark.parametrize(
     ("architecture", "more"),
     [
-        ("marian", "translation: {num_beams: 2}\n"),
-        ("marian", "tokenizer: {shared: false, vocab_size: 300}\n"),
-        ("bart", ""),
-        ("t5", "translation: {num_beams: 2}\n"),
+        pytest.param("marian", "translation: {num_beams: 2}\n", marks=NIGHTLY),
+        pytest.param("marian", "tokenizer: {shared: false, vocab_size: 300}\n"),
+        pytest.param("bart", "", marks=NIGHTLY),
+        pytest.param("t5", "translation: {num_beams: 2}\n", marks=NIGHTLY),
     ],
 )
 def test_an_exported_translator_says_what_was_scored(tmp_path: Path, architecture: str, more: str) -> None:

@@ -124,7 +124,7 @@ def test_hostile_names_on_the_command_line_name_nothing(tiny: Path, tmp_path: Pa
     assert len(package.studies(store=store)) == 1
 
 
-@pytest.mark.parametrize("password", ["canary4711", "canary4711/c d:e"])
+@pytest.mark.parametrize("password", [pytest.param("canary4711", marks=pytest.mark.nightly), "canary4711/c d:e"])
 def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: str, password: str) -> None:
     import sqlalchemy as sa
 

@@ -48,7 +48,13 @@ def test_a_result_or_state_of_another_study_is_not_taken_up(tiny: Path, tmp_path
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("command", [("doctor", "--repair"), ("gc", "tiny", "--keep", "1")], ids=["doctor", "gc"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(("doctor", "--repair"), id="doctor"),
+        pytest.param(("gc", "tiny", "--keep", "1"), id="gc", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_copy_of_a_store_removes_nothing_of_the_original(
     tiny: Path, tmp_path: Path, hpsearch: Run, command: tuple[str, ...]
 ) -> None:

@@ -45,7 +45,14 @@ def after_points(count: int, number: signal.Signals = signal.SIGTERM) -> Callabl
     return listen
 
 
-@pytest.mark.parametrize("number", EXIT_CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.nightly),
+        pytest.param(signal.SIGHUP, id="SIGHUP"),
+    ],
+)
 def test_a_study_stopped_by_a_signal_has_a_winner_which_the_next_launch_trains_on(
     tiny: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -126,7 +133,7 @@ def test_a_signal_to_all_processes_of_a_launch_ends_it_within_its_grace(tmp_path
     assert study.finish() == 0
 
 
-@pytest.mark.parametrize("backend", ["inline", "ray"])
+@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.nightly)])
 def test_a_study_goes_on_whatever_becomes_of_its_output(tmp_path: Path, backend: str) -> None:
     study = Suffering(folder=tmp_path / "study", trials=2, pace=0.0, backend=backend)
     command = [sys.executable, "-m", "hpsearch", "launch", str(study.file), "--trials", "2", "--backend", backend]
