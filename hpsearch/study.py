@@ -55,7 +55,7 @@ SAME_FAILURES = 3
 """A study ends when so many trials have ended and all of them failed the same way."""
 BACK_OFF_S = 1.0
 MOST_BACK_OFF_S = 60.0
-"""What is waited for after a loss, and after many of them."""
+"""What is waited for after a second loss, and after many of them."""
 EQUAL_FAILURE_PAUSES = 2
 """Pauses after SAME_FAILURES equal failures in a row, before the study ends."""
 DISK_PATIENCE_S = 600.0
@@ -459,15 +459,18 @@ class StudyRun:
             self._requeue(number, self.stop_reason)
         elif losses <= self.spec.limits.retries:
             wait_s = self._back_off()
-            self._note(f"trial {number}: {reason}; trying again from its checkpoint in {wait_s:.0f} s")
+            later = f" in {wait_s:.0f} s" if wait_s else ""
+            self._note(f"trial {number}: {reason}; trying again from its checkpoint{later}")
             self._requeue(number, reason, lost=True)
         else:
             self._end(number, failed)
 
     def _back_off(self) -> float:
-        """Start nothing for a while, twice as long after each loss that follows on another; returns the seconds."""
+        """Start nothing for a while after a loss that follows on another, longer each time; returns the seconds."""
         self._losses_in_a_row += 1
-        wait_s: float = min(MOST_BACK_OFF_S, BACK_OFF_S * 2.0 ** (self._losses_in_a_row - 1))
+        if self._losses_in_a_row == 1:
+            return 0.0
+        wait_s: float = min(MOST_BACK_OFF_S, BACK_OFF_S * 2.0 ** (self._losses_in_a_row - 2))
         self._not_before = max(self._not_before, time.monotonic() + wait_s)
         return wait_s
 

@@ -16,7 +16,7 @@ import hpsearch
 from tests.faults.harness import Row, Study
 from tests.proxy import Link
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 Suffer = Callable[..., Study]
 Survive = Callable[[Row], None]
 WHILE_AWAY = 9
