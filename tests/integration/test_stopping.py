@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,10 +121,8 @@ def test_a_signal_to_all_processes_of_a_launch_ends_it_within_its_grace(tmp_path
     study = Suffering(folder=tmp_path / "study", trials=4, pace=1.0)
     process = study.launch()
     study.wait_for_epochs(2, process)
-    began = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert time.monotonic() - began < 30  # Ray's own patience with a head that died is a minute
+    assert process.wait(120) == 143  # Ray itself ends a process whose head died after a minute, with 1
     store = Store(study.store)
     (row,) = store.studies()
     assert row["lease"]["beat"] == -1
