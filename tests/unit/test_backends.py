@@ -13,7 +13,7 @@ import pytest
 from hpsearch.backends import Placement, ray_cluster
 from hpsearch.backends.ray_cluster import _in_this_folder
 from hpsearch.backends.ray_tune import _Bridge, _place
-from hpsearch.errors import ClusterError
+from hpsearch.errors import ClusterError, UsageError
 from hpsearch.spec import load_study
 
 STUDY = "name: s\ntask: causal_lm\ndata: {corpus: python_docs}\n"
@@ -132,3 +132,17 @@ def test_what_tune_pickles_holds_no_study(tmp_path: Path) -> None:
 
     bridge = _Bridge(Secret(), place(tmp_path, "{}", CPU=2))  # type: ignore[arg-type]
     assert pickle.loads(pickle.dumps(bridge)).run is None
+
+
+def test_a_model_folder_with_links_out_of_it_is_not_sent_away(tmp_path: Path) -> None:
+    from hpsearch.backends.ray_jobs import _refuse_links
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "same.json").symlink_to(model / "config.json")
+    _refuse_links(model)
+    (tmp_path / "id_rsa").write_text("private")
+    (model / "vocab.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(UsageError, match=r"vocab\.txt is a link to .*id_rsa, outside of the folder"):
+        _refuse_links(model)
