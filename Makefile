@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-architectures test-faults test-nightly test-pretrained check format screenshots bench bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
+.PHONY: help demo test test-fast test-architectures test-faults test-nightly test-pretrained check format screenshots bench bench-anytime bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ test: .venv/.dev ## Install and run the tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not nightly"
 
 test-fast: .venv/.dev ## The tests that take seconds
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not nightly" tests/unit
 
 test-faults: .venv/.dev ## Kill, stop, starve and corrupt a study in every way, and print what became of it (half an hour)
 	$(BIN)/pytest tests/faults tests/integration/test_cluster.py
@@ -44,7 +44,10 @@ format: .venv/.dev ## Format the code and sort imports
 screenshots: .venv/.dev ## The README's pictures of pages, from the store of `make demo` (needs chromium)
 	$(BIN)/python -m tests.browser.screenshots
 
-bench: bench-verdict $(if $(TABLES),bench-search bench-warm) bench-trainer bench-orchestration bench-whole bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
+bench: bench-verdict $(if $(TABLES),bench-search bench-warm) bench-trainer bench-orchestration bench-whole bench-anytime bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
+
+bench-anytime: .venv/.dev ## What a study ends with whose time is short, beside Ray Tune + OptunaSearch + ASHA + HF Trainer (an hour and a half)
+	$(BIN)/python benchmarks/anytime.py
 
 bench-faults: .venv/.dev ## The same faults for hpsearch and for stock Ray Tune + OptunaSearch (half an hour)
 	$(BIN)/python benchmarks/faults.py

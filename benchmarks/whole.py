@@ -63,8 +63,11 @@ def settings(case: str, folder: Path, data: Path, evaluations: int, *, trials: i
     }  # fmt: skip
 
 
-def peer(case: str, folder: Path, data: Path, evaluations: int, *, trials: int, seed: int) -> list[dict[str, Any]]:
-    chosen = settings(case, folder, data, evaluations, trials=trials, seed=seed)
+def peer(
+    case: str, folder: Path, data: Path, evaluations: int, *, trials: int, seed: int, seconds: float | None = None
+) -> list[dict[str, Any]]:
+    """Its reports, in the order of time; it ends after the trials, or after the seconds."""
+    chosen = {**settings(case, folder, data, evaluations, trials=trials, seed=seed), "seconds": seconds}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, str(HERE / "peers" / "hf_tune.py"), json.dumps({**chosen, "began": time.time()})]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
@@ -91,12 +94,8 @@ hpsearch.launch(study, trials=trials, store=f"sqlite:///{folder}/s.db", folder=f
 def ours(
     case: str, folder: Path, runs: Path, *, trials: int, seed: int, adamw: bool, goal: float, limit: float
 ) -> list[dict[str, Any]]:
-    content = {**study(case, adamw=adamw), "seed": seed}
-    (folder / "study.yaml").write_text(yaml.safe_dump(content))
-    (folder / "runs").mkdir()
-    for entry in runs.iterdir():
-        (folder / "runs" / entry.name).symlink_to(entry)
-    given = json.dumps([time.time(), str(folder / "study.yaml"), str(folder), MORE * trials, goal, limit])
+    file = begin({**study(case, adamw=adamw), "seed": seed}, folder, runs)
+    given = json.dumps([time.time(), str(file), str(folder), MORE * trials, goal, limit])
     command = [sys.executable, "-c", OURS, given]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     reports = folder / "reports.jsonl"
@@ -109,18 +108,32 @@ def finite(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for one in reports if math.isfinite(one["loss"])]
 
 
-def compare(case: str, seed: int, trials: int, *, adamw: bool) -> dict[str, Any]:
+def prepare(case: str, folder: Path) -> tuple[Path, int]:
+    """Where the tokenized text of a task lies from now on, under `data` in the folder; and evaluations per epoch."""
     from hpsearch.api import _prepare_data
     from hpsearch.spec import load_study
 
+    (folder / "prepared.yaml").write_text(yaml.safe_dump(study(case)))
+    spec = load_study(folder / "prepared.yaml", folder=str(folder / "data"))
+    return _prepare_data(spec)[0], spec.evaluations_per_epoch
+
+
+def begin(content: dict[str, Any], folder: Path, runs: Path) -> Path:
+    """The study file in a folder of its own, beside runs that know the text already."""
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    (folder / "runs").mkdir()
+    for entry in runs.iterdir():
+        (folder / "runs" / entry.name).symlink_to(entry)
+    return folder / "study.yaml"
+
+
+def compare(case: str, seed: int, trials: int, *, adamw: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hps-w-") as place:
         folder = Path(place)
-        (folder / "prepared.yaml").write_text(yaml.safe_dump(study(case)))
-        spec = load_study(folder / "prepared.yaml", folder=str(folder / "data"))
-        data = _prepare_data(spec)[0]
+        data, evaluations = prepare(case, folder)
         for name in ("peer", "ours"):
             (folder / name).mkdir()
-        theirs = finite(peer(case, folder / "peer", data, spec.evaluations_per_epoch, trials=trials, seed=seed))
+        theirs = finite(peer(case, folder / "peer", data, evaluations, trials=trials, seed=seed))
         shutil.rmtree(folder / "peer" / "results", ignore_errors=True)
         goal = min(one["loss"] for one in theirs)
         wall = max(one["at"] for one in theirs)

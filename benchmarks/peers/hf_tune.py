@@ -1,9 +1,10 @@
 """Ray Tune + OptunaSearch + ASHA + HF Trainer, as their documentation has a competent user write it.
 
-    python benchmarks/peers/hf_tune.py '{"case": ..., "folder": ..., "trials": N, "space": ..., "seed": N, "epochs": N}'
+    python benchmarks/peers/hf_tune.py '{"case": ..., "folder": ..., "trials": N, "space": ..., "seed": N, ...}'
 
 The trainable reports the validation loss at each evaluation through a callback; OptunaSearch has a storage in SQLite,
-ASHA its defaults with the epochs of the longest run; two trials run at once, one CPU each. A trial writes a line for
+ASHA its defaults with the epochs of the longest run; two trials run at once, one CPU each. It ends after `trials`, or
+after `seconds` of Tune's own clock where they are given. A trial writes a line for
 each of its reports: seconds since the start, trial, epoch, validation loss. (A callback of Tune's would write them with
 a second more to start, where mlflow and wandb are installed: Tune imports both to count it.)
 """
@@ -80,6 +81,7 @@ def main() -> None:
             search_alg=OptunaSearch(metric="loss", mode="min", storage=storage, study_name="s", seed=SETTINGS["seed"]),
             scheduler=ASHAScheduler(time_attr="training_iteration", max_t=SETTINGS["most_evaluations"]),
             num_samples=SETTINGS["trials"], max_concurrent_trials=2, metric="loss", mode="min",
+            time_budget_s=SETTINGS.get("seconds"),
         ),
         run_config=tune.RunConfig(name="s", storage_path=str(folder / "results"), verbose=0),
     ).fit()  # fmt: skip

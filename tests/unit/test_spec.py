@@ -129,6 +129,30 @@ def test_spaces_as_people_write_them(raw: Any, dimension: Any) -> None:
     assert space.dimensions == {"learning_rate": dimension}
 
 
+def test_quantised_distributions_hold_multiples_of_q() -> None:
+    """As W&B has them: of `min: 10, q: 16` not 10, 26, 42."""
+    space, problems = parse_space(
+        {
+            "batch_size": {"distribution": "q_uniform", "min": 10, "max": 100, "q": 16},
+            "config.n_inner": {"distribution": "q_log_uniform_values", "min": 30, "max": 8192, "q": 32},
+            "learning_rate": {"distribution": "q_log_uniform_values", "min": 1e-3, "max": 4e-3, "q": 1e-3},
+        }
+    )
+    assert not problems
+    assert space.dimensions["batch_size"] == Range(low=16, high=96, integer=True, step=16)
+    inner = space.dimensions["config.n_inner"]
+    assert isinstance(inner, Choice)
+    assert (inner.values[0], inner.values[-1]) == (32, 8192)
+    assert all(isinstance(value, int) and value % 32 == 0 for value in inner.values)
+    small = sum(value <= 512 for value in inner.values)
+    assert small > len(inner.values) / 4, "evenly spread on a logarithmic scale, as far as multiples of 32 are"
+    rates = space.dimensions["learning_rate"]
+    assert isinstance(rates, Choice)
+    assert rates.values == pytest.approx((1e-3, 2e-3, 3e-3, 4e-3))
+    for wrong in ({"min": 17, "max": 31, "q": 16}, {"min": 0, "max": 31, "q": 16}):
+        assert parse_space({"batch_size": {"distribution": "q_log_uniform_values", **wrong}})[1], wrong
+
+
 def test_whole_numbers_at_both_ends_make_an_integer_range() -> None:
     space, problems = parse_space(
         {

@@ -360,7 +360,14 @@ def test_a_preempted_run_goes_on_to_the_bit(data: Path, tmp_path: Path, cut: int
     assert second.score().scores == whole.score().scores
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"\0" + content[1:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content[: len(content) // 2], id="cut short"),
+        pytest.param(lambda content: bytes([content[0] ^ 0xFF]) + content[1:], id="header"),
+        pytest.param(lambda content: content[:-1] + bytes([content[-1] ^ 0x01]), id="one bit of a tensor"),
+    ],
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
