@@ -25,13 +25,14 @@ import record
 import sqlalchemy as sa
 
 import hpsearch
-from hpsearch.outbox import Outbox
-from hpsearch.pruning import OverfitRule, judge
-from hpsearch.search import Search
-from hpsearch.spec import load_study
-from hpsearch.store import Store
-from hpsearch.study import StudyRun
-from hpsearch.trial import Point, Progress, TrialResult, TrialState
+from hpsearch.driver.outbox import Outbox
+from hpsearch.driver.run import StudyRun
+from hpsearch.pruning.overfitting import judge
+from hpsearch.records import Point, Progress, TrialResult, TrialState
+from hpsearch.search.study import Search
+from hpsearch.spec.load import load_study
+from hpsearch.spec.sections import OverfitRule
+from hpsearch.store.store import Store
 
 STUDY = """
 name: growth

@@ -19,8 +19,8 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from hpsearch.intervals import interval
-from hpsearch.statistics import Examples, score, summands
+from hpsearch.metrics.intervals import interval
+from hpsearch.metrics.statistics import Examples, score, summands
 
 Draw = Callable[[np.random.Generator], tuple[Examples, np.ndarray | None]]
 """Examples of one test split and the expected sums, if they differ from split to split."""

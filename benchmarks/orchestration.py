@@ -94,7 +94,7 @@ def run(method: str, trials: int, data: Path) -> dict[str, Any]:
 def prepared(folder: Path, study: str = STUDY) -> Path:
     """The tokenized data of a study, in a folder of its own."""
     from hpsearch.api import _prepare_data
-    from hpsearch.spec import load_study
+    from hpsearch.spec.load import load_study
 
     folder.mkdir()
     file = folder / "study.yaml"

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hpsearch.devices import describe_cpu
+from hpsearch.training.devices import describe_cpu
 
 RESULTS = Path(__file__).parent / "results"
 

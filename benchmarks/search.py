@@ -43,12 +43,13 @@ import record
 from curves import Table
 from numpy.typing import NDArray
 
-from hpsearch import rungs
-from hpsearch.pruning import OverfitRule, judge
-from hpsearch.search import Search
-from hpsearch.space import Range, Space
-from hpsearch.spec import StudySpec
-from hpsearch.trial import TrialState
+from hpsearch.pruning import rungs
+from hpsearch.pruning.overfitting import judge
+from hpsearch.records import TrialState
+from hpsearch.search.study import Search
+from hpsearch.spec.sections import OverfitRule
+from hpsearch.spec.space import Range, Space
+from hpsearch.spec.study import StudySpec
 
 BUDGET = 20
 """Full runs."""

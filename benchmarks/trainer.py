@@ -50,14 +50,14 @@ from transformers import (
     default_data_collator,
 )
 
-from hpsearch.data import SPLITS, load_texts, prepare
-from hpsearch.devices import pick_device
-from hpsearch.settings import split_settings
-from hpsearch.spec import StudySpec
+from hpsearch.data.prepare import SPLITS, load_texts, prepare
+from hpsearch.models.configuration import build_config
+from hpsearch.records import TrialConfig
+from hpsearch.spec.settings import split_settings
+from hpsearch.spec.study import StudySpec
 from hpsearch.tasks import build_task
-from hpsearch.tasks.configuration import build_config
-from hpsearch.trainer import Trainer, seed_everything
-from hpsearch.trial import TrialConfig
+from hpsearch.training.devices import pick_device
+from hpsearch.training.trainer import Trainer, seed_everything
 
 CASES: dict[str, dict[str, Any]] = {
     "causal LM": {

@@ -30,7 +30,8 @@ import numpy as np
 import optuna
 import record
 
-from hpsearch.pruning import OverfitRule, judge
+from hpsearch.pruning.overfitting import judge
+from hpsearch.spec.sections import OverfitRule
 
 WITHIN = 12
 """Evaluations after the turn within which a stop counts as a catch."""

@@ -41,7 +41,7 @@ STUDIES = {"causal LM": "lm.yaml", "translation": "translation.yaml", "classific
 
 
 def study(case: str, *, adamw: bool = False) -> dict[str, Any]:
-    from hpsearch.study_file import read_study_file
+    from hpsearch.spec.yaml_file import read_study_file
 
     # YAML 1.2, whose 1e-3 is a number.
     content: dict[str, Any] = json.loads(json.dumps(read_study_file(HERE.parent / "studies" / STUDIES[case]).content))
@@ -111,7 +111,7 @@ def finite(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def prepare(case: str, folder: Path) -> tuple[Path, int]:
     """Where the tokenized text of a task lies from now on, under `data` in the folder; and evaluations per epoch."""
     from hpsearch.api import _prepare_data
-    from hpsearch.spec import load_study
+    from hpsearch.spec.load import load_study
 
     (folder / "prepared.yaml").write_text(yaml.safe_dump(study(case)))
     spec = load_study(folder / "prepared.yaml", folder=str(folder / "data"))

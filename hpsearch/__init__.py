@@ -1,7 +1,6 @@
 """hpsearch finds the hyperparameters of a language model.
 
-Read the package in the order in which a study flows: spec, search, backends, worker, trainer (with tasks and
-pruning), study, store, ranking, cli. The Python API mirrors the commands:
+docs/architecture.md shows the way of a study through the packages. The Python API mirrors the commands:
 
     import hpsearch
 

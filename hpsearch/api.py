@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hpsearch
-from hpsearch import leases, pretrained
+from hpsearch.data import pretrained
+from hpsearch.driver import leases
+from hpsearch.driver.ownership import is_own, owner_of
+from hpsearch.driver.retention import Garbage, earlier_attempts, find_garbage, run_folder
+from hpsearch.driver.retention import collect as collect_garbage
 from hpsearch.errors import (
     EXIT_BUSY,
     EXIT_FINISHED,
@@ -30,36 +34,28 @@ from hpsearch.errors import (
     UnknownStudyError,
     UsageError,
 )
-from hpsearch.housekeeping import Garbage, earlier_attempts, find_garbage, run_folder
-from hpsearch.housekeeping import collect as collect_garbage
-from hpsearch.ownership import is_own, owner_of
-from hpsearch.ranking import Choice, Leaderboard, compare, count_states, finalists, frame, leaderboard
-from hpsearch.redaction import hide_secrets
-from hpsearch.scratch import private_folder
-from hpsearch.settings import ModelSettings, RunSettings
-from hpsearch.space import narrowed
-from hpsearch.spec import (
-    DEFAULT_STORE,
-    LimitSpec,
-    StudySpec,
-    environment_store,
-    load_study,
-    recorded_space,
-    recorded_study,
-)
-from hpsearch.storage import Folder, cached, copied, locate, names
-from hpsearch.store import NewStudy, Row, Store
+from hpsearch.files.scratch import private_folder
+from hpsearch.files.storage import Folder, cached, copied, locate, names
+from hpsearch.files.trial_log import log_file, read_log
+from hpsearch.records import LAST_WORDS, RANKED, RESULT, TRIAL, UNFINISHED, Event, Listener, TrialConfig, TrialState
+from hpsearch.results.leaderboard import Choice, Leaderboard, compare, count_states, finalists, frame, leaderboard
+from hpsearch.spec.environment import environment_store
+from hpsearch.spec.load import load_study
+from hpsearch.spec.redaction import hide_secrets
+from hpsearch.spec.sections import LimitSpec
+from hpsearch.spec.settings import ModelSettings, RunSettings
+from hpsearch.spec.space import narrowed
+from hpsearch.spec.study import DEFAULT_STORE, StudySpec, recorded_space, recorded_study
+from hpsearch.store.store import NewStudy, Row, Store
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
-from hpsearch.trial import LAST_WORDS, RANKED, RESULT, TRIAL, UNFINISHED, Event, Listener, TrialConfig, TrialState
-from hpsearch.trial_log import log_file, read_log
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hpsearch.data import DataCard
-    from hpsearch.invariants import Finding
-    from hpsearch.outbox import Outbox
-    from hpsearch.study import Repeat, StudyRun
+    from hpsearch.data.prepare import DataCard
+    from hpsearch.driver.doctor import Finding
+    from hpsearch.driver.outbox import Outbox
+    from hpsearch.driver.run import Repeat, StudyRun
 
 _RUN_AGAIN = UNFINISHED | {TrialState.FAILED}
 """States of a repeat that the next finals put in its place again."""
@@ -186,7 +182,7 @@ def submit(
     The file and the local data that it names go with it. Nothing is submitted that this machine can tell is wrong.
     Raises SpecError, UsageError, ClusterError.
     """
-    from hpsearch.backends.ray_jobs import Cluster
+    from hpsearch.backends.ray.jobs import Cluster
 
     spec = load_study(study, overrides=overrides, name=name, trials=trials, store=store, address="auto", folder=folder)
     arguments = [f"--set={override}" for override in overrides]
@@ -202,9 +198,9 @@ def report(*names: str, store: str | None = None, page: str | None = None, is_li
     `page` is the name of a file of `dashboards/` or the path of one. One that `is_live` is for the server of
     `hpsearch dashboard`, which it asks for its scripts and for newer numbers. Raises UnknownStudyError, UsageError.
     """
-    from hpsearch.figures import read_study
-    from hpsearch.pages import read_page, render
-    from hpsearch.search import importances
+    from hpsearch.reports.figures import read_study
+    from hpsearch.reports.pages import read_page, render
+    from hpsearch.search.study import importances
 
     chosen = read_page(page or ("study" if len(names) == 1 else "comparison"))
     url = store_url(store)
@@ -215,8 +211,8 @@ def report(*names: str, store: str | None = None, page: str | None = None, is_li
 
 def trial_page(name: str, trial: int, *, store: str | None = None) -> str:
     """The page of one trial, for the server of `hpsearch dashboard`. Raises UnknownStudyError."""
-    from hpsearch.figures import read_study
-    from hpsearch.pages import render_trial
+    from hpsearch.reports.figures import read_study
+    from hpsearch.reports.pages import render_trial
 
     with _opened(store_url(store)) as opened:
         data = read_study(opened, name)
@@ -286,7 +282,7 @@ def export_data(
 
     Raises UnknownStudyError, and RunFolderError when the folder cannot be written.
     """
-    from hpsearch.tables import study_tables, write_table
+    from hpsearch.results.export import study_tables, write_table
 
     with _opened(store_url(store)) as opened:
         tables = study_tables(opened, name)
@@ -392,7 +388,7 @@ def _export_unfinished(study: Row, row: Row, target: Path) -> None:
             threads=os.cpu_count() or 1,
             device="cpu",
         )
-        from hpsearch.worker import export_unfinished
+        from hpsearch.worker.run import export_unfinished
 
         export_unfinished(config, scratch / "model")
         copied(scratch / "model", target)
@@ -421,7 +417,7 @@ def finals(
 
     The repeats are trials of their own, marked `repeat_of`; the sampler is not told. Raises the errors of `launch`.
     """
-    from hpsearch.study import Repeat
+    from hpsearch.driver.run import Repeat
 
     url = store_url(store)
     with _opened(url) as opened:
@@ -453,7 +449,7 @@ def retry(name: str, *trials: int, store: str | None = None) -> list[int]:
 
     Raises UnknownStudyError, StudyBusyError, and UsageError for a trial that has not failed.
     """
-    from hpsearch.search import Search
+    from hpsearch.search.study import Search
 
     url = store_url(store)
     with _opened(url, create=True) as opened:
@@ -501,7 +497,7 @@ def doctor(study: str | None = None, *, repair: bool = False, store: str | None 
 
     Raises UnknownStudyError, StudyBusyError.
     """
-    from hpsearch.invariants import examine
+    from hpsearch.driver.doctor import examine
 
     with _opened(store_url(store), create=repair) as opened:
         return examine(opened, only=study, repair=repair)
@@ -523,8 +519,8 @@ def launch_spec(
     `moves` says that a person has named the folder: the study's files may lie elsewhere from now on.
     """
     from hpsearch.backends import open_backend
-    from hpsearch.outbox import Outbox
-    from hpsearch.trackers import check_trackers, tracked
+    from hpsearch.driver.outbox import Outbox
+    from hpsearch.integrations.trackers import check_trackers, tracked
 
     def note(text: str) -> None:
         listen(Event(kind="note", facts={"text": text}))
@@ -539,10 +535,10 @@ def launch_spec(
         helper.submit(_import_what_decides)
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()
-        from hpsearch.annotations import Annotator
-        from hpsearch.data import notes
-        from hpsearch.search import Search
-        from hpsearch.study import StopRequestedError, StudyRun
+        from hpsearch.data.prepare import notes
+        from hpsearch.driver.run import StopRequestedError, StudyRun
+        from hpsearch.integrations.optuna_dashboard import Annotator
+        from hpsearch.search.study import Search
 
         store = stack.enter_context(_opened(spec.store, create=True))
         row = _register(store, spec, overrides, card)
@@ -607,8 +603,8 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
     With `contacts_store` false nothing is asked of the store, which a file from elsewhere may name. Raises the error
     that the launch would raise.
     """
-    from hpsearch.data import measure, notes
-    from hpsearch.search import first_suggestions
+    from hpsearch.data.prepare import measure, notes
+    from hpsearch.search.study import first_suggestions
     from hpsearch.tasks import check_model
 
     store_state = Store.preflight(spec.store) if contacts_store else None
@@ -648,8 +644,8 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
 
 def _estimated_tokens(spec: StudySpec, card: DataCard) -> int:
     """Tokens that the whole budget would train on without any pruning, from the mean epochs of 64 random settings."""
-    from hpsearch.search import first_suggestions
-    from hpsearch.spec import SamplerSpec
+    from hpsearch.search.study import first_suggestions
+    from hpsearch.spec.sections import SamplerSpec
 
     random = spec.model_copy(update={"sampler": SamplerSpec(name="random")})
     random._space = spec.space
@@ -659,7 +655,7 @@ def _estimated_tokens(spec: StudySpec, card: DataCard) -> int:
 
 def _corner_models(spec: StudySpec) -> Iterator[Any]:
     """Model settings with each searched architecture, so that a misfit is found before any trial starts."""
-    from hpsearch.space import Choice
+    from hpsearch.spec.space import Choice
 
     first = {
         name: dimension.values[0] if isinstance(dimension, Choice) else _whole(dimension.high, dimension.integer)
@@ -710,12 +706,16 @@ def _whole(value: float, integer: bool) -> float:
 
 
 def _import_what_decides() -> None:
-    for name in ("hpsearch.annotations", "hpsearch.study", "alembic.command"):  # the last is for Optuna's tables
+    for name in (
+        "hpsearch.integrations.optuna_dashboard",
+        "hpsearch.driver.run",
+        "alembic.command",
+    ):  # the last is for Optuna's tables
         import_module(name)
 
 
 def _prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
-    from hpsearch.data import count_cut, prepare
+    from hpsearch.data.prepare import count_cut, prepare
 
     _check_score(spec)
     folder, card = prepare(spec)
@@ -725,7 +725,7 @@ def _prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
 
 def _check_score(spec: StudySpec) -> None:
     """Raise UsageError when the score cannot be taken here."""
-    from hpsearch.bleu import metric
+    from hpsearch.metrics.bleu import metric
 
     if spec.task == "translation" and spec.translation.bleu_tokenizer != "auto":
         metric(spec.translation.bleu_tokenizer)
@@ -969,8 +969,8 @@ def _recorded(overrides: Sequence[str], **options: Any) -> list[str]:
 
 def _computing(spec: StudySpec) -> dict[str, Any]:
     """What trials on this machine would compute in, by what its devices can do, and what is slow about it."""
-    from hpsearch.devices import describe_cpu, has_bfloat16, pick_device
-    from hpsearch.trainer import precision
+    from hpsearch.training.devices import describe_cpu, has_bfloat16, pick_device
+    from hpsearch.training.trainer import precision
 
     device = pick_device("cpu" if spec.resources.gpus_per_trial == 0 else "auto")
     formats = precision(spec.training, device)
@@ -983,7 +983,7 @@ def _computing(spec: StudySpec) -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    from hpsearch.devices import gpu_names
+    from hpsearch.training.devices import gpu_names
 
     return [*gpu_names(), f"{os.cpu_count()} CPUs"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from hpsearch.trial import Progress, TrialResult
+from hpsearch.records import Progress, TrialResult
 
 # Before torch is imported anywhere: spinning threads make tests beside other load ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

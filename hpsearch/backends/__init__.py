@@ -15,12 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from hpsearch.spec import DEFAULT_STORE, StudySpec
+from hpsearch.spec.study import DEFAULT_STORE, StudySpec
 
 if TYPE_CHECKING:
-    from hpsearch.study import StudyRun
+    from hpsearch.driver.run import StudyRun
 
-BACKENDS = {"ray": "hpsearch.backends.ray_cluster", "inline": "hpsearch.backends.inline"}
+GRACE_S = 20.0
+"""What running trials get to write a checkpoint when the study is asked to stop; Kubernetes gives a pod 30 s."""
+BACKENDS = {"ray": "hpsearch.backends.ray.cluster", "inline": "hpsearch.backends.inline"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hpsearch.scratch import is_same_user
-from hpsearch.trial import Progress, TrialConfig, TrialResult
+from hpsearch.files.scratch import is_same_user
+from hpsearch.records import Progress, TrialConfig, TrialResult
 
 _BACKLOG = 1024
 _ENDS_S = 1.0
@@ -39,11 +39,11 @@ _ENDS_S = 1.0
 
 
 def import_worker() -> Any:
-    """`hpsearch.worker`, imported without looking for garbage among three thousand modules that come to stay."""
-    if (worker := sys.modules.get("hpsearch.worker")) is None:
+    """`hpsearch.worker.run`, imported without looking for garbage among three thousand modules that come to stay."""
+    if (worker := sys.modules.get("hpsearch.worker.run")) is None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         gc.disable()
-        worker = import_module("hpsearch.worker")
+        worker = import_module("hpsearch.worker.run")
         gc.freeze()
         gc.enable()
     return worker

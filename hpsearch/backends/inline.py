@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from hpsearch.backends import Placement
-from hpsearch.spec import StudySpec
-from hpsearch.study import StudyRun
-from hpsearch.trial import Decision
+from hpsearch.records import Decision
+from hpsearch.spec.study import StudySpec
+
+if TYPE_CHECKING:
+    from hpsearch.driver.run import StudyRun
 
 
 @contextmanager
@@ -34,7 +37,7 @@ class Inline:
         self._device = "cpu" if wanted == 0 else "auto"
 
     def run(self, run: StudyRun) -> None:
-        from hpsearch.worker import run_trial
+        from hpsearch.worker.run import run_trial
 
         while True:
             config = run.next_trial()

@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpsearch.data import DataCard
-    from hpsearch.settings import ModelSettings
+    from hpsearch.data.prepare import DataCard
+    from hpsearch.records import TrialConfig
+    from hpsearch.spec.settings import ModelSettings
     from hpsearch.tasks.base import Task
-    from hpsearch.trial import TrialConfig
 
 TASKS = {
     "causal_lm": "hpsearch.tasks.causal_lm",

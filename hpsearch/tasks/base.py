@@ -15,17 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hpsearch.data import TokenSplit
-from hpsearch.intervals import interval
-from hpsearch.statistics import Examples
-from hpsearch.trial import Score
+from hpsearch.data.prepare import TokenSplit
+from hpsearch.metrics.intervals import interval
+from hpsearch.metrics.statistics import Examples
+from hpsearch.records import Score
 
 Indices = NDArray[np.int64]
 Evaluate = Callable[[str, "Callable[[Batch], Tensor]"], Iterator[tuple[Indices, Tensor]]]
 """Run a function over all evaluation batches of a split; yields the examples' indices and the function's answer."""
 
-IGNORED = -100
-"""Label of a position where nothing is predicted."""
 EVALUATION_TOKENS = 4096
 """Padded tokens in an evaluation batch: fixed, so that a loss does not depend on the sampled batch size."""
 _POOL = 50

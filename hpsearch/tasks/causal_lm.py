@@ -14,22 +14,12 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from hpsearch.data import SPLITS, DataCard, TokenSplit, load_split, read_card, save_tokenizer
-from hpsearch.settings import ModelSettings
-from hpsearch.tasks import architecture, probe
-from hpsearch.tasks.base import (
-    EVALUATION_TOKENS,
-    IGNORED,
-    Batch,
-    Evaluate,
-    Indices,
-    Scored,
-    cut,
-    gather_losses,
-    make_score,
-)
-from hpsearch.tasks.kernels import VocabularyLoss
-from hpsearch.trial import TrialConfig
+from hpsearch.data.prepare import SPLITS, DataCard, TokenSplit, load_split, read_card, save_tokenizer
+from hpsearch.models import architecture, probe
+from hpsearch.models.kernels import IGNORED, VocabularyLoss
+from hpsearch.records import TrialConfig
+from hpsearch.spec.settings import ModelSettings
+from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Evaluate, Indices, Scored, cut, gather_losses, make_score
 
 
 def build(config: TrialConfig) -> CausalLM:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
-from hpsearch.data import PADDING_ID, SPLITS, load_labels, load_split, read_card, save_tokenizer
+from hpsearch.data.prepare import PADDING_ID, SPLITS, load_labels, load_split, read_card, save_tokenizer
 from hpsearch.errors import UsageError
-from hpsearch.settings import ClassificationSpec, ModelSettings
-from hpsearch.statistics import ZERO_DIVISION
-from hpsearch.tasks import architecture, probe
+from hpsearch.metrics.statistics import ZERO_DIVISION
+from hpsearch.models import architecture, probe
+from hpsearch.records import TrialConfig
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings
 from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bucketed, make_score, padded, within_budget
-from hpsearch.trial import TrialConfig
 
 
 def build(config: TrialConfig) -> Classification:

@@ -16,24 +16,14 @@ from sacrebleu.metrics.ter import TER
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForSeq2SeqLM
 
-from hpsearch import bleu
-from hpsearch.data import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
+from hpsearch.data.prepare import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
 from hpsearch.errors import UsageError
-from hpsearch.settings import ModelSettings, TranslationSpec
-from hpsearch.tasks import architecture, probe
-from hpsearch.tasks.base import (
-    IGNORED,
-    Batch,
-    Evaluate,
-    Indices,
-    Scored,
-    bucketed,
-    make_score,
-    padded,
-    within_budget,
-)
-from hpsearch.tasks.kernels import VocabularyLoss, can_decode, decode_greedily
-from hpsearch.trial import Score, TrialConfig
+from hpsearch.metrics import bleu
+from hpsearch.models import architecture, probe
+from hpsearch.models.kernels import IGNORED, VocabularyLoss, can_decode, decode_greedily
+from hpsearch.records import Score, TrialConfig
+from hpsearch.spec.settings import ModelSettings, TranslationSpec
+from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bucketed, make_score, padded, within_budget
 
 
 def build(config: TrialConfig) -> Translation:

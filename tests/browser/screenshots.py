@@ -9,7 +9,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from hpsearch.api import store_url, studies
-from hpsearch.dashboard import open_dashboard
+from hpsearch.server.app import open_dashboard
 from tests.browser import CHROMIUM
 
 FOLDER = Path(__file__).parents[2] / "dashboards" / "screenshots"

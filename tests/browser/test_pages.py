@@ -15,8 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 import hpsearch as package
-from hpsearch.annotations import trial_note
-from hpsearch.dashboard import open_dashboard
+from hpsearch.integrations.optuna_dashboard import trial_note
+from hpsearch.server.app import open_dashboard
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow

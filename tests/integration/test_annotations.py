@@ -18,9 +18,9 @@ from optuna_dashboard._note import get_note_from_system_attrs, save_note_with_ve
 from optuna_dashboard.artifact._backend import list_trial_artifacts
 
 import hpsearch as package
-from hpsearch.annotations import StudyArtifacts, trial_note
-from hpsearch.search import Annotations, Artifact, Search
-from hpsearch.spec import load_study
+from hpsearch.integrations.optuna_dashboard import StudyArtifacts, trial_note
+from hpsearch.search.study import Annotations, Artifact, Search
+from hpsearch.spec.load import load_study
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow

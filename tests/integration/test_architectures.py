@@ -35,14 +35,15 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
 from hpsearch import tasks
-from hpsearch.data import prepare, read_card
+from hpsearch.data.prepare import prepare, read_card
 from hpsearch.errors import UsageError
-from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
-from hpsearch.tasks import architecture
-from hpsearch.tasks.kernels import decode_greedily
-from hpsearch.trainer import Trainer, seed_everything
-from hpsearch.trial import TrialConfig
+from hpsearch.models import architecture
+from hpsearch.models.kernels import decode_greedily
+from hpsearch.records import TrialConfig
+from hpsearch.spec.sections import DataSpec, TokenizerSpec
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.study import StudySpec
+from hpsearch.training.trainer import Trainer, seed_everything
 
 AUTO: dict[str, Any] = {
     "causal_lm": auto.AutoModelForCausalLM,

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 import hpsearch as package
-from hpsearch.store import Store
-from hpsearch.terminal import _confusion
-from hpsearch.trial import Event
+from hpsearch.cli.terminal import _confusion
+from hpsearch.records import Event
+from hpsearch.store.store import Store
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ KEYS = [
 def test_no_number_is_a_bug(tiny: Path, key: str) -> None:
     """Whatever number stands in a study file, it is taken or refused by name: none ends as a bug."""
     from hpsearch.errors import SpecError
-    from hpsearch.spec import load_study
+    from hpsearch.spec.load import load_study
 
     for number in NUMBERS:
         overrides = [f"{key}={number}"]
@@ -134,7 +134,7 @@ def test_a_run_folder_that_is_away_for_a_while_costs_a_trial_nothing(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokenized text disappears while trials run, and comes back: they go on, and none has failed for it."""
-    monkeypatch.setattr("hpsearch.study.BACK_OFF_S", 0.2)
+    monkeypatch.setattr("hpsearch.driver.run.BACK_OFF_S", 0.2)
     away: list[Path] = []
     notes: list[str] = []
 

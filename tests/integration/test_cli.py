@@ -108,7 +108,7 @@ def test_reading_commands_load_neither_torch_nor_ray(launched: tuple[Path, subpr
         ["logs", "tiny", "0"],
     ):
         code = (
-            f"import sys; sys.argv = ['hpsearch', *{command}]\nfrom hpsearch.cli import main\n"
+            f"import sys; sys.argv = ['hpsearch', *{command}]\nfrom hpsearch.cli.main import main\n"
             "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
             "print('loaded', sorted({'torch', 'ray', 'optuna', 'transformers'} & set(sys.modules)))"
         )

@@ -380,7 +380,7 @@ def test_what_cannot_be_is_said_and_nothing_starts(
 
 def test_nodes_with_other_versions_are_named(cluster: Cluster, study: Path, tmp_path: Path) -> None:
     code = (
-        "import importlib.metadata as m, hpsearch.cli as c\n"
+        "import importlib.metadata as m, hpsearch.cli.main as c\n"
         "real = m.version\n"
         "m.version = lambda name: '0.0.1' if name == 'torch' else real(name)\n"
         "c.main()\n"

@@ -18,7 +18,7 @@ from wsgiref.util import setup_testing_defaults
 import psutil
 import pytest
 
-from hpsearch.dashboard import Guard
+from hpsearch.server.app import Guard
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow

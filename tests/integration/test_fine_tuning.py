@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hpsearch
 from hpsearch.errors import UsageError
-from hpsearch.spec import load_study
+from hpsearch.spec.load import load_study
 
 pytestmark = pytest.mark.slow
 

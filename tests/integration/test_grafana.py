@@ -13,7 +13,7 @@ import sqlalchemy as sa
 import yaml
 
 import hpsearch as package
-from hpsearch.backends.ray_metrics import NAMES
+from hpsearch.backends.ray.metrics import NAMES
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow

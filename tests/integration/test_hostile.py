@@ -17,8 +17,8 @@ import pytest
 
 import hpsearch as package
 from hpsearch.errors import SpecError
-from hpsearch.spec import load_study
-from hpsearch.tables import write_table
+from hpsearch.results.export import write_table
+from hpsearch.spec.load import load_study
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import hpsearch
-from hpsearch import invariants, leases
 from hpsearch.api import Study
+from hpsearch.driver import doctor as invariants
+from hpsearch.driver import leases
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow

@@ -15,12 +15,14 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpsearch import storage, trainer, worker
-from hpsearch.data import prepare
-from hpsearch.spec import load_study
-from hpsearch.storage import locate
-from hpsearch.trial import STOP_FILE, TrialConfig, TrialState
-from hpsearch.worker import run_trial
+from hpsearch.data.prepare import prepare
+from hpsearch.files import storage
+from hpsearch.files.storage import locate
+from hpsearch.records import STOP_FILE, TrialConfig, TrialState
+from hpsearch.spec.load import load_study
+from hpsearch.training import trainer
+from hpsearch.worker import run as worker
+from hpsearch.worker.run import run_trial
 from tests.conftest import TINY, Run, drain
 from tests.object_store import BUCKET, ObjectStore
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hpsearch.scratch import is_same_user, private_folder
+from hpsearch.files.scratch import is_same_user, private_folder
 from tests.faults.harness import Study
 
 pytestmark = pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_private_folder_is_the_users_alone_whatever_is_made_of_what_is_below()
 
 
 def test_the_folder_of_a_killed_process_is_collected_by_the_next(tmp_path: Path) -> None:
-    code = "import time\nfrom hpsearch.scratch import private_folder\nwith private_folder('test-') as folder:\n    print(folder, flush=True); time.sleep(600)"
+    code = "import time\nfrom hpsearch.files.scratch import private_folder\nwith private_folder('test-') as folder:\n    print(folder, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         folder = Path(child.stdout.readline().strip())

@@ -8,9 +8,9 @@ import optuna
 import pytest
 
 import hpsearch
-from hpsearch.invariants import examine
-from hpsearch.store import Store
-from hpsearch.trial import Event
+from hpsearch.driver.doctor import examine
+from hpsearch.records import Event
+from hpsearch.store.store import Store
 
 pytestmark = pytest.mark.slow
 

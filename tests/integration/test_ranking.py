@@ -13,10 +13,10 @@ import pytest
 import sqlalchemy as sa
 
 import hpsearch
-from hpsearch import statistics
 from hpsearch.api import finals
 from hpsearch.errors import UsageError
-from hpsearch.store import Store
+from hpsearch.metrics import statistics
+from hpsearch.store.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +205,7 @@ def test_a_study_goes_on_after_its_finals(searched: hpsearch.Study, tiny: Path) 
 
 
 def stop_at_the_first_point(event: Any) -> None:
-    from hpsearch.study import StopRequestedError
+    from hpsearch.driver.run import StopRequestedError
 
     if event.kind == "point":
         raise StopRequestedError("enough")

@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 import hpsearch
-from hpsearch.trainer import Trainer
+from hpsearch.training.trainer import Trainer
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import hpsearch
-from hpsearch import api, wording
-from hpsearch.store import Store
-from hpsearch.trial import Event
+from hpsearch import api
+from hpsearch.records import Event
+from hpsearch.reports import text as wording
+from hpsearch.store.store import Store
 from tests.conftest import TINY, Run
 from tests.faults.harness import Study as Suffering
 
@@ -79,7 +81,7 @@ def test_a_study_stopped_by_a_signal_has_a_winner_which_the_next_launch_trains_o
 def test_a_time_budget_ends_with_the_best_brought_to_their_ends_and_the_rest_scored(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpsearch.study.LEAST_S", 0.5)
+    monkeypatch.setattr("hpsearch.driver.run.LEAST_S", 0.5)
     notes: list[str] = []
 
     def listen(event: Event) -> None:
@@ -161,9 +163,7 @@ def test_closed_standard_streams_are_no_bug(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_two_hundred_studies_stopped_at_random_moments_have_a_winner_each(tmp_path: Path) -> None:
     """By signals, by their time budget, and by SIGKILL; those that had evaluated anything."""
-    import hpsearch.worker  # the children are forked, so that each begins at once
-
-    del hpsearch.worker
+    import_module("hpsearch.worker.run")  # the children are forked, so that each begins at once
     rng = random.Random(0)
     evaluated = 0
     for number in range(200):

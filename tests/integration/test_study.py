@@ -16,9 +16,9 @@ import ray
 
 import hpsearch
 from hpsearch.errors import StudyBusyError, UsageError
-from hpsearch.spec import load_study
-from hpsearch.store import Store
-from hpsearch.trial import PULSE_FILE, Event
+from hpsearch.records import PULSE_FILE, Event
+from hpsearch.spec.load import load_study
+from hpsearch.store.store import Store
 from tests.faults.harness import Study as Suffering
 
 pytestmark = pytest.mark.slow
@@ -380,7 +380,7 @@ def test_llama_and_conditions_run_as_well(tiny: Path) -> None:
 
 def test_check_touches_nothing_and_tells_what_a_launch_will_do(tiny: Path) -> None:
     from hpsearch.api import check
-    from hpsearch.spec import load_study
+    from hpsearch.spec.load import load_study
 
     before = set(tiny.parent.rglob("*"))
     found = check(load_study(tiny))

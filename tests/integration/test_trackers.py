@@ -14,10 +14,10 @@ from tensorboardX.proto.event_pb2 import Event as TensorBoardEvent
 from wandb.proto import wandb_internal_pb2
 
 import hpsearch as package
-from hpsearch import trackers
 from hpsearch.errors import UsageError
-from hpsearch.trackers import check_trackers, tracked
-from hpsearch.trial import Event, Point, Score, TrialResult, TrialState
+from hpsearch.integrations import trackers
+from hpsearch.integrations.trackers import check_trackers, tracked
+from hpsearch.records import Event, Point, Score, TrialResult, TrialState
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow

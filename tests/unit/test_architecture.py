@@ -1,8 +1,9 @@
-"""The layout of CONTRIBUTING.md, held to: imports point down the list, and heavy packages have one owner."""
+"""The table of docs/architecture.md, held to: imports point down it, and heavy libraries are where it says."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -12,75 +13,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hpsearch"
 
-LAYERS = [
-    {"__main__"},
-    {"cli"},
-    {"terminal", "dashboard"},
-    {"api"},
-    {"pages"},
-    {"annotations"},
-    {"figures"},
-    {"wording"},
-    {"backends.ray_tune", "backends.ray_jobs", "backends.inline"},
-    {"backends.ray_metrics", "backends.ray_cluster"},
-    {"backends.fork_server"},
-    {"backends"},
-    {"study", "invariants", "trackers"},
-    {"tables"},
-    {"ownership"},
-    {"search", "ranking", "housekeeping", "leases"},
-    {"ties"},
-    {"store", "outbox", "samplers"},
-    {"migrations", "engines", "worker"},
-    {"trainer"},
-    {"checkpoints", "devices", "muon", "ranks"},
-    {"tasks.causal_lm", "tasks.translation", "tasks.classification"},
-    {"tasks.probe"},
-    {"tasks.architecture", "tasks.kernels"},
-    {"tasks.configuration"},
-    {"tasks.base"},
-    {"tasks"},
-    {"data"},
-    {"bleu", "intervals", "pretrained", "trial_log"},
-    {"statistics"},
-    {"spec"},
-    {"corpora", "space", "study_file", "trial"},
-    {"pruning", "rungs"},
-    {"settings", "memory", "endgame", "storage"},
-    {"scratch", "redaction"},
-    {"errors"},
-]
-RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-
-TASK_ROOM = {
-    "tasks.base", "tasks.architecture", "tasks.configuration", "tasks.kernels", "tasks.probe", "tasks.causal_lm", "tasks.translation", "tasks.classification",
-}  # fmt: skip
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
+ROWS = re.findall(r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|$", PAGE.read_text(), flags=re.MULTILINE)
+RANK = {package: rank for rank, (package, _) in enumerate(ROWS)}
 OWNERS = {
-    "click": {"cli"},
-    "rich": {"terminal", "cli"},
-    "ray": {"backends.ray_cluster", "backends.ray_tune", "backends.ray_jobs", "backends.ray_metrics"},
-    "optuna": {"search", "samplers"},
-    "optuna_dashboard": {"dashboard"},
-    "jinja2": {"pages"},
-    "pandas": {"ranking", "figures", "tables"},
-    "plotly": {"figures", "pages"},
-    "sqlalchemy": {"store", "engines", "migrations"},
-    "torch": {"trainer", "worker", "checkpoints", "devices", "muon", "ranks", *TASK_ROOM},
-    "safetensors": {"checkpoints", "pretrained"},
-    "transformers": {"worker", "pretrained", *TASK_ROOM},
-    "huggingface_hub": {"pretrained"},
-    "fsspec": {"storage"},
-    "mlflow": {"trackers"},
-    "tensorboardX": {"trackers"},
-    "wandb": {"trackers"},
-    "upath": {"storage"},
-    "peft": {"tasks.architecture"},
-    "sacrebleu": {"tasks.translation", "bleu"},
-    "sklearn": {"tasks.classification"},
-    "datasets": {"data"},
-    "tokenizers": {"data"},
-    "pydantic": {"settings", "pruning", "spec", "space", "pages"},
-    "yaml": {"study_file"},
+    library: {package for package, libraries in ROWS if library in libraries.replace(" ", "").split(",")}
+    for library in sorted({name.strip() for _, libraries in ROWS for name in libraries.split(",")} - {""})
 }
 
 
@@ -108,46 +46,66 @@ def imported(tree: ast.Module) -> set[str]:
     return names
 
 
-def test_every_module_has_a_place_in_the_list() -> None:
-    assert set(modules()) - {""} == set(RANK)
+def package_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("module", sorted(RANK))
-def test_imports_point_down_the_list(module: str) -> None:
+def test_every_package_has_a_row_in_the_page() -> None:
+    assert {package_of(module) for module in modules()} - {"", "__main__"} == set(RANK)
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - {"", "__main__"}))
+def test_imports_point_down_the_table(module: str) -> None:
+    own = package_of(module)
     for name in imported(modules()[module]):
-        target = name.removeprefix("hpsearch.")
-        if name.startswith("hpsearch.") and target in RANK and target != module:
-            assert RANK[target] > RANK[module], f"{module} may not import {target}"
+        target = package_of(name.removeprefix("hpsearch."))
+        if name.startswith("hpsearch.") and target in RANK and target != own:
+            assert RANK[target] > RANK[own], f"{module} may not import {name}"
 
 
-@pytest.mark.parametrize("package", sorted(OWNERS))
-def test_a_heavy_package_has_one_owner(package: str) -> None:
+@pytest.mark.parametrize("library", sorted(OWNERS))
+def test_a_heavy_library_is_imported_where_the_table_says(library: str) -> None:
     users = {
-        module
+        package_of(module)
         for module, tree in modules().items()
-        if any(name == package or name.startswith(f"{package}.") for name in imported(tree))
+        if any(name == library or name.startswith(f"{library}.") for name in imported(tree))
     }
-    assert users <= OWNERS[package]
+    assert users == OWNERS[library]
 
 
-@pytest.mark.parametrize("module", sorted(set(RANK) - {"__main__"}))
+def test_the_heavy_libraries_are_in_the_table() -> None:
+    assert {"torch", "transformers", "optuna", "ray", "sqlalchemy", "pandas", "plotly", "datasets", "click"} <= set(
+        OWNERS
+    )
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - {"__main__"}))
 def test_a_module_opens_with_one_sentence(module: str) -> None:
     assert ast.get_docstring(modules()[module])
+
+
+def test_no_folder_is_a_drawer() -> None:
+    """At most about twenty names to read before one knows where to look, and about twelve within."""
+    for folder in {PACKAGE, *(file.parent for file in PACKAGE.rglob("*.py"))}:
+        names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(("_", "py.typed"))]
+        assert len(names) <= (21 if folder == PACKAGE else 12), folder
 
 
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        pytest.param("import hpsearch.cli", {"torch", "ray", "optuna", "sqlalchemy", "pandas", "rich"}, id="help"),
+        pytest.param("import hpsearch.cli.main", {"torch", "ray", "optuna", "sqlalchemy", "pandas", "rich"}, id="help"),
         pytest.param(
-            "from hpsearch import api, terminal, ranking",
+            "from hpsearch import api; from hpsearch.cli import terminal; from hpsearch.results import leaderboard",
             {"torch", "ray", "optuna", "transformers"},
             id="rank and show",
         ),
         pytest.param(
-            "from hpsearch.spec import load_study", {"torch", "ray", "optuna", "sqlalchemy", "numpy"}, id="study file"
+            "from hpsearch.spec.load import load_study",
+            {"torch", "ray", "optuna", "sqlalchemy", "numpy"},
+            id="study file",
         ),
-        pytest.param("import hpsearch.study", {"torch", "ray", "transformers"}, id="driver"),
+        pytest.param("import hpsearch.driver.run", {"torch", "ray", "transformers"}, id="driver"),
     ],
 )
 def test_light_commands_load_nothing_heavy(statement: str, absent: set[str]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from hpsearch.backends import Placement, ray_cluster
-from hpsearch.backends.ray_cluster import _in_this_folder
-from hpsearch.backends.ray_tune import _Bridge, _place
+from hpsearch.backends import Placement
+from hpsearch.backends.ray import cluster as ray_cluster
+from hpsearch.backends.ray.cluster import _in_this_folder
+from hpsearch.backends.ray.tune import _Bridge, _place
 from hpsearch.errors import ClusterError, UsageError
-from hpsearch.spec import load_study
+from hpsearch.spec.load import load_study
 
 STUDY = "name: s\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 
@@ -135,7 +136,7 @@ def test_what_tune_pickles_holds_no_study(tmp_path: Path) -> None:
 
 
 def test_a_model_folder_with_links_out_of_it_is_not_sent_away(tmp_path: Path) -> None:
-    from hpsearch.backends.ray_jobs import _refuse_links
+    from hpsearch.backends.ray.jobs import _refuse_links
 
     model = tmp_path / "model"
     model.mkdir()

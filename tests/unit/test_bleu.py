@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from hpsearch import bleu
-from hpsearch.data import load_texts, measure, notes, prepare
+from hpsearch.data.prepare import load_texts, measure, notes, prepare
 from hpsearch.errors import UsageError
-from hpsearch.settings import ModelSettings, TranslationSpec
-from hpsearch.spec import DataSpec, FileSplits, StudySpec
+from hpsearch.metrics import bleu
+from hpsearch.spec.sections import DataSpec, FileSplits
+from hpsearch.spec.settings import ModelSettings, TranslationSpec
+from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.translation import Translation
 
 CHINESE = dict(

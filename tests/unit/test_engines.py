@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from hpsearch import engines
 from hpsearch.errors import StoreAwayError, StoreError, StoreRefusedError
-from hpsearch.search import open_storage, recorded_trials
-from hpsearch.store import Store
+from hpsearch.search.study import open_storage, recorded_trials
+from hpsearch.store import engines
+from hpsearch.store.store import Store
 from tests.proxy import Link
 from tests.unit.test_store import OVERFIT, POINT, scored, start, take
 

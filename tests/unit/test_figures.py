@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpsearch.figures import FIGURES, StudyData
-from hpsearch.ranking import Leaderboard
+from hpsearch.reports.figures import FIGURES, StudyData
+from hpsearch.results.leaderboard import Leaderboard
 
 
 def board_of(ties: list[str]) -> Leaderboard:

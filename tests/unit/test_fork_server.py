@@ -13,10 +13,10 @@ import pytest
 
 from hpsearch import open_study
 from hpsearch.backends.fork_server import Fork, fork_server
-from hpsearch.data import prepare
-from hpsearch.spec import load_study
-from hpsearch.trial import STOP_FILE, TrialConfig, TrialState
-from hpsearch.worker import run_trial
+from hpsearch.data.prepare import prepare
+from hpsearch.records import STOP_FILE, TrialConfig, TrialState
+from hpsearch.spec.load import load_study
+from hpsearch.worker.run import run_trial
 from tests.conftest import TINY, Run, drain
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -116,7 +116,7 @@ def test_sigterm_of_its_worker_brings_a_trial_to_safety(server: str, configure: 
 def test_what_a_trial_raises_comes_back_with_its_traceback(server: str, configure: Callable[..., TrialConfig]) -> None:
     config = configure(40)
     Path(config.folder).write_text("in the way")
-    with pytest.raises(ChildProcessError, match=r"(?s)^Traceback .*worker\.py.*\nFileExistsError: "):
+    with pytest.raises(ChildProcessError, match=r"(?s)^Traceback .*run\.py.*\nFileExistsError: "):
         drain(Fork(server, ENVIRONMENT).run_trial(config))
 
 
@@ -173,7 +173,7 @@ def test_a_server_that_dies_leaves_its_forks_to_end_their_trials(
 THREADED = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
 HAS_USED_A_GPU = """
 import sys, types
-sys.modules["hpsearch.worker"] = types.SimpleNamespace(can_use_gpus=lambda: False)
+sys.modules["hpsearch.worker.run"] = types.SimpleNamespace(can_use_gpus=lambda: False)
 """
 """There is no GPU here to use."""
 

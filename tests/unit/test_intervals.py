@@ -13,7 +13,7 @@ import pytest
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 
-from hpsearch import intervals, statistics
+from hpsearch.metrics import intervals, statistics
 
 LABEL_METRICS = [("f1", "macro"), ("f1", "micro"), ("f1", "weighted"), ("precision", "macro"), ("accuracy", "accuracy")]
 REFERENCES = ["the cat sat on the mat", "a file was not found", "save all changes now", "open", "close the window"]

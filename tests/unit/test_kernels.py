@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from hpsearch.tasks import kernels
-from hpsearch.tasks.base import IGNORED
-from hpsearch.tasks.kernels import CheapDropout, VocabularyLoss, can_decode, decode_greedily
+from hpsearch.models import kernels
+from hpsearch.models.kernels import IGNORED, CheapDropout, VocabularyLoss, can_decode, decode_greedily
 
 VOCABULARY = 97
 SMALL: dict[str, Any] = {

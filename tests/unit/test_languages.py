@@ -24,11 +24,12 @@ from transformers import (
 )
 
 import hpsearch
-from hpsearch.data import load_split, load_texts, prepare
+from hpsearch.data.prepare import load_split, load_texts, prepare
 from hpsearch.errors import UsageError
-from hpsearch.settings import ModelSettings, TranslationSpec
-from hpsearch.spec import StudySpec, load_study
-from hpsearch.tasks.kernels import can_decode, decode_greedily
+from hpsearch.models.kernels import can_decode, decode_greedily
+from hpsearch.spec.load import load_study
+from hpsearch.spec.settings import ModelSettings, TranslationSpec
+from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.translation import Translation
 
 ENGLISH, FRENCH = ["red", "blue", "green", "black", "white", "big"], ["rouge", "bleu", "vert", "noir", "blanc", "grand"]

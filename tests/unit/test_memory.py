@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpsearch.memory import CONTEXT_BYTES, LEARN_FROM, SMALLEST_SHARE, PeakMemory
+from hpsearch.training.memory import CONTEXT_BYTES, LEARN_FROM, SMALLEST_SHARE, PeakMemory
 
 DEVICE = 80e9
 

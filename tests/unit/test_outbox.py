@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from hpsearch import outbox as module
+from hpsearch.driver import outbox as module
+from hpsearch.driver.outbox import Outbox
 from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError
-from hpsearch.outbox import Outbox
 
 
 def test_writes_are_done_in_order() -> None:

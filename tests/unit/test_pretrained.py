@@ -11,10 +11,11 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hpsearch
-from hpsearch import pretrained
-from hpsearch.data import train_tokenizer
+from hpsearch.data import pretrained
+from hpsearch.data.prepare import train_tokenizer
 from hpsearch.errors import UsageError
-from hpsearch.spec import TokenizerSpec, load_study
+from hpsearch.spec.load import load_study
+from hpsearch.spec.sections import TokenizerSpec
 
 LINES = [f"line {number} of text" for number in range(99)]
 STUDY = (

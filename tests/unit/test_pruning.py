@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hpsearch.pruning import Judgement, OverfitRule, Verdict, best_evaluation, judge, mann_kendall_z
+from hpsearch.pruning.overfitting import Judgement, Verdict, best_evaluation, judge, mann_kendall_z
+from hpsearch.spec.sections import OverfitRule
 
 RULE = OverfitRule()
 

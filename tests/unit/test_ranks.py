@@ -14,14 +14,14 @@ from unittest import mock
 
 import pytest
 
-from hpsearch.data import prepare
-from hpsearch.pruning import OverfitRule
-from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
+from hpsearch.data.prepare import prepare
+from hpsearch.records import STOP_FILE, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm import CausalLM
-from hpsearch.trainer import MICRO_BATCH, Trainer
-from hpsearch.trial import STOP_FILE, Progress, TrialConfig, TrialResult, TrialState
-from hpsearch.worker import ProcessLostError, first_cause, follow, run_trial
+from hpsearch.training.trainer import MICRO_BATCH, Trainer
+from hpsearch.worker.run import ProcessLostError, first_cause, follow, run_trial
 from tests.conftest import drain
 from tests.unit.test_trainer import OVERFITTING, WIDER
 

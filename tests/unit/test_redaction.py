@@ -6,8 +6,8 @@ import urllib.parse
 
 import pytest
 
-from hpsearch import redaction
-from hpsearch.redaction import has_secret, hide_secrets, remember_secrets
+from hpsearch.spec import redaction
+from hpsearch.spec.redaction import has_secret, hide_secrets, remember_secrets
 
 PASSWORDS = ["canary4711", "can/ary", "can ary", "can@ary", "can:ary", "can?ary=1", "can#ary", "can%2Fary", "cän&ary'"]
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from hpsearch import rungs
-from hpsearch.rungs import Rungs
+from hpsearch.pruning import rungs
+from hpsearch.pruning.rungs import Rungs
 
 
 def climbed(values: dict[int, list[float]], reduction_factor: int = 3) -> Rungs:

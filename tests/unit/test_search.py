@@ -14,12 +14,13 @@ import pytest
 from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
-from hpsearch.samplers import BEST_SEEN, LATEST_SEEN, _History, clip_at_median
-from hpsearch.search import OPTUNA_STATE, Search, first_suggestions, recorded_trials
-from hpsearch.spec import StudySpec, load_study, validate_study
-from hpsearch.store import Store
-from hpsearch.study_file import parse_study
-from hpsearch.trial import TrialState
+from hpsearch.records import TrialState
+from hpsearch.search.samplers import BEST_SEEN, LATEST_SEEN, _History, clip_at_median
+from hpsearch.search.study import OPTUNA_STATE, Search, first_suggestions, recorded_trials
+from hpsearch.spec.load import load_study, validate_study
+from hpsearch.spec.study import StudySpec
+from hpsearch.spec.yaml_file import parse_study
+from hpsearch.store.store import Store
 
 BASE = """name: s
 task: causal_lm

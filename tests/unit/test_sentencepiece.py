@@ -87,7 +87,7 @@ def test_a_model_with_a_sentencepiece_tokenizer_is_fine_tuned(study: Path) -> No
 
 
 def test_a_missing_sentencepiece_is_named(study: Path) -> None:
-    program = f"import sys; sys.modules['sentencepiece'] = None\nfrom hpsearch.cli import main\nmain(['check', {str(study)!r}])"
+    program = f"import sys; sys.modules['sentencepiece'] = None\nfrom hpsearch.cli.main import main\nmain(['check', {str(study)!r}])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "sentencepiece is not installed: pip install sentencepiece" in done.stderr

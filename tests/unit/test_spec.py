@@ -10,9 +10,12 @@ import jsonschema
 import pytest
 
 from hpsearch.errors import SpecError
-from hpsearch.space import Choice, Range, parse_space
-from hpsearch.spec import AlignedFiles, StudySpec, json_schema, load_study
-from hpsearch.study_file import read_study_file
+from hpsearch.spec.json_schema import json_schema
+from hpsearch.spec.load import load_study
+from hpsearch.spec.sections import AlignedFiles
+from hpsearch.spec.space import Choice, Range, parse_space
+from hpsearch.spec.study import StudySpec
+from hpsearch.spec.yaml_file import read_study_file
 
 BASE = "name: a\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 ROOT = Path(__file__).parents[2]

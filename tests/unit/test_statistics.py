@@ -9,8 +9,8 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from hpsearch import intervals, statistics
-from hpsearch import ties as ties_module
+from hpsearch.metrics import intervals, statistics
+from hpsearch.metrics import ties as ties_module
 
 REFERENCES = ["the cat sat on the mat", "a file was not found", "save all changes now", "open", "close the window"]
 

@@ -20,15 +20,17 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
-from hpsearch import leases, migrations, statistics, ties
+from hpsearch.driver import leases
 from hpsearch.errors import LeaseLostError, StoreError, StudyBusyError, UnknownStudyError, UsageError
-from hpsearch.ranking import flat_rows, frame, leaderboard
-from hpsearch.scratch import _started, is_gone, this_process
-from hpsearch.search import Search, recorded_trials
-from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.spec import load_study
-from hpsearch.store import NewStudy, Store, metadata
-from hpsearch.trial import Point, Score, TrialConfig, TrialResult, TrialState
+from hpsearch.files.scratch import _started, is_gone, this_process
+from hpsearch.metrics import statistics, ties
+from hpsearch.records import Point, Score, TrialConfig, TrialResult, TrialState
+from hpsearch.results.leaderboard import flat_rows, frame, leaderboard
+from hpsearch.search.study import Search, recorded_trials
+from hpsearch.spec.load import load_study
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.store import migrations
+from hpsearch.store.store import NewStudy, Store, metadata
 
 STUDY = NewStudy(
     name="s", task="causal_lm", metric="perplexity", higher_is_better=False, spec={"name": "s"}, fingerprint="f",

@@ -15,16 +15,17 @@ import torch
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from hpsearch.data import load_labels, load_split, load_texts, prepare
+from hpsearch.data.prepare import load_labels, load_split, load_texts, prepare
 from hpsearch.errors import UsageError
-from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.spec import DataSpec, FileSplits, StudySpec, TokenizerSpec
+from hpsearch.records import TrialConfig, TrialResult, TrialState
+from hpsearch.spec.sections import DataSpec, FileSplits, TokenizerSpec
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.base import bucketed, within_budget
 from hpsearch.tasks.classification import Classification
 from hpsearch.tasks.translation import Translation
-from hpsearch.trainer import Trainer, seed_everything
-from hpsearch.trial import TrialConfig, TrialResult, TrialState
-from hpsearch.worker import run_trial
+from hpsearch.training.trainer import Trainer, seed_everything
+from hpsearch.worker.run import run_trial
 
 RUN = RunSettings(learning_rate=3e-3, batch_size=16, num_epochs=1, evaluations_per_epoch=1)
 BART = ModelSettings(architecture="bart", hidden_size=32, num_heads=2, num_layers=1, context_length=24, init_std=0.08)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpsearch.terminal import _classes, watch_report
+from hpsearch.cli.terminal import _classes, watch_report
 
 
 def running(number: int, points: int) -> dict[str, Any]:

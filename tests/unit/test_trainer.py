@@ -19,17 +19,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hpsearch import checkpoints, intervals
-from hpsearch.data import load_split, prepare
+from hpsearch.data.prepare import load_split, prepare
 from hpsearch.errors import UsageError
-from hpsearch.pruning import OverfitRule
-from hpsearch.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.spec import DataSpec, StudySpec, TokenizerSpec
+from hpsearch.metrics import intervals
+from hpsearch.models.configuration import build_config
+from hpsearch.records import STOP_FILE, Point, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm import CausalLM
-from hpsearch.tasks.configuration import build_config
-from hpsearch.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
-from hpsearch.trial import STOP_FILE, Point, Progress, TrialConfig, TrialResult, TrialState
-from hpsearch.worker import run_trial
+from hpsearch.training import checkpoints
+from hpsearch.training.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
+from hpsearch.worker.run import run_trial
 from tests.conftest import drain
 
 MODEL = ModelSettings(architecture="gpt2", hidden_size=32, num_heads=2, num_layers=1, context_length=32, init_std=0.08)
@@ -371,7 +372,7 @@ def test_a_preempted_run_goes_on_to_the_bit(data: Path, tmp_path: Path, cut: int
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
-    monkeypatch.setattr("hpsearch.trainer.CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("hpsearch.training.trainer.CHECKPOINT_SHARE", math.inf)
     folder = tmp_path / "first"
     first = Trainer(CausalLM(data, MODEL), LONG, seed=0, device=CPU, folder=folder)
     points = first.points()

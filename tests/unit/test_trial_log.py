@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from hpsearch.trial_log import LOGGER, log_file, read_log, trial_log
+from hpsearch.files.trial_log import LOGGER, log_file, read_log, trial_log
 
 
 def test_attempts_follow_each_other_in_one_file(tmp_path: Path) -> None:

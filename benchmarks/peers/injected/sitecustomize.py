@@ -16,8 +16,8 @@ from typing import Any
 
 NOOP = """
 import math, random
-from hpsearch.pruning import OverfitRule, judge
-from hpsearch.trial import Point, Progress, Score, TrialResult, TrialState
+from hpsearch.pruning.overfitting import OverfitRule, judge
+from hpsearch.records import Point, Progress, Score, TrialResult, TrialState
 
 def can_use_gpus():
     return True
@@ -54,7 +54,7 @@ def note_first_step(module: Any, load: Callable[[Any], None]) -> None:
 
 
 LOADERS = {
-    "HPSEARCH_BENCHMARK_NOOP": ("hpsearch.worker", replace_worker),
+    "HPSEARCH_BENCHMARK_NOOP": ("hpsearch.worker.run", replace_worker),
     "HPSEARCH_BENCHMARK_FIRST_STEP": ("torch.optim.optimizer", note_first_step),
 }
 

@@ -71,7 +71,7 @@ def patch_trainer(module: Any) -> None:
             start(self, task, settings, **more)
             peak = FAULTS["example_bytes"] * settings.batch_size
             found = {"peak_memory_bytes": peak, "device_memory_bytes": FAULTS["gpu_bytes"]}
-            vars(sys.modules["hpsearch.worker"])["peak_memory"] = lambda device: found
+            vars(sys.modules["hpsearch.worker.run"])["peak_memory"] = lambda device: found
 
         trainer.__init__ = measured
 
@@ -97,9 +97,9 @@ def patch_checkpoints(module: Any) -> None:
 
 
 PATCHES = {
-    "hpsearch.trainer": patch_trainer,
-    "hpsearch.checkpoints": patch_checkpoints,
-    "hpsearch.backends.ray_cluster": patch_ray,
+    "hpsearch.training.trainer": patch_trainer,
+    "hpsearch.training.checkpoints": patch_checkpoints,
+    "hpsearch.backends.ray.cluster": patch_ray,
 }
 
 

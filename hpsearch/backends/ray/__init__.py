@@ -1,0 +1,1 @@
+"""Trials on Ray Tune, and studies as jobs of a Ray cluster."""

@@ -1,0 +1,1 @@
+"""Text to tokens: sources, splits, tokenizers, built-in corpora."""

@@ -1,0 +1,1 @@
+"""A study in flight: its state machine, lease, outbox, retention and repair."""

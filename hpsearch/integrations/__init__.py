@@ -1,0 +1,1 @@
+"""Copies of a study for other tools."""

@@ -1,0 +1,1 @@
+"""Test scores as functions of per-example sums, with intervals and ties."""

@@ -1,0 +1,1 @@
+"""Models of transformers: building, loading, adapting and trying them."""

@@ -1,0 +1,120 @@
+"""Whether a model trains at all: what `check` and a launch try out before any trial does.
+
+Configurations that transformers accepts may still fail in their first step, read the tokens that they are to predict,
+or want inputs that a task does not have. So one is built and makes a step: the model itself where it is small, else a
+twin of few and narrow layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers.modeling_utils import PreTrainedModel
+
+from hpsearch.errors import UsageError
+from hpsearch.models.architecture import require_peft
+from hpsearch.models.configuration import build_config, default_heads, kind, skeleton
+from hpsearch.spec.settings import ModelSettings
+
+_TWIN_LAYERS, _TWIN_HEAD, _TWIN_VOCABULARY, _TWIN_LENGTH = 2, 16, 512, 128
+"""Sizes of the small model that is tried out in place of a large one."""
+_TRIED_AS_IT_IS = 2_000_000
+"""Weights of models that need no smaller twin."""
+_LEAK = 1e-4
+"""Of the deviation of a model's logits: more than rounding, and than what a later token may change."""
+
+
+def check_model(auto_class: Any, settings: ModelSettings, **tokens: Any) -> None:
+    """Raise UsageError if such a model cannot be built, or does not train: one that is small enough makes a step.
+
+    Of a larger model no weights are allocated; its small twin makes the step.
+    """
+    if settings.lora_rank:
+        require_peft()
+    config = build_config(auto_class, settings, **tokens)
+    try:
+        model = skeleton(auto_class, config)
+    except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
+        raise UsageError(f"model: a {config.model_type} of these sizes cannot be built: {error}") from error
+    if settings.pretrained is not None:
+        return
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if weights > _TRIED_AS_IT_IS or settings.context_length > _TWIN_LENGTH:
+        settings = _twin(settings)
+        small = {name: min(size, _TWIN_VOCABULARY) for name, size in tokens.items() if name.endswith("vocab_size")}
+        config = build_config(auto_class, settings, **{**tokens, **small})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            vocabulary = min(tokens["vocab_size"], _TWIN_VOCABULARY)
+            _try_out(auto_class.from_config(config), kind(auto_class), vocabulary, settings.context_length)
+        except UsageError:
+            raise
+        except Exception as error:
+            said = str(error).strip().partition("\n")[0]
+            raise UsageError(
+                f"model: a {config.model_type} of these settings can be built, but not trained: "
+                f"{said or type(error).__name__} (model.config may set what it lacks)"
+            ) from error
+
+
+def _twin(settings: ModelSettings) -> ModelSettings:
+    """Smaller settings of which the model fails where the one of these settings does, as far as sizes do not matter."""
+    layers = {
+        name: min(_TWIN_LAYERS, getattr(settings, name))
+        for name in ("num_layers", "num_encoder_layers", "num_decoder_layers")
+        if getattr(settings, name) is not None
+    }
+    heads = settings.num_heads or default_heads(settings.hidden_size)
+    of_head = settings.hidden_size // heads
+    if of_head > _TWIN_HEAD:
+        of_head = _TWIN_HEAD + of_head % 2  # what is rotated must be even
+    length = min(settings.context_length, _TWIN_LENGTH)
+    sizes = {"hidden_size": heads * of_head, "num_heads": heads, "context_length": length}
+    return settings.model_copy(update={**sizes, **layers})
+
+
+def _try_out(model: PreTrainedModel, kind: str, vocabulary: int, length: int) -> None:
+    """What a trial does with a model: a loss on a long and a short sequence, its gradients, an evaluation."""
+    ids = torch.randint(2, max(3, vocabulary), (2, length))
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if kind == "CausalLM":
+        inputs["use_cache"] = False
+    else:
+        is_text = torch.ones_like(ids)
+        is_text[1, length // 2 :] = 0
+        ids[1, length // 2 :] = model.config.pad_token_id
+        inputs["attention_mask"] = is_text
+    if kind == "Seq2SeqLM":
+        inputs |= {"decoder_input_ids": ids, "use_cache": False}
+    elif kind == "SequenceClassification":
+        ids[0, -1] = ids[1, length // 2 - 1] = model.config.eos_token_id
+    model.train()
+    logits = model(**inputs).logits.float()
+    expected = (2,) if kind == "SequenceClassification" else (2, length)
+    if logits.shape[:-1] != expected:
+        unit = "text" if len(expected) == 1 else "token"
+        raise UsageError(f"model: a {model.config.model_type} gives no logits for each {unit}")
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    loss = functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    if not loss.isfinite():
+        raise UsageError(f"model: a {model.config.model_type} of these settings has no finite loss at the start")
+    model.eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits.float()
+        if kind != "CausalLM":
+            shortest = {name: value[:1, -1:] if torch.is_tensor(value) else value for name, value in inputs.items()}
+            model(**shortest)
+            return
+        other = ids.clone()
+        cut = length // 2
+        other[:, cut:] = 2 + (other[:, cut:] - 1) % max(1, vocabulary - 2)
+        change = (model(**{**inputs, "input_ids": other}).logits.float() - logits)[:, :cut].abs().max()
+    if change > _LEAK * logits.std():
+        raise UsageError(
+            f"model.architecture: a {model.config.model_type} reads the tokens that it is to predict: it is no causal "
+            "language model"
+        )

@@ -1,0 +1,1 @@
+"""Pure rules: is this run overfitting, and which trials get past a rung."""

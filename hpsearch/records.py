@@ -1,0 +1,256 @@
+"""The words of the field that cross rooms: what a trial is asked to run, what it reports, how it ends."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from hpsearch.pruning.overfitting import Evidence, Judgement, Verdict
+from hpsearch.spec.sections import OverfitRule
+from hpsearch.spec.settings import ClassificationSpec, ModelSettings, Objective, RunSettings, Strict, TranslationSpec
+
+
+class TrialState(StrEnum):
+    """What happened to a trial. Optuna's state, which says what the sampler should learn, is in `search`."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    OVERFIT = "overfit"
+    PLATEAU = "plateau"
+    UNPROMISING = "unpromising"
+    DIVERGED = "diverged"
+    INFEASIBLE = "infeasible"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+LIVE = frozenset({TrialState.RUNNING, TrialState.PAUSED})
+UNFINISHED = LIVE | {TrialState.INTERRUPTED}
+"""Trials that run or wait to go on."""
+RANKED = frozenset({TrialState.COMPLETED, TrialState.OVERFIT, TrialState.PLATEAU})
+"""Trials that ended with a checkpoint worth scoring on the test split."""
+STOPPED = frozenset({TrialState.PAUSED, TrialState.INTERRUPTED})
+"""Trials that have not ended, and are ranked by their best checkpoint so far once the study was stopped."""
+PRUNED = frozenset({TrialState.OVERFIT, TrialState.PLATEAU, TrialState.UNPROMISING, TrialState.DIVERGED})
+"""What a person reads as "pruned", each with its reason."""
+
+
+STOP_FILE = "stop"
+"""File in the folder of an attempt that asks its worker to write a checkpoint and leave."""
+
+PREEMPTED = "preempted"
+"""How the reason begins when a trial was interrupted by no fault of its own."""
+LAST_WORDS = "last-words.txt"
+"""File in the folder of an attempt where a worker that hangs or crashes says where it was."""
+PULSE_FILE = "pulse.json"
+"""File in the folder of an attempt that says which process runs it, and is touched while that one makes steps."""
+PULSE_EVERY_S = 5.0
+RESULT = "result.json"
+"""File in the folder of an attempt: how it ended, for a driver that did not live to hear it."""
+
+
+TRIAL = "trial.json"
+"""File in the folder of an attempt: its TrialConfig, for a driver whose store does not know of it."""
+
+
+class Decision(StrEnum):
+    """What search answers to a point."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    """Leave the device to others; the checkpoint of this point is written."""
+    STOP = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One evaluation of a run. It has no field for a test score: search cannot see one."""
+
+    evaluation: int
+    """Counted from 1."""
+    epoch: float
+    """Epochs trained so far; whole at the end of an epoch."""
+    step: int
+    """Optimizer steps taken so far."""
+    train_loss: float
+    """Mean since the last evaluation, in nats per token, with dropout on."""
+    valid_loss: float
+    """Mean over the whole validation split, in nats per token."""
+    learning_rate: float
+    tokens: int
+    """Training tokens seen so far."""
+    seconds: float
+    """Device-seconds spent so far, evaluation included."""
+    valid_score: float | None = None
+    """BLEU or F1 of the validation split, at the ends of epochs of a study that searches for it."""
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.epoch == int(self.epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A point and the verdict on the curve up to it."""
+
+    point: Point
+    judgement: Judgement
+    stops: bool
+    """True when the worker ends the run at this verdict: the next thing it sends is its result."""
+    rung: int | None = None
+    """The rung that the run has reached with this point. It can go on from here later."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """At a rung: what the run has taken of a GPU so far, as in the provenance of a result."""
+    micro_batch_size: int | None = None
+    """At a rung."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Progress:
+        content = json.loads(text)
+        judgement = content["judgement"]
+        return cls(
+            point=Point(**content["point"]),
+            judgement=Judgement(verdict=Verdict(judgement["verdict"]), evidence=Evidence(**judgement["evidence"])),
+            stops=content["stops"],
+            rung=content["rung"],
+            memory=content["memory"],
+            micro_batch_size=content["micro_batch_size"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One test metric with its 95 % interval and everything that makes it comparable."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    """Test documents or examples behind the value."""
+    contract: dict[str, Any] = field(default_factory=dict)
+    """Two scores may be compared only when their contracts are equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """How a trial ended, as its worker saw it."""
+
+    state: TrialState
+    reason: str
+    best_evaluation: int | None = None
+    best_epoch: float | None = None
+    best_valid_loss: float | None = None
+    best_valid_score: float | None = None
+    """Of a study whose objective is a score."""
+    scores: tuple[Score, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the task keeps beside its scores, by kind: `samples`, `outputs`, `confusion`, `predictions`."""
+    examples: bytes | None = None
+    """What each test example adds to the scores, as `statistics.pack` writes it: for paired tests."""
+    judgement: dict[str, Any] | None = None
+    """Verdict and evidence of the last judgement."""
+    num_parameters: int | None = None
+    micro_batch_size: int | None = None
+    device: str | None = None
+    host: str | None = None
+    seconds: float = 0.0
+    """Device-seconds, test scoring and earlier attempts included, as far as they count in the curve."""
+    checkpoint: str | None = None
+    error: str | None = None
+    """Traceback of a trial that failed."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Versions and thread count that the numbers depend on."""
+    lost_files: bool = False
+    """Of a trial that failed because the system could not read or write a file: it may be able to later."""
+    needed_bytes: int | None = None
+    """Of a trial that was interrupted because the disk is full: how much did not fit."""
+
+    def to_json(self) -> str:
+        examples = None if self.examples is None else base64.b64encode(self.examples).decode()
+        return json.dumps({**asdict(self), "examples": examples})
+
+    @classmethod
+    def from_json(cls, text: str) -> TrialResult:
+        content = json.loads(text)
+        scores = tuple(Score(**score) for score in content.get("scores", ()))
+        examples = None if content["examples"] is None else base64.b64decode(content["examples"])
+        return cls(**{**content, "state": TrialState(content["state"]), "scores": scores, "examples": examples})
+
+
+def judgement_dict(judgement: Judgement) -> dict[str, Any]:
+    return {"verdict": judgement.verdict.value, "evidence": judgement.evidence.as_dict()}
+
+
+class TrialConfig(Strict):
+    """Everything a worker needs to run one trial. Travels as JSON; holds no secret and no handle."""
+
+    study: str
+    study_uid: str = ""
+    """What tells the study from every other, of the same name in another store, too."""
+    number: int
+    task: str
+    seed: int
+    params: dict[str, Any]
+    """What the sampler chose."""
+    attributes: dict[str, Any] | None = None
+    """What the sampler must know of its choice when the trial is taken up from its folder."""
+    repeat_of: int | None = None
+    """Of a trial of the finals: the trial whose settings it runs again."""
+    objective: Objective = "loss"
+    model: ModelSettings
+    training: RunSettings
+    translation: TranslationSpec
+    classification: ClassificationSpec
+    rule: OverfitRule | None
+    """None when overfitting does not prune."""
+    data: str
+    """Folder of the tokenized data."""
+    folder: str
+    """Folder of this attempt's files; no other attempt writes there."""
+    attempt: int = 1
+    earlier: tuple[str, ...] = ()
+    """Folders of earlier attempts, to resume from."""
+    recorded: int = 0
+    """Evaluations of earlier attempts that the driver knows."""
+    rungs: tuple[float, ...] = ()
+    """Parts of the run at which it may be paused, in order."""
+    finish_in_s: float | None = None
+    """Seconds of wall time after which the run must have come to its end: its schedule is shortened if need be."""
+    scores_only: bool = False
+    """Train nothing: score the best checkpoint of the earlier attempts on the test split."""
+    max_minutes: float | None = None
+    stall_minutes: float | None = None
+    threads: int
+    device_share: float | None = None
+    """The part of a GPU's memory that the trial may take, where others are on the same."""
+    device: str = "auto"
+    """auto: the GPU given to this process if there is one."""
+
+    @property
+    def origin(self) -> str:
+        """What the trial's files carry: those of another trial are not taken for its own."""
+        return f"{self.study_uid}/{self.number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What a person watching wants to know.
+
+    `study`, `trial_started`, `point`, `trial_ended` (also of a trial that goes back to the queue) or `note`.
+    """
+
+    kind: str
+    trial: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Listener = Callable[[Event], None]

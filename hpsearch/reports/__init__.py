@@ -1,0 +1,1 @@
+"""A study as figures, text and pages."""

@@ -1,0 +1,1 @@
+"""Optuna: what to try next, and what the sampler learns."""

@@ -1,0 +1,313 @@
+"""The samplers of Optuna as a study uses them: spread out at first, near what a person believes, on a tamed history."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import math
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from hpsearch.spec.space import Choice, Dimension, Space, listed
+from hpsearch.spec.study import StudySpec
+
+Expected = Callable[[FrozenTrial], float | None]
+"""What a trial that has not ended by itself would come to; None of any other."""
+EI_CANDIDATES = 64
+"""Settings that TPE draws to choose one from; of Optuna's 24 the best one is often far from the best there is."""
+LATEST_SEEN = 750
+BEST_SEEN = 250
+"""Trials of a large study that its sampler sees; see `_History`."""
+_BLOCK = 100
+"""Trials after which the best of the older ones are chosen anew."""
+_PRIOR_SHARE = 2 / 3
+_PRIOR_WIDTH = 0.25
+"""See `_Prior`."""
+
+_MODEL_BASED = ("tpe", "gp", "cmaes")
+
+
+def make_sampler(study: StudySpec, seed: int, expected: Expected) -> BaseSampler:
+    """The sampler that a study names. The seed is one of the launch; that of the study decides the first trials."""
+    spec, space = study.sampler, study.space
+    has_conditions = any(dimension.when for dimension in space.dimensions.values())
+    samplers: dict[str, Callable[[], BaseSampler]] = {
+        "tpe": lambda: _Clipped(
+            optuna.samplers.TPESampler(
+                n_startup_trials=spec.startup_trials,
+                seed=seed,
+                multivariate=True,
+                group=has_conditions,
+                constant_liar=True,
+                n_ei_candidates=EI_CANDIDATES,
+            ),
+            expected,
+        ),
+        "gp": lambda: _Clipped(
+            optuna.samplers.GPSampler(n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False),
+            expected,
+        ),
+        "cmaes": lambda: _Clipped(
+            optuna.samplers.CmaEsSampler(
+                n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False
+            ),
+            expected,
+        ),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "qmc": lambda: optuna.samplers.QMCSampler(
+            scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
+        ),
+        "grid": lambda: optuna.samplers.GridSampler(
+            {name: listed(dimension) for name, dimension in space.dimensions.items()}, seed=seed
+        ),
+    }
+    sampler = samplers[spec.name]()
+    if spec.name in _MODEL_BASED and spec.startup_trials:
+        sampler = _Spread(sampler, space, study.seed, spec.startup_trials)
+    startup = None if spec.name == "random" else spec.startup_trials
+    return _Prior(sampler, space, seed, startup) if space.priors else sampler
+
+
+class _Wrapper(BaseSampler):
+    """A sampler around another one, which does whatever a subclass leaves to it, on the study as `_view` shows it."""
+
+    def __init__(self, inner: BaseSampler) -> None:
+        self._inner = inner
+
+    def reseed_rng(self) -> None:
+        self._inner.reseed_rng()
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._inner.infer_relative_search_space(self._view(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._inner.sample_relative(self._view(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+
+    def _view(self, study: optuna.Study) -> optuna.Study:
+        return study
+
+
+class _Spread(_Wrapper):
+    """A model-based sampler whose first trials are spread evenly over each setting, in place of drawn at random.
+
+    A Latin hypercube: McKay, Beckman & Conover, Technometrics 21 (1979). Of n trials one falls into each nth of a
+    range, and each of k choices comes up in n/k of them.
+    """
+
+    def __init__(self, inner: BaseSampler, space: Space, seed: int, count: int) -> None:
+        super().__init__(inner)
+        self._space = space
+        self._seed = seed
+        self._count = count
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {} if self._is_first(trial) else super().infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        # TPE with groups goes by its own groups, whatever space it is given.
+        return {} if self._is_first(trial) else super().sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        if not self._is_first(trial):
+            return super().sample_independent(study, trial, param_name, param_distribution)
+        random = np.random.default_rng([self._seed, *param_name.encode()])
+        places = (random.permutation(self._count) + random.random(self._count)) / self._count
+        return _at_part(self._space.dimensions[param_name], float(places[trial.number]))
+
+    def _is_first(self, trial: FrozenTrial) -> bool:
+        return trial.number < self._count
+
+
+def _at_part(dimension: Dimension, part: float) -> Any:
+    """The value that this part (0 to 1) of a dimension's values, or of its range, lies below."""
+    if isinstance(dimension, Choice):
+        return dimension.values[int(part * len(dimension.values))]
+    low, high = dimension.low, dimension.high
+    if not dimension.log and math.isfinite(dimension.size):
+        value = low + (dimension.step or 1) * int(part * dimension.size)
+        return int(value) if dimension.integer else value
+    if dimension.log:
+        # Of whole numbers each has what rounds to it, as in Optuna.
+        low, high = (low - 0.5, high + 0.5) if dimension.integer else (low, high)
+        value = math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
+    else:
+        value = low + part * (high - low)
+    value = min(dimension.high, max(dimension.low, value))
+    return round(value) if dimension.integer else value
+
+
+class _Prior(_Wrapper):
+    """A sampler whose random draws gather around the values that a person believes in, as long as it knows little.
+
+    Two of three trials are drawn around the priors, by a normal distribution of a quarter of the (scaled) range, the
+    third is not: a prior that is wrong costs some trials and cannot mislead for long. After the start the sampler has
+    data. The draws are those of PriorBand: Mallik et al., NeurIPS 2023.
+    """
+
+    def __init__(self, inner: BaseSampler, space: Space, seed: int, startup: int | None) -> None:
+        super().__init__(inner)
+        self._space = space
+        self._seed = seed
+        self._startup = startup
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        drawn = super().sample_independent(study, trial, param_name, param_distribution)
+        dimension = self._space.dimensions[param_name]
+        random = np.random.default_rng([self._seed, trial.number])
+        if dimension.prior is None or random.random() >= _PRIOR_SHARE or not self._is_early(study):
+            return drawn
+        random = np.random.default_rng([self._seed, trial.number, *param_name.encode()])
+        return _around(dimension, random, drawn)
+
+    def _is_early(self, study: optuna.Study) -> bool:
+        if self._startup is None:
+            return True
+        ended = study._get_trials(deepcopy=False, states=(OptunaState.COMPLETE, OptunaState.PRUNED), use_cache=True)
+        return len(ended) < self._startup
+
+
+def _around(dimension: Dimension, random: np.random.Generator, otherwise: Any) -> Any:
+    """A value near a dimension's prior; of choices the prior itself or, as often, `otherwise`."""
+    assert dimension.prior is not None
+    if isinstance(dimension, Choice):
+        return dimension.prior if random.random() < 0.5 else otherwise
+    forth, back = (math.log, math.exp) if dimension.log else (float, float)
+    low, high, centre = forth(dimension.low), forth(dimension.high), forth(dimension.prior)
+    drawn = math.inf
+    while not low <= drawn <= high:
+        drawn = random.normal(centre, _PRIOR_WIDTH * (high - low))
+    value = min(dimension.high, max(dimension.low, back(drawn)))
+    if dimension.integer or dimension.step is not None:
+        step = dimension.step or 1
+        last = math.floor((dimension.high - dimension.low) / step + 1e-9)
+        value = dimension.low + step * min(last, round((value - dimension.low) / step))
+    return int(value) if dimension.integer else value
+
+
+class _Clipped(_Wrapper):
+    """A model-based sampler that sees bad values clipped at the running median, and diverged trials there, too.
+
+    Trials that wait at a rung it sees at what they are expected to come to.
+    Diverged runs are outliers that wreck a Gaussian process (and are no numbers at all); clipped, they still say
+    "not here". Winsorised targets for Bayesian optimisation: Eriksson & Poloczek, AISTATS 2021 (SCBO), appendix.
+    """
+
+    def __init__(self, inner: BaseSampler, expected: Expected) -> None:
+        super().__init__(inner)
+        self._history = _History()
+        self._expected = expected
+
+    def _view(self, study: optuna.Study) -> optuna.Study:
+        # No study by its type; it answers all that samplers ask of one.
+        return _ClippedStudy(study, self._history, self._expected)  # type: ignore[return-value]
+
+
+class _History:
+    """Which trials of a large study a sampler learns from: the latest, the best before them, and those that still run.
+
+    TPE tells the best 25 from the rest, and a sample of the rest says as much; a Gaussian process takes the cube of
+    their number in time. So asking costs no more after ten thousand trials than after one thousand.
+    """
+
+    def __init__(self) -> None:
+        self._older = 0
+        self._kept: list[int] = []
+
+    def seen(self, trials: list[FrozenTrial], *, maximise: bool) -> list[FrozenTrial]:
+        older = max(0, len(trials) - LATEST_SEEN) // _BLOCK * _BLOCK
+        if older == 0:
+            return trials
+        if older != self._older:
+            # What has ended stays as it is: the choice among them holds until there are many more.
+            self._older = older
+            self._kept = self._chosen(trials[:older], maximise=maximise)
+        return [*(trials[number] for number in self._kept), *trials[older:]]
+
+    @staticmethod
+    def _chosen(trials: list[FrozenTrial], *, maximise: bool) -> list[int]:
+        sign = -1.0 if maximise else 1.0
+        ended = [
+            (sign * trial.value, trial.number)
+            for trial in trials
+            if trial.state is OptunaState.COMPLETE and trial.value is not None
+        ]
+        open_ones = [trial.number for trial in trials if not trial.state.is_finished()]
+        return sorted([*open_ones, *(number for _, number in heapq.nsmallest(BEST_SEEN, ended))])
+
+
+class _ClippedStudy:
+    """A study whose trials read clipped; everything else is the study's."""
+
+    def __init__(self, study: optuna.Study, history: _History, expected: Expected) -> None:
+        self._inner_study = study
+        self._history = history
+        self._expected = expected
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner_study, name)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[OptunaState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        maximise = self._inner_study.direction is StudyDirection.MAXIMIZE
+        every = self._inner_study._get_trials(deepcopy=False, use_cache=use_cache)
+        seen = self._history.seen(every, maximise=maximise)
+        values = [self._expected(trial) for trial in seen]
+        seen = [trial if value is None else _at(trial, value) for trial, value in zip(seen, values, strict=True)]
+        trials = clip_at_median(seen, maximise=maximise)
+        chosen = [trial for trial in trials if states is None or trial.state in states]
+        return copy.deepcopy(chosen) if deepcopy else chosen
+
+
+def clip_at_median(trials: Sequence[FrozenTrial], *, maximise: bool = False) -> list[FrozenTrial]:
+    """The trials with complete values worse than the median moved to it, and valueless pruned ones complete at it."""
+    values = [
+        trial.value
+        for trial in trials
+        if trial.state is OptunaState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
+    ]
+    if not values:
+        return list(trials)
+    median = float(np.median(values))
+    return [_at(trial, median) if _is_clipped(trial, median, maximise) else trial for trial in trials]
+
+
+def _is_clipped(trial: FrozenTrial, median: float, maximise: bool) -> bool:
+    if trial.state is OptunaState.PRUNED:
+        return trial.value is None
+    if trial.state is not OptunaState.COMPLETE or trial.value is None:
+        return False
+    return trial.value < median if maximise else trial.value > median
+
+
+def _at(trial: FrozenTrial, value: float) -> FrozenTrial:
+    # What copy.copy does, at a tenth of its cost: half of a history is clipped for every question.
+    clipped = object.__new__(FrozenTrial)
+    clipped.__dict__.update(trial.__dict__)
+    clipped.state = OptunaState.COMPLETE
+    clipped.value = value
+    return clipped

@@ -1,0 +1,1 @@
+"""Pages over HTTP: reports of studies, and the unmodified Optuna dashboard."""

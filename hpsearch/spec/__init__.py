@@ -1,0 +1,1 @@
+"""The study file: sections, search space, loading, checks."""

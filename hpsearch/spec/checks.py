@@ -1,0 +1,138 @@
+"""Mistakes in a study file that only show when two of its parts are seen together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hpsearch.errors import Problem
+from hpsearch.spec.sections import CORPORA, OBJECTIVES
+from hpsearch.spec.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED, Scalar
+from hpsearch.spec.space import Choice, Range, Space
+from hpsearch.spec.study import StudySpec
+from hpsearch.spec.yaml_file import KeyPath
+
+
+def cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
+    """Mistakes that only show when two parts of the file are seen together."""
+    problems = []
+    space = spec.space
+    corpus = spec.data.corpus
+    if corpus is not None and corpus not in CORPORA[spec.task]:
+        fitting = " or ".join(CORPORA[spec.task])
+        problems.append(
+            Problem(path=("data", "corpus"), message=f"{corpus} is no {spec.task} data; expected {fitting}")
+        )
+    for section in ("translation", "classification"):
+        if section in content and section != spec.task:
+            message = f"settings of another task; this study's is {spec.task}"
+            problems.append(Problem(path=(section,), message=message, at_key=True))
+    for name in ("source_language", "target_language"):
+        if getattr(spec.data, name) is not None and spec.task != "translation":
+            problems.append(Problem(path=("data", name), message="only a translation has languages", at_key=True))
+    if spec.data.rare_labels != "keep" and spec.task != "classification":
+        problems.append(Problem(path=("data", "rare_labels"), message="only a classification has labels", at_key=True))
+    if spec.classification.f1 == "binary" and spec.classification.positive_label is None:
+        message = "binary F1 needs positive_label: the label that it is about"
+        problems.append(Problem(path=("classification", "f1"), message=message))
+    if spec.objective not in OBJECTIVES[spec.task]:
+        expected = " or ".join(OBJECTIVES[spec.task])
+        message = f"a {spec.task} study has no validation {spec.objective}; expected {expected}"
+        problems.append(Problem(path=("objective",), message=message))
+    if spec.backend == "inline" and spec.resources.processes > 1:
+        message = "the inline backend has one process, on one GPU at most; expected backend: ray"
+        problems.append(Problem(path=("resources", "gpus_per_trial"), message=message))
+    problems += _pretrained_problems(spec, content)
+    if not spec.tokenizer.shared and spec.task != "translation":
+        problems.append(Problem(path=("tokenizer", "shared"), message="only a translation has two vocabularies"))
+    for section in ("model", "training"):
+        given = content.get(section)
+        for name in given if isinstance(given, dict) else ():
+            if name in space.fixed or name in space.dimensions:
+                problems.append(
+                    Problem(
+                        path=(section, name), message=f"'{name}' stands under 'search' as well; keep one", at_key=True
+                    )
+                )
+    for index, start in enumerate(spec.enqueue):
+        problems += _wrong_start(space, start, ("enqueue", index))
+    if spec.sampler.name == "grid" and (spec.enqueue or spec.transfer_from or space.priors):
+        what = "enqueue" if spec.enqueue else "transfer_from" if spec.transfer_from else "search"
+        message = "the grid sampler tries every setting once, in no order; expected another sampler"
+        problems.append(Problem(path=(what,), message=message, at_key=True))
+    if spec.sampler.name == "grid":
+        for name, dimension in space.dimensions.items():
+            if isinstance(dimension, Range) and dimension.size == float("inf"):
+                problems.append(
+                    Problem(
+                        path=("search", name), message="the grid sampler needs a list of values, or a range with step"
+                    )
+                )
+            if dimension.when:
+                problems.append(Problem(path=("search", name, "when"), message="the grid sampler knows no conditions"))
+    if spec.sampler.name == "cmaes":
+        numeric = [name for name, dimension in space.dimensions.items() if isinstance(dimension, Range)]
+        if len(numeric) < 2:
+            problems.append(
+                Problem(path=("sampler",), message="cmaes needs at least two ranges (choices are sampled at random)")
+            )
+    if spec.model.pretrained is None:
+        problems += _head_problems(spec)
+    return problems
+
+
+def _pretrained_problems(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
+    """Settings that a pretrained model brings along, or that need one."""
+    model = content.get("model")
+    named = [(("model", name), name) for name in (model if isinstance(model, dict) else ())]
+    named += [(("search", name), name) for name in (*spec.space.fixed, *spec.space.dimensions)]
+    if spec.model.pretrained is None:
+        return [
+            Problem(path=path, message=f"'{name}' is for a model that is fine-tuned; set model.pretrained", at_key=True)
+            for path, name in named
+            if name in FOR_PRETRAINED
+        ]
+    problems = [
+        Problem(path=path, message=f"'{name}' comes with the pretrained model; leave it out", at_key=True)
+        for path, name in named
+        if name in FIXED_BY_PRETRAINED
+    ]
+    if "tokenizer" in content:
+        message = "the tokenizer comes with the pretrained model; leave it out"
+        problems.append(Problem(path=("tokenizer",), message=message, at_key=True))
+    return problems
+
+
+def _head_problems(spec: StudySpec) -> list[Problem]:
+    """Widths that some number of heads does not divide, over all combinations of the space."""
+
+    def values(name: str, fixed: Scalar | None) -> list[Any] | None:
+        dimension = spec.space.dimensions.get(name)
+        if isinstance(dimension, Choice):
+            return list(dimension.values)
+        if isinstance(dimension, Range):
+            if dimension.size > 1000:
+                return None
+            step = int(dimension.step or 1)
+            return list(range(int(dimension.low), int(dimension.high) + 1, step))
+        return [spec.space.fixed.get(name, fixed)]
+
+    widths = values("hidden_size", spec.model.hidden_size)
+    heads = values("num_heads", spec.model.num_heads)
+    where = ("search", "num_heads") if "num_heads" in spec.space.dimensions else ("model", "num_heads")
+    for width in widths or ():
+        for count in heads or ():
+            if count is not None and width % count:
+                return [Problem(path=where, message=f"num_heads ({count}) does not divide hidden_size ({width})")]
+    return []
+
+
+def _wrong_start(space: Space, start: dict[str, Any], path: KeyPath) -> Iterator[Problem]:
+    if not start:
+        yield Problem(path=path, message="expected a mapping from searched settings to values")
+    for name, value in start.items():
+        if name not in space.dimensions:
+            known = ", ".join(space.dimensions)
+            yield Problem(path=(*path, name), message=f"'{name}' is not searched; searched are {known}", at_key=True)
+        elif not space.overlap({name: value}):
+            yield Problem(path=(*path, name), message=f"{value!r} is not in the search space")

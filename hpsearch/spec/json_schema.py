@@ -1,0 +1,31 @@
+"""The JSON schema of a study file, for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
+
+from hpsearch.spec.study import StudySpec
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a study file, for editors. It knows the short forms that the validators accept."""
+    schema = StudySpec.model_json_schema(schema_generator=GenerateJsonSchema)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    properties, definitions = schema["properties"], schema["$defs"]
+    paths = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    aligned = {"$ref": "#/$defs/AlignedFiles"}
+    for split in definitions["FileSplits"]["properties"].values():
+        split["anyOf"] = [*paths["anyOf"], aligned]
+    _also(definitions["DataSpec"]["properties"]["files"], {"anyOf": [*paths["anyOf"], aligned]})
+    _also(properties["sampler"], definitions["SamplerSpec"]["properties"]["name"])
+    _also(definitions["PruneSpec"]["properties"]["overfit"], {"type": "boolean"})
+    _also(definitions["PruneSpec"]["properties"]["unpromising"], definitions["UnpromisingSpec"]["properties"]["rule"])
+    properties["store"]["type"] = "string"
+    return schema
+
+
+def _also(schema: dict[str, Any], short_form: dict[str, Any]) -> None:
+    choices = schema.pop("anyOf", None) or [{"$ref": schema.pop("$ref")}]
+    schema["anyOf"] = [*choices, {key: value for key, value in short_form.items() if key != "default"}]

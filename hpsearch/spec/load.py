@@ -1,0 +1,192 @@
+"""From a study file, overrides and the environment to a StudySpec. A user's mistakes end here, all at once.
+
+Imports nothing heavy, so that a wrong study is refused before torch, Ray or a database is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from hpsearch.errors import Problem, SpecError
+from hpsearch.files import storage
+from hpsearch.spec.checks import cross_checks
+from hpsearch.spec.environment import environment_store, interpolate
+from hpsearch.spec.redaction import hide_secrets, remember_secrets
+from hpsearch.spec.sections import AlignedFiles, FileSplits
+from hpsearch.spec.settings import SEARCHABLE
+from hpsearch.spec.space import parse_space, readable
+from hpsearch.spec.study import StudySpec
+from hpsearch.spec.wandb import from_wandb
+from hpsearch.spec.yaml_file import StudyDocument, parse_scalar, read_study_file
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_study(
+    path: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    trials: int | None = None,
+    store: str | None = None,
+    backend: str | None = None,
+    address: str | None = None,
+    folder: str | None = None,
+) -> StudySpec:
+    """Read and validate a study file, with `KEY=VALUE` overrides on top.
+
+    The store is `store`, then the environment's HPSEARCH_STORE (or what is in the file HPSEARCH_STORE_FILE), then the
+    study file's, then sqlite:///hpsearch.db. Likewise `address`, RAY_ADDRESS and local; `folder` and HPSEARCH_FOLDER.
+    Raises SpecError with every mistake at once.
+    """
+    document = read_study_file(Path(path))
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals or not dotted:
+            raise SpecError([f"--set {override}: expected KEY=VALUE, such as search.num_layers.max=4"])
+        document.override(dotted.strip(), parse_scalar(value), f"--set {override}", value.strip())
+    for dotted, option, given in (
+        ("name", "--name", name),
+        ("budget.trials", "--trials", trials),
+        ("backend", "--backend", backend),
+    ):
+        if given is not None:
+            document.override(dotted, given, f"{option} {given}")
+    for key, option, given, variable, there in (
+        ("store", "--store", store, "HPSEARCH_STORE", environment_store()),
+        ("address", "--address", address, "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")),
+        ("folder", "--folder", folder, "HPSEARCH_FOLDER", os.environ.get("HPSEARCH_FOLDER")),
+    ):
+        if chosen := given or there:
+            remember_secrets(chosen)
+            document.override(key, chosen, option if given else variable)
+    return validate_study(document, base=Path(path).parent)
+
+
+def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
+    """The study that a parsed file describes; data paths are relative to `base`."""
+    problems: list[Problem] = []
+    content = from_wandb(dict(document.content), problems, document)
+    space, space_problems = parse_space(content.pop("search", {}))
+    problems += space_problems
+    interpolate(content, problems)
+    _take_label_as_written(content, document)
+    raw_search = document.content.get("search") if isinstance(document.content.get("search"), dict) else {}
+    try:
+        spec = StudySpec.model_validate({**content, "search": raw_search})
+    except ValidationError as error:
+        # Of a value that fits no branch of a union, one complaint is enough.
+        found = {problem.path: problem for problem in map(_problem, reversed(error.errors()))}
+        raise document.error(problems + list(found.values())) from None
+    spec = _with_absolute_paths(spec, base, problems)
+    spec = _with_pretrained_folder(spec, base, problems)
+    spec._space = space
+    problems += cross_checks(spec, content)
+    if (wrong := storage.problem(spec.folder)) is not None:
+        problems.append(Problem(path=("folder",), message=f"{hide_secrets(spec.folder)}: {wrong}"))
+    if problems:
+        raise document.error(problems)
+    return spec
+
+
+def _take_label_as_written(content: dict[str, Any], document: StudyDocument) -> None:
+    """Labels are text, whatever YAML takes them for."""
+    options = content.get("classification")
+    label = options.get("positive_label") if isinstance(options, dict) else None
+    if isinstance(options, dict) and isinstance(label, bool | int | float):
+        text = document.texts.get(("classification", "positive_label"), label)
+        content["classification"] = {**options, "positive_label": text}
+
+
+def _problem(error: Any) -> Problem:
+    # pydantic names the branch of a union, too; no key of the file is called so.
+    path = tuple(part for part in error["loc"] if part not in ("list[str]", "AlignedFiles"))
+    if error["type"] == "extra_forbidden":
+        return Problem(path=path, message=f"unknown key '{path[-1]}'{_known_keys(path)}", at_key=True)
+    if error["type"] == "missing":
+        return Problem(path=path[:-1], message=f"missing key '{path[-1]}'")
+    return Problem(path=path, message=readable(error))
+
+
+def _known_keys(path: tuple[Any, ...]) -> str:
+    model: type[BaseModel] | None = StudySpec
+    for part in path[:-1]:
+        model = _submodel(model, str(part)) if model else None
+    if model is None:
+        return ""
+    names = list(model.model_fields)
+    if len(path) == 1 and path[-1] in SEARCHABLE:
+        return "; it belongs under 'search', 'model' or 'training'"
+    places = {name: name for name in names}
+    if len(path) == 1:
+        for section in names:
+            inner = _submodel(StudySpec, section)
+            for name in inner.model_fields if inner else ():
+                places.setdefault(name, f"{section}.{name}")
+    near = [places[name] for name in difflib.get_close_matches(str(path[-1]), places, n=1, cutoff=0.6)]
+    return f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(names)}"
+
+
+def _submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(name)
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    return next((entry for entry in candidates if isinstance(entry, type) and issubclass(entry, BaseModel)), None)
+
+
+def _with_absolute_paths(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:
+    if spec.data.files is None:
+        return spec
+    splits: dict[str, Any] = {}
+    for split in ("train", "validation", "test"):
+        files = getattr(spec.data.files, split)
+        if isinstance(files, AlignedFiles):
+            pair = {side: _absolute(base, name, split, problems) for side, name in files.model_dump().items()}
+            splits[split] = AlignedFiles(**pair)
+            if spec.task != "translation":
+                message = "source and target files are for translation"
+                problems.append(Problem(path=("data", "files", split), message=message))
+            continue
+        splits[split] = [_absolute(base, name, split, problems) for name in files]
+        for name in files:
+            _check_format(Path(name), spec.task, split, problems)
+    data = spec.data.model_copy(update={"files": FileSplits(**splits)})
+    return spec.model_copy(update={"data": data})
+
+
+def _absolute(base: Path, name: str, split: str, problems: list[Problem]) -> str:
+    file = base / name
+    if not file.is_file():
+        problems.append(Problem(path=("data", "files", split), message=f"no such file: {file}"))
+    return str(file.resolve())
+
+
+def _check_format(file: Path, task: str, split: str, problems: list[Problem]) -> None:
+    expected = ".txt, .jsonl, .csv or .parquet" if task == "causal_lm" else ".jsonl, .csv or .parquet"
+    if file.suffix in (".txt", ".jsonl", ".csv", ".parquet") and (file.suffix != ".txt" or task == "causal_lm"):
+        return
+    message = f"cannot tell the format of {file.name}; expected {expected}"
+    if file.suffix == ".txt" or task == "translation":
+        lines = ", or two text files as {source: FILE, target: FILE}" if task == "translation" else ""
+        message = f"{file.name} has one text a paragraph and nothing beside it; expected {expected}{lines}"
+    problems.append(Problem(path=("data", "files", split), message=message))
+
+
+def _with_pretrained_folder(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:
+    name = spec.model.pretrained
+    if name is None:
+        return spec
+    folder = base / Path(name).expanduser()
+    if folder.is_dir():
+        model = spec.model.model_copy(update={"pretrained": str(folder.resolve())})
+        return spec.model_copy(update={"model": model})
+    if not _HUB_ID.fullmatch(name):
+        message = f"no folder {folder}, and no id of a model on the hub"
+        problems.append(Problem(path=("model", "pretrained"), message=message))
+    return spec

@@ -1,0 +1,229 @@
+"""A study file as one validated record: what to search, on what data, for how long."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, field_validator
+from pydantic.json_schema import WithJsonSchema
+
+from hpsearch.files.storage import locate
+from hpsearch.spec.sections import (
+    TARGET_EVALUATIONS,
+    BudgetSpec,
+    DataSpec,
+    LimitSpec,
+    PruneSpec,
+    ResourceSpec,
+    SamplerSpec,
+    TaskName,
+    TokenizerSpec,
+)
+from hpsearch.spec.settings import (
+    SEARCHABLE,
+    ClassificationSpec,
+    ModelSettings,
+    Objective,
+    RunSettings,
+    Strict,
+    TranslationSpec,
+    split_settings,
+)
+from hpsearch.spec.space import Space, parse_space
+
+DEFAULT_STORE = "sqlite:///hpsearch.db"
+DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
+_PLACEMENT = {"folder", "resources", "backend", "address", "limits", "enqueue", "transfer_from"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+_DIMENSION_SCHEMA: dict[str, Any] = {
+    "description": "A plain value is fixed, a list is choices, a mapping with min and max is a range.",
+    "anyOf": [
+        {"type": ["number", "string", "boolean"]},
+        {"type": "array", "minItems": 1, "items": {"type": ["number", "string", "boolean"]}},
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "min": {"type": "number"},
+                "max": {"type": "number"},
+                "scale": {"enum": ["log", "linear"]},
+                "log": {"type": "boolean"},
+                "step": {"type": "number", "exclusiveMinimum": 0},
+                "prior": {"type": ["number", "string", "boolean"]},
+                "q": {"type": "number", "exclusiveMinimum": 0},
+                "value": {"type": ["number", "string", "boolean"]},
+                "values": {"type": "array", "minItems": 1},
+                "distribution": {"type": "string"},
+                "when": {"type": "object", "minProperties": 1},
+            },
+        },
+    ],
+}
+_SEARCH_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        name: {**_DIMENSION_SCHEMA, "description": owner.model_fields[name].description or name}
+        for name, owner in SEARCHABLE.items()
+    },
+    "patternProperties": {r"^config\..+": _DIMENSION_SCHEMA},
+}
+
+
+class StudySpec(Strict):
+    """One study. `search` holds what is sampled; `model` and `training` what stays fixed."""
+
+    name: str = Field(description="Letters, digits, '.', '_' and '-'; unique in its store.")
+    task: TaskName
+    data: DataSpec
+    tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    training: RunSettings = Field(default_factory=RunSettings)
+    translation: TranslationSpec = Field(default_factory=TranslationSpec)
+    classification: ClassificationSpec = Field(default_factory=ClassificationSpec)
+    objective: Objective = Field(
+        "loss",
+        description="What the search improves on the validation split, and what chooses a run's best checkpoint. A "
+        "score (bleu, f1) is taken at the end of each epoch; runs are still judged to overfit by their losses.",
+    )
+    search: Annotated[dict[str, Any], WithJsonSchema(_SEARCH_SCHEMA)] = Field(default_factory=dict)
+    enqueue: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Settings to try first, each a mapping from searched settings to values; the sampler fills in what "
+        "one leaves open. May grow while a study goes on.",
+    )
+    transfer_from: list[str] = Field(
+        default_factory=list,
+        description="Earlier studies of the same store and task, whose best settings are tried first, as far as this "
+        "space holds them.",
+    )
+    budget: BudgetSpec = Field(default_factory=BudgetSpec)
+    sampler: SamplerSpec = Field(default_factory=SamplerSpec, description="A sampler's name, or a mapping.")
+    prune: PruneSpec = Field(default_factory=PruneSpec)
+    resources: ResourceSpec = Field(default_factory=ResourceSpec)
+    limits: LimitSpec = Field(default_factory=LimitSpec)
+    backend: Literal["ray", "inline"] = Field("ray", description="inline runs the trials one by one in this process.")
+    address: str = Field(
+        "local",
+        description="The Ray that runs the trials: local starts one on this machine; auto or HOST:PORT joins one that "
+        "this machine belongs to.",
+    )
+    store: str = Field(DEFAULT_STORE, description="SQLAlchemy URL; may hold ${NAME} and ${NAME:-default}.")
+    folder: str = Field(
+        "hpsearch-runs",
+        description="Folder of checkpoints and tokenized data, which all nodes reach: a path, or a URI such as s3://BUCKET/PATH.",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the sampler, the split of weights and the order of data.")
+
+    _space: Space = PrivateAttr(default_factory=lambda: Space(fixed={}, dimensions={}))
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"expected letters, digits, '.', '_' and '-' (64 at most, no leading sign), got {name!r}")
+        return name
+
+    @field_validator("address")
+    @classmethod
+    def _ray_address(cls, address: str) -> str:
+        if address.startswith("ray://"):
+            raise ValueError(
+                "Ray Tune does not run over Ray Client, whose driver is no part of the cluster; submit the study with "
+                "`hpsearch submit STUDY --address http://HEAD:8265`, or launch it on a node with auto"
+            )
+        if address.startswith(("http://", "https://")):
+            raise ValueError("an http address takes jobs: use `hpsearch submit STUDY --address " + address + "`")
+        if address not in ("local", "auto") and not re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}", address):
+            raise ValueError(f"expected local, auto or HOST:PORT, got {address!r}")
+        return address
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _sampler_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def space(self) -> Space:
+        return self._space
+
+    @property
+    def evaluations_per_epoch(self) -> int:
+        """Set, or what gives the longest run of the study some 40 evaluations (at least one an epoch)."""
+        if self.training.evaluations_per_epoch is not None:
+            return self.training.evaluations_per_epoch
+        longest = self.space.largest("num_epochs", self.training.num_epochs)
+        return max(1, round(TARGET_EVALUATIONS / longest))
+
+    @property
+    def max_epochs(self) -> int:
+        return int(self.space.largest("num_epochs", self.training.num_epochs))
+
+    def settings_for(self, params: dict[str, Any]) -> tuple[ModelSettings, RunSettings]:
+        """The full settings of a trial: the file's, with the fixed and the sampled values of `search` over them."""
+        model, training = split_settings({**self.space.fixed, **params})
+        model["config"] = {**self.model.config, **model.get("config", {})}
+        settings = {**self.model.model_dump(), **model}
+        if self.model.pretrained is None:
+            settings["architecture"] = settings["architecture"] or DEFAULT_ARCHITECTURE[self.task]
+        run = {**self.training.model_dump(), **training, "evaluations_per_epoch": self.evaluations_per_epoch}
+        # Weights that AdamW has trained gain nothing from Muon (Liu et al., arXiv 2502.16982, section 3.5), and an
+        # average lags behind in the few epochs of fine-tuning.
+        is_fresh = self.model.pretrained is None
+        defaults = {"optimizer": "muon" if is_fresh else "adamw", "weight_average": 0.1 if is_fresh else 0.0}
+        run |= {name: value for name, value in defaults.items() if run[name] is None}
+        return ModelSettings(**settings), RunSettings(**run)
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the study, as JSON: everything but where it runs and where it is kept.
+
+        Of local files there are names only. What is in the data is told by its fingerprint.
+        """
+        record = self.model_dump(mode="json", exclude={"store", "budget", *_PLACEMENT})
+        if self.data.files is not None:
+            record["data"]["files"] = _names(record["data"]["files"])
+        if Path(record["model"]["pretrained"] or "").is_absolute():
+            record["model"]["pretrained"] = Path(record["model"]["pretrained"]).name
+        return record
+
+    def placement(self) -> dict[str, Any]:
+        """Where the study runs and where its files are, as JSON."""
+        return {
+            **self.model_dump(mode="json", include=_PLACEMENT),
+            "folder": str(locate(self.folder)),
+            "files": self.data.model_dump(mode="json")["files"],
+            "pretrained": self.model.pretrained,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the study becomes another one; the budget, the machine and the store do not count."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str, *, trials: int) -> StudySpec:
+    """The study that `record()` and `placement()` of a launched one describe."""
+    where = dict(placement)
+    data = {**record["data"], "files": where.pop("files", record["data"]["files"])}
+    model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
+    whole = {**record, **where, "data": data, "model": model, "store": store, "budget": {"trials": trials}}
+    spec = StudySpec.model_validate(whole)
+    spec._space = recorded_space(record)
+    return spec
+
+
+def recorded_space(record: dict[str, Any]) -> Space:
+    """The space that `record()` of a launched study describes."""
+    return parse_space(record["search"])[0]
+
+
+def _names(paths: Any) -> Any:
+    """Local files by their names alone: where they lie is no part of what a study is."""
+    if isinstance(paths, dict):
+        return {key: _names(value) for key, value in paths.items()}
+    return [_names(path) for path in paths] if isinstance(paths, list) else Path(paths).name

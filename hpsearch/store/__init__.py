@@ -1,0 +1,1 @@
+"""SQL: one schema, its migrations, the writes and queries."""

@@ -1,0 +1,814 @@
+"""The training loop, the same for every task: settings and a task in, one Point per evaluation out.
+
+Knows nothing of Optuna, Ray or SQL. Losses are summed and divided by the number of predicted tokens of the whole
+batch, so that accumulation over micro-batches changes nothing; when memory runs out the micro-batch is halved and the
+sampled batch size stays. No value is read from the device between two evaluations. A run resumes from its last
+checkpoint with weights, optimizer, schedule, random states and data order as they were: on a CPU its curve is equal to
+the bit.
+
+On several devices each process (see `ranks`) trains its part of every batch and judges its part of every split. The
+first one is asked and answers; the others make the same steps and then `follow`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpsearch.errors import DiskFullError, LeaseLostError
+from hpsearch.files import storage
+from hpsearch.files.storage import Folder, locate
+from hpsearch.files.trial_log import LOGGER
+from hpsearch.models import architecture
+from hpsearch.models.kernels import CheapDropout
+from hpsearch.records import Point
+from hpsearch.spec.settings import Objective, RunSettings
+from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
+from hpsearch.training import checkpoints
+from hpsearch.training.devices import has_bfloat16
+from hpsearch.training.muon import Muon
+from hpsearch.training.ranks import Ranks
+
+CHECKPOINT_SHARE = 0.05
+"""Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
+STATE_BYTES = 20
+"""Of a state for each weight that is trained: itself, two moments, its average, and that at its best."""
+DISK_SPEED = 500e6
+"""Bytes a second that a disk is taken to write until it has been seen to."""
+
+
+COOL_DOWN = 0.5
+"""Part of the time that a shortened run has left in which its learning rate falls; the rest it keeps its schedule."""
+MICRO_BATCH = "micro-batch.txt"
+"""File in the folder of an attempt that ran out of memory on one of several devices: what the next one begins with."""
+
+
+Optimizers = Mapping[str, torch.optim.Optimizer]
+"""By the names that their states have in a checkpoint."""
+
+
+class Order(IntEnum):
+    """What the outside asks of a run between two steps; of several processes the largest counts."""
+
+    GO_ON = 0
+    TIME_UP = 1
+    """End here, with what has been learnt."""
+    PREEMPT = 2
+    """Write a checkpoint and leave."""
+
+
+class PreemptedError(Exception):
+    """The run was asked to leave; it can be resumed from where it was."""
+
+
+@dataclass
+class _Position:
+    """Where a run is: all that is needed to go on, beside tensors."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    evaluation: int = 0
+    tokens: int = 0
+    loss_count: int = 0
+    seconds: float = 0.0
+
+
+class OutOfMemoryError(Exception):
+    """The run does not fit in memory, not even one example at a time."""
+
+
+class SmallerMicroBatchError(Exception):
+    """One of several processes ran out of memory: the run must start again, which it does in smaller micro-batches."""
+
+
+class _Loss(nn.Module):
+    """The summed loss of a batch as a module, so that it can be replicated."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._task = task
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._task.losses(batch).sum()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, on all devices."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def precision(settings: RunSettings, device: torch.device) -> dict[str, str]:
+    """The number format of the `model`'s products, and of those of `muon`, on this device.
+
+    By itself that is bfloat16 on GPUs that have it natively, and float32 elsewhere: on a CPU with the instructions Muon
+    would take a fifth less time for them, a fiftieth of a step, and runs would differ from machine to machine.
+    """
+    fast = "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
+    return {"model": fast if settings.precision == "auto" else settings.precision, "muon": fast}
+
+
+class Trainer:
+    """One run. `points()` trains it; `score()` then judges its best checkpoint on the test split."""
+
+    def __init__(
+        self,
+        task: Task,
+        settings: RunSettings,
+        *,
+        seed: int,
+        device: torch.device,
+        folder: Folder,
+        objective: Objective = "loss",
+        earlier: Sequence[Folder] = (),
+        origin: str = "",
+        rungs: Sequence[float] = (),
+        pulse: Callable[[], Order] = lambda: Order.GO_ON,
+        time_left: Callable[[], float] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state of its `origin`.
+
+        At `rungs`, parts of the run, its state is written before the point is handed out.
+
+        A run that would take longer than `time_left` (seconds) has its learning rate brought down to its end by then.
+
+        `pulse` is called after every step and every evaluation batch; its answer counts between two steps. Of several
+        `ranks` each has a Trainer of its own, with the same settings, seed and folder.
+        """
+        self.task = task
+        self.settings = settings
+        self.device = device
+        self.folder = folder
+        storage.make(folder)
+        self.objective = objective
+        self.best: Point | None = None
+        self.curve: list[Point] = []
+        self.resumed_evaluations = 0
+        """Points of the curve that come from the state that the run was resumed from."""
+        self._ranks = ranks or Ranks()
+        share = math.ceil(settings.batch_size / self._ranks.size)
+        self.micro_batch_size = min(settings.micro_batch_size or share, share)
+        self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+        self._pulse = pulse
+        self._time_left = time_left
+        self._time_given = time_left() if time_left else math.inf
+        self._shortening = 1.0
+        """What the learning rate is multiplied by."""
+        self._first_step = 0
+        self.is_shortened = False
+        """Whether the learning rate has left its schedule for the time that the run has left."""
+        self._earlier = list(earlier)
+        self._origin = origin
+        self._rung_places = tuple(rungs)
+        self._best_weights: dict[str, Tensor] = {}
+        self._best_file: str | None = None
+        self._best_of: dict[str, str | None] = {}
+        self._position = _Position()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._began = self._saved = time.perf_counter()
+        trained = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
+        self._save_seconds = STATE_BYTES * trained / DISK_SPEED
+        self._is_partial = any(not parameter.requires_grad for parameter in task.model.parameters())
+        self._order = np.random.default_rng(seed)
+        self._model: nn.Module = task.model.to(device)
+        self._trained = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+        self._average = {
+            name: value.detach().clone() for name, value in self._trained.items() if settings.weight_average
+        }
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.precision = precision(settings, device)
+        self._half = self.precision["model"] == "bfloat16"
+        if settings.compile:
+            self._model.compile()
+        self._loss = self._ranks.replicate(_Loss(task))
+        has_dropout = device.type == "cpu" and not settings.compile and architecture.has_dropout(task.model)
+        self._dropout = CheapDropout() if has_dropout else nullcontext()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.task.num_examples["train"] / self.settings.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.settings.num_epochs
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """Steps within an epoch after which validation loss is taken; the last is the end of the epoch."""
+        wanted = self.settings.evaluations_per_epoch or 1
+        return sorted({max(1, round(part * self.steps_per_epoch / wanted)) for part in range(1, wanted + 1)})
+
+    @property
+    def total_evaluations(self) -> int:
+        return len(self.evaluation_steps) * self.settings.num_epochs
+
+    @cached_property
+    def rungs(self) -> dict[int, int]:
+        """The rung of each evaluation that is the first at or after one; of those that fall together the highest."""
+        epochs = [
+            epoch + step / self.steps_per_epoch
+            for epoch in range(self.settings.num_epochs)
+            for step in self.evaluation_steps
+        ]
+        found: dict[int, int] = {}
+        for rung, part in enumerate(self._rung_places):
+            for evaluation, epoch in enumerate(epochs[:-1], start=1):
+                # Within an epoch there is no score to compare.
+                if epoch >= part * self.settings.num_epochs and (self.objective == "loss" or epoch == int(epoch)):
+                    found[evaluation] = rung
+                    break
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Device-seconds of the run so far, those before it was resumed included."""
+        return self._position.seconds + self._ranks.size * (time.perf_counter() - self._began)
+
+    def points(self) -> Generator[Point]:
+        """Train to the end, yielding a Point per evaluation; those of a resumed run's past come first.
+
+        Close it to stop early. Raises OutOfMemoryError, SmallerMicroBatchError, PreemptedError, DiskFullError.
+        """
+        optimizers = self._optimizers()
+        position = self._resume(optimizers)
+        for point in list(self.curve):
+            if (yield from self._hand_out(point)):
+                return
+        evaluation_steps = set(self.evaluation_steps)
+        while position.epoch < self.settings.num_epochs:
+            self._model.train()
+            order = self._order.bit_generator.state
+            batches = self.task.epoch_batches(self._order, self.settings.batch_size)
+            while position.step_in_epoch < len(batches):
+                asked = Order(self._ranks.largest(self._pulse()))
+                if asked is Order.PREEMPT:
+                    self._checkpoint(optimizers, order)
+                    raise PreemptedError
+                if asked is Order.TIME_UP:
+                    if position.loss_count and (self.best is None or self.is_shortened):
+                        yield from self._hand_out(self._evaluate_now())
+                    return
+                self._shortening = self._shorten(position.step)
+                for optimizer in optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = self._learning_rate(position.step)
+                batch_loss, count = self._step(optimizers, batches[position.step_in_epoch])
+                self._loss_sum += batch_loss
+                position.loss_count += count
+                position.tokens += count
+                position.step += 1
+                position.step_in_epoch += 1
+                self._update_average()
+                if position.step_in_epoch not in evaluation_steps:
+                    continue
+                point = self._evaluate_now()
+                if point.evaluation in self.rungs or self._checkpoint_is_due():
+                    self._checkpoint(optimizers, order)
+                if (yield from self._hand_out(point)):
+                    return
+                self._model.train()
+            position.epoch += 1
+            position.step_in_epoch = 0
+
+    def _hand_out(self, point: Point) -> Generator[Point, None, bool]:
+        """Yield a point; returns whether the run was stopped at it, which all processes learn from the first."""
+        was_closed = True
+        try:
+            yield point
+            was_closed = False
+        finally:
+            is_stopped = bool(self._ranks.largest(was_closed and not self._ranks.rank))
+        return is_stopped
+
+    def _evaluate_now(self) -> Point:
+        """A point of the curve at this step."""
+        position = self._position
+        position.evaluation += 1
+        takes_score = self.objective != "loss" and position.step_in_epoch == self.steps_per_epoch
+        with self._averaged():
+            point = Point(
+                evaluation=position.evaluation,
+                epoch=position.epoch + position.step_in_epoch / self.steps_per_epoch,
+                step=position.step,
+                train_loss=self._ranks.add(self._loss_sum).item() / position.loss_count,
+                valid_loss=self._mean_loss("validation"),
+                learning_rate=self._learning_rate(max(0, position.step - 1)),
+                tokens=position.tokens,
+                valid_score=self._validation_score() if takes_score else None,
+                seconds=self.seconds,
+            )
+            self.curve.append(point)
+            if self._is_better(point):
+                self._keep(point)
+        self._loss_sum.zero_()
+        position.loss_count = 0
+        return point
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """The average whose width grows with the run: the power function of Karras et al. (arXiv 2312.02696)."""
+        if self.settings.weight_average:
+            share = 1.0 - (1.0 - 1.0 / self._position.step) ** (_average_power(self.settings.weight_average) + 1.0)
+            torch._foreach_lerp_(list(self._average.values()), list(self._trained.values()), share)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with averaged weights, if there are any."""
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        for name, average in self._average.items():
+            self._average[name], self._trained[name].data = self._trained[name].data, average
+
+    def settle(self, last: Point) -> None:
+        """Make the last point the best one if a run was stopped before its first validation score."""
+        if self.best is None and self.objective != "loss" and math.isfinite(last.valid_loss):
+            self._ranks.tell(b"judge")
+            with self._averaged():
+                self._keep(replace(last, valid_score=self._validation_score()))
+
+    def recover_best(self) -> bool:
+        """Take the best checkpoint from the newest state of the run, to be scored or exported; whether there is one."""
+        self._resume(self._optimizers())
+        return self.best is not None
+
+    def score(self) -> Scored:
+        """Restore the best checkpoint and score it on the test split, once. Needs a best checkpoint."""
+        assert self.best is not None
+        self._ranks.tell(b"score")
+        self.restore_best()
+        return self._score()
+
+    def restore_best(self) -> None:
+        """Make the weights of the best checkpoint the model's."""
+        self._restore(self._best_weights)
+
+    def follow(self) -> None:
+        """What all processes but the first do after `points`: their part of its `settle` and `score`."""
+        while command := self._ranks.tell():
+            if command == b"score":
+                self._score()
+            else:
+                with self._averaged():
+                    self._validation_score()
+
+    def dismiss(self) -> None:
+        """Tell the others, who `follow`, that the run is over."""
+        self._ranks.tell(b"")
+
+    def _score(self) -> Scored:
+        self._ranks.spread(self._weights().values())
+        return self.task.score(self._evaluate)
+
+    def export(self) -> None:
+        """Leave the best model in the run's folder, as `write_model` does. After `score`.
+
+        Raises DiskFullError, and LeaseLostError when the folder has been removed.
+        """
+        if not storage.names(self.folder):
+            raise LeaseLostError(f"{self.folder} was removed: another launch has taken its trial over")
+        try:
+            with storage.filled(self.folder) as place:
+                self.write_model(place)
+        except Exception as error:
+            # safetensors has errors of its own, in words.
+            if "No space left on device" not in str(error):
+                raise
+            needed = sum(value.numel() * value.element_size() for value in self.task.model.parameters())
+            raise DiskFullError(self.folder, needed) from error
+
+    def write_model(self, place: Path) -> None:
+        """Write the model as it stands, adapters merged, as a folder that transformers loads."""
+        if self._is_partial:
+            architecture.merge_adapters(self.task.model)
+        # transformers knows which of two tied weights other heads will look for.
+        self.task.model.save_pretrained(place)
+        self.task.save(str(place))
+
+    def _validation_score(self) -> float:
+        assert isinstance(self.task, ScoredTask)
+        return self.task.validation_score(self._evaluate)
+
+    def _is_better(self, point: Point) -> bool:
+        if not math.isfinite(point.valid_loss):
+            return False
+        if self.objective == "loss":
+            return self.best is None or point.valid_loss < self.best.valid_loss
+        if point.valid_score is None:
+            return False
+        return self.best is None or point.valid_score > (self.best.valid_score or 0.0)
+
+    def _step(self, optimizers: Optimizers, indices: Indices) -> tuple[Tensor, int]:
+        """One optimizer step over a whole batch; returns its summed loss (on the device) and predicted tokens."""
+        while True:
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate_and_step(optimizers, indices)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self._ranks.size > 1:
+                    # The others wait within their step for gradients that do not come.
+                    raise self._begin_smaller(error, self.micro_batch_size // 2) from error
+                if self.micro_batch_size == 1:
+                    raise OutOfMemoryError(str(error).splitlines()[0]) from error
+            self.micro_batch_size = math.ceil(self.micro_batch_size / 2)
+            LOGGER.warning("out of memory; goes on in micro-batches of %d", self.micro_batch_size)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _begin_smaller(self, error: BaseException, size: int) -> SmallerMicroBatchError:
+        checkpoints.write_whole(self.folder / MICRO_BATCH, str(size).encode())
+        remedy = f"goes on in micro-batches of {size}" if size else "not even one example fits"
+        said = str(error).splitlines()[0]
+        return SmallerMicroBatchError(f"out of memory in one of {self._ranks.size} processes; {remedy} ({said})")
+
+    def _accumulate_and_step(self, optimizers: Optimizers, indices: Indices) -> tuple[Tensor, int]:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = self.task.predicted("train", indices)
+        own = indices[self._ranks.rank :: self._ranks.size]
+        counts = bool(len(own))
+        if not counts:
+            own = indices[:1]  # the others wait for gradients, if only for zeros
+        for start in range(0, len(own), self.micro_batch_size):
+            batch = self.task.batch("train", own[start : start + self.micro_batch_size]).to(self.device)
+            is_last = start + self.micro_batch_size >= len(own)
+            with nullcontext() if is_last else self._ranks.without_sync(self._loss):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half), self._dropout:
+                    loss = self._loss(batch) if counts else 0.0 * self._loss(batch)
+                loss.backward()
+            total += loss.detach()
+        parameters = list(self._model.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_div_(gradients, count / self._ranks.size)
+        if self.settings.gradient_clip:
+            nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        return total, count
+
+    def _mean_loss(self, split: str) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        batches = self.task.evaluation_batches(split)
+        for batch in self._own(batches):
+            for _, loss in self._evaluate_batch(split, batch, self._summed_loss):
+                total += loss
+        return self._ranks.add(total).item() / sum(self.task.predicted(split, batch) for batch in batches)
+
+    def _summed_loss(self, batch: Batch) -> Tensor:
+        return self.task.losses(batch).sum(dtype=torch.float64)
+
+    def _own(self, batches: Sequence[Indices]) -> Sequence[Indices]:
+        """The batches that this process evaluates."""
+        return batches[self._ranks.rank :: self._ranks.size]
+
+    def _evaluate(self, split: str, compute: Callable[[Batch], Tensor]) -> Iterator[tuple[Indices, Tensor]]:
+        """What `compute` gives for each evaluation batch of a split, in order. See `tasks.base.Evaluate`."""
+        batches = self.task.evaluation_batches(split)
+        if self._ranks.size == 1:
+            for batch in batches:
+                yield from self._evaluate_batch(split, batch, compute)
+            return
+        answers = [list(self._evaluate_batch(split, batch, compute)) for batch in self._own(batches)]
+        by_rank = [_unpacked(content) for content in self._ranks.gather(_packed(answers))]
+        for number in range(len(batches)):
+            yield from by_rank[number % self._ranks.size][number // self._ranks.size]
+
+    @torch.no_grad()
+    def _evaluate_batch(
+        self, split: str, batch: Indices, compute: Callable[[Batch], Tensor]
+    ) -> Iterator[tuple[Indices, Tensor]]:
+        """Without dropout, in as many parts as fit in memory."""
+        self._model.eval()
+        waiting = [batch]
+        while waiting:
+            indices = waiting.pop()
+            try:
+                there = self.task.batch(split, indices).to(self.device)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+                    answer = compute(there)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(indices) == 1 and self._ranks.size > 1:
+                    raise self._begin_smaller(error, 0) from error
+                if len(indices) == 1:
+                    raise OutOfMemoryError(str(error).splitlines()[0]) from error
+                half = math.ceil(len(indices) / 2)
+                waiting += [indices[half:], indices[:half]]
+                continue
+            self._pulse()
+            yield indices, answer
+
+    def _optimizers(self) -> Optimizers:
+        """AdamW (Loshchilov & Hutter, 2019) and, for hidden matrices, Muon (see `muon`).
+
+        Biases, gains and other vectors are not decayed.
+        """
+        settings = self.settings
+        hidden = architecture.hidden_matrices(self.task.model) if settings.optimizer == "muon" else []
+        apart = {id(parameter) for parameter in hidden}
+        others = [parameter for parameter in self._trained.values() if id(parameter) not in apart]
+        groups = [
+            {"params": [p for p in others if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            fused=True,
+        )
+        if not hidden:
+            return {"optimizer": adamw}
+        muon = Muon(
+            hidden,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            dtype=getattr(torch, self.precision["muon"]),
+        )
+        return {"optimizer": adamw, "muon": muon}
+
+    def _learning_rate(self, step: int) -> float:
+        """Linear warm-up to the peak, then the schedule down to `final_lr_fraction` of it at the last step."""
+        settings = self.settings
+        if step < self._warmup_steps:
+            return self._shortening * settings.learning_rate * (step + 1) / self._warmup_steps
+        floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
+        scheduled = settings.learning_rate * (floor + (1.0 - floor) * self._decay(step))
+        return min(scheduled, max(self._shortening * scheduled, settings.learning_rate * settings.final_lr_fraction))
+
+    def _shorten(self, step: int) -> float:
+        """What the learning rate is multiplied by: it falls in a straight line when the run's time is short.
+
+        A run that is cut down to size by such a cool-down ends near where one ends that was planned so (Hägele et al.,
+        Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, NeurIPS 2024).
+        """
+        if self._time_left is None:
+            return 1.0
+        left = self._time_left()
+        spent, steps = self._time_given - left, step - self._first_step
+        fits = steps and spent / steps * (self.total_steps - step) < left
+        share = 1.0 if fits and not self.is_shortened else left / (COOL_DOWN * self._time_given)
+        share = self._ranks.largest(round(1e6 * min(1.0, max(0.0, share))) if not self._ranks.rank else 0) / 1e6
+        self.is_shortened = self.is_shortened or share < 1.0
+        return share
+
+    def decay_to_come(self, step: int) -> float:
+        """Part of the learning rate's decay that is left at a step: 1 before it begins, 0 where there is none."""
+        if self.settings.schedule == "constant" or self.settings.final_lr_fraction == 1.0:
+            return 0.0
+        return 1.0 if step < self._warmup_steps else self._decay(step)
+
+    @property
+    def _warmup_steps(self) -> int:
+        return round(self.settings.warmup_fraction * self.total_steps)
+
+    def _decay(self, step: int) -> float:
+        """From 1 at the end of the warm-up to 0 at the last step, or always 1."""
+        progress = min(1.0, (step - self._warmup_steps) / max(1, self.total_steps - 1 - self._warmup_steps))
+        return {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[self.settings.schedule]
+
+    def _keep(self, point: Point) -> None:
+        """Make these weights the best so far, in memory; `_checkpoint` brings them to the disk."""
+        self.best = point
+        if self._ranks.rank:
+            return
+        is_gpu = self.device.type == "cuda"
+        for name, value in self._weights().items():
+            there = self._best_weights.get(name)
+            if there is None or not is_gpu or not there.is_pinned():
+                there = torch.empty_like(value, device="cpu", pin_memory=is_gpu)
+            # From a GPU in the order of its stream, before the next step changes the weights.
+            self._best_weights[name] = there.copy_(value.detach(), non_blocking=True)
+        self._best_file = None
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What training changes, each shared tensor once; of a model that is frozen in part, only the rest."""
+        return {**self._trained, **dict(self._model.named_buffers())}
+
+    @torch.no_grad()
+    def _restore(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in self._weights().items():
+            value.copy_(weights[name])
+
+    # Checkpoints
+
+    def _checkpoint_is_due(self) -> bool:
+        is_due = CHECKPOINT_SHARE * (time.perf_counter() - self._saved) >= self._save_seconds
+        return bool(self._ranks.largest(is_due and not self._ranks.rank))
+
+    def _checkpoint(self, optimizers: Optimizers, order: Mapping[str, Any]) -> None:
+        """Write the state of the run, and the best weights that it names; keep it and the state before it."""
+        began = time.perf_counter()
+        step = self._position.step
+        loss_sum = self._ranks.add(self._loss_sum.clone()).item()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the best weights may be on their way
+        random_states = self._random_states()
+        if self._ranks.rank:
+            return
+        if self.best is not None and self._best_file is None:
+            self._best_file = checkpoints.write(self.folder, "best", self.best.step, self._best_weights, {})
+        numpy_state = np.random.get_state(legacy=False)
+        words = numpy_state["state"]
+        tensors = {f"model.{name}": value for name, value in self._weights().items()}
+        tensors |= {f"average.{name}": value for name, value in self._average.items()}
+        for kind, optimizer in optimizers.items():
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{kind}.{number}.{name}": value for name, value in state.items()}
+        tensors |= random_states
+        facts = {
+            "origin": self._origin,
+            "position": {**asdict(self._position), "seconds": self.seconds},
+            "loss_sum": loss_sum,
+            "micro_batch_size": self.micro_batch_size,
+            "best_point": asdict(self.best) if self.best else None,
+            "best_file": self._best_file,
+            "curve": [asdict(point) for point in self.curve],
+            "order": order,
+            "random_python": random.getstate(),
+            "random_numpy": {**numpy_state, "state": {**words, "key": words["key"].tolist()}},
+        }
+        last = checkpoints.names(self.folder, "resume")[-1:]
+        name = checkpoints.write(self.folder, "resume", step, tensors, facts)
+        self._forget_others([*last, name])
+        if last:
+            # Two states of this attempt stand: those of earlier ones have done their service.
+            for folder in self._earlier:
+                storage.remove(folder)
+            self._earlier = []
+        self._saved = time.perf_counter()
+        self._save_seconds = self._saved - began
+
+    def _forget_others(self, states: Sequence[str]) -> None:
+        """Remove all checkpoint files but these states and the best weights that they name."""
+        self._best_of = {name: self._best_of.get(name, self._best_file) for name in states}
+        bests = [best for best in self._best_of.values() if best is not None]
+        checkpoints.forget(self.folder, keep=[*states, *bests])
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """The random states of torch in all processes."""
+        kinds = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            kinds["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            _random_name(kind, rank): torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            for kind, state in kinds.items()
+            for rank, content in enumerate(self._ranks.gather(state.numpy().tobytes()))
+        }
+
+    def _resume(self, optimizers: Optimizers) -> _Position:
+        """Take up the newest whole state of this run, if there is one; returns where the run is then."""
+        self._began = self._saved = time.perf_counter()
+        if self._ranks.rank:
+            self._resume_as_told(optimizers)
+        else:
+            self._resume_newest(optimizers)
+        self._shrink_micro_batch()
+        self._first_step = self._position.step
+        return self._position
+
+    def _resume_newest(self, optimizers: Optimizers) -> None:
+        for file, (tensors, facts) in checkpoints.newest(self._earlier):
+            if facts.get("origin", self._origin) != self._origin:
+                LOGGER.warning("checkpoint %s belongs to another run; it is left alone", file)
+                continue
+            best = checkpoints.read(file.parent / facts["best_file"]) if facts["best_file"] else None
+            if facts["best_file"] and best is None:
+                continue  # the state before this one may still have its best weights
+            self._ranks.tell(str(file).encode())
+            self._take_up(optimizers, tensors, facts, best[0] if best else {})
+            LOGGER.info("goes on from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
+            return
+        self._ranks.tell(b"")
+
+    def _resume_as_told(self, optimizers: Optimizers) -> None:
+        """The state that the first process resumes from, if it does; it alone keeps the best weights."""
+        file = self._ranks.tell().decode()
+        if not file:
+            return
+        state = checkpoints.read(locate(file))
+        if state is None:
+            raise RuntimeError(f"process {self._ranks.rank} cannot read {file}, which the first one can")
+        self._take_up(optimizers, *state, {})
+
+    def _shrink_micro_batch(self) -> None:
+        """Heed what earlier attempts have learnt about memory. Raises OutOfMemoryError when it is that nothing fits."""
+        learnt = [int(said) for place in self._earlier if (said := storage.read(place / MICRO_BATCH))]
+        self.micro_batch_size = min([self.micro_batch_size, *learnt])
+        if not self.micro_batch_size:
+            raise OutOfMemoryError(f"on each of {self._ranks.size} devices")
+
+    def _take_up(
+        self,
+        optimizers: Optimizers,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        best: dict[str, Tensor],
+    ) -> None:
+        self._restore(_below(tensors, "model."))
+        for name, value in _below(tensors, "average.").items():
+            self._average[name].copy_(value)
+        for kind, optimizer in optimizers.items():
+            parts: dict[int, dict[str, Tensor]] = {}
+            for name, value in _below(tensors, f"{kind}.").items():
+                number, _, part = name.partition(".")
+                parts.setdefault(int(number), {})[part] = value
+            optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+        self._position = _Position(**facts["position"])
+        self._loss_sum.fill_(0.0 if self._ranks.rank else facts["loss_sum"])
+        self.micro_batch_size = facts["micro_batch_size"]
+        self.curve = [Point(**point) for point in facts["curve"]]
+        self.resumed_evaluations = len(self.curve)
+        self.best = Point(**facts["best_point"]) if facts["best_point"] else None
+        self._best_weights = best
+        self._order.bit_generator.state = facts["order"]
+        # A run that had fewer processes has no states for the others.
+        if (name := _random_name("torch", self._ranks.rank)) in tensors:
+            torch.set_rng_state(tensors[name])
+        if (name := _random_name("cuda", self._ranks.rank)) in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[name], self.device)
+        version, internal, gauss = facts["random_python"]
+        random.setstate((version, tuple(internal), gauss))
+        numpy_state = facts["random_numpy"]
+        key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+        np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+@cache
+def _average_power(width: float) -> float:
+    """The exponent of an average whose weights have this standard deviation, as a part of the steps so far.
+
+    The positive root of a cubic: Karras et al. (arXiv 2312.02696), algorithm 2.
+    """
+    return float(np.roots([1.0, 7.0, 16.0 - width**-2, 12.0 - width**-2]).real.max())
+
+
+def _random_name(kind: str, rank: int) -> str:
+    return f"random.{kind}.{rank}" if rank else f"random.{kind}"
+
+
+Answers = list[list[tuple[Indices, Tensor]]]
+"""What a process found for each of its evaluation batches, in parts."""
+
+
+def _packed(answers: Answers) -> bytes:
+    arrays: dict[str, Any] = {}
+    for number, parts in enumerate(answers):
+        for part, (indices, answer) in enumerate(parts):
+            arrays[f"{number}.{part}.indices"] = indices
+            arrays[f"{number}.{part}.answer"] = answer.cpu().numpy()
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def _unpacked(content: bytes) -> Answers:
+    answers: Answers = []
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        for name in arrays.files:
+            number, _, kind = name.split(".")
+            if kind == "indices":
+                indices = arrays[name]
+                continue
+            while len(answers) <= int(number):
+                answers.append([])
+            answers[int(number)].append((indices, torch.from_numpy(arrays[name])))
+    return answers
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
