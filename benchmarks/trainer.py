@@ -50,7 +50,8 @@ from transformers import (
     default_data_collator,
 )
 
-from hpsearch.data.prepare import SPLITS, load_texts, prepare
+from hpsearch.data.prepare import prepare
+from hpsearch.data.shards import SPLITS, load_texts
 from hpsearch.models.configuration import build_config
 from hpsearch.records import TrialConfig
 from hpsearch.spec.settings import split_settings

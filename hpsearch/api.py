@@ -52,7 +52,7 @@ from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hpsearch.data.prepare import DataCard
+    from hpsearch.data.shards import DataCard
     from hpsearch.driver.doctor import Finding
     from hpsearch.driver.outbox import Outbox
     from hpsearch.driver.run import Repeat, StudyRun

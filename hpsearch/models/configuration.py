@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hpsearch.data import pretrained
-from hpsearch.data.prepare import END_ID
+from hpsearch.data.tokenizers import END_ID
 from hpsearch.errors import UsageError
 from hpsearch.spec.settings import ModelSettings
 

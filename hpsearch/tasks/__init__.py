@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpsearch.data.prepare import DataCard
+    from hpsearch.data.shards import DataCard
     from hpsearch.records import TrialConfig
     from hpsearch.spec.settings import ModelSettings
     from hpsearch.tasks.base import Task

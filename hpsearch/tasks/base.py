@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from hpsearch.data.prepare import TokenSplit
+from hpsearch.data.shards import TokenSplit
 from hpsearch.metrics.intervals import interval
 from hpsearch.metrics.statistics import Examples
 from hpsearch.records import Score

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from hpsearch.data.prepare import SPLITS, DataCard, TokenSplit, load_split, read_card, save_tokenizer
+from hpsearch.data.shards import SPLITS, DataCard, TokenSplit, load_split, read_card
+from hpsearch.data.tokenizers import save_tokenizer
 from hpsearch.models import architecture, probe
 from hpsearch.models.kernels import IGNORED, VocabularyLoss
 from hpsearch.records import TrialConfig

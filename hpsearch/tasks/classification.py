@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
-from hpsearch.data.prepare import PADDING_ID, SPLITS, load_labels, load_split, read_card, save_tokenizer
+from hpsearch.data.shards import SPLITS, load_labels, load_split, read_card
+from hpsearch.data.tokenizers import PADDING_ID, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.metrics.statistics import ZERO_DIVISION
 from hpsearch.models import architecture, probe

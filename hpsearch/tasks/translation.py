@@ -16,7 +16,8 @@ from sacrebleu.metrics.ter import TER
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForSeq2SeqLM
 
-from hpsearch.data.prepare import END_ID, PADDING_ID, SPLITS, decode, load_split, load_texts, read_card, save_tokenizer
+from hpsearch.data.shards import SPLITS, load_split, load_texts, read_card
+from hpsearch.data.tokenizers import END_ID, PADDING_ID, decode, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.metrics import bleu
 from hpsearch.models import architecture, probe

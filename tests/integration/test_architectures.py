@@ -35,7 +35,8 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
 from hpsearch import tasks
-from hpsearch.data.prepare import prepare, read_card
+from hpsearch.data.prepare import prepare
+from hpsearch.data.shards import read_card
 from hpsearch.errors import UsageError
 from hpsearch.models import architecture
 from hpsearch.models.kernels import decode_greedily

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hpsearch.data.prepare import load_texts, measure, notes, prepare
+from hpsearch.data.prepare import measure, notes, prepare
+from hpsearch.data.shards import load_texts
 from hpsearch.errors import UsageError
 from hpsearch.metrics import bleu
 from hpsearch.spec.sections import DataSpec, FileSplits

@@ -10,19 +10,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from hpsearch.data.corpora import fold, python_docs
-from hpsearch.data.prepare import (
-    Examples,
-    count_cut,
-    load_labels,
-    load_split,
-    load_texts,
-    measure,
-    notes,
-    prepare,
-    read_card,
-    read_examples,
-    stable_fraction,
-)
+from hpsearch.data.prepare import count_cut, measure, notes, prepare
+from hpsearch.data.shards import load_labels, load_split, load_texts, read_card
+from hpsearch.data.splits import Examples, read_examples, stable_fraction
 from hpsearch.errors import DataError, RunFolderError
 from hpsearch.spec.sections import AlignedFiles, DataSpec, FileSplits, TaskName, TokenizerSpec
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings

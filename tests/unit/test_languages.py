@@ -24,7 +24,8 @@ from transformers import (
 )
 
 import hpsearch
-from hpsearch.data.prepare import load_split, load_texts, prepare
+from hpsearch.data.prepare import prepare
+from hpsearch.data.shards import load_split, load_texts
 from hpsearch.errors import UsageError
 from hpsearch.models.kernels import can_decode, decode_greedily
 from hpsearch.spec.load import load_study

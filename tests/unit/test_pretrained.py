@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hpsearch
 from hpsearch.data import pretrained
-from hpsearch.data.prepare import train_tokenizer
+from hpsearch.data.tokenizers import train_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.spec.load import load_study
 from hpsearch.spec.sections import TokenizerSpec

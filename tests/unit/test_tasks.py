@@ -15,7 +15,8 @@ import torch
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from hpsearch.data.prepare import load_labels, load_split, load_texts, prepare
+from hpsearch.data.prepare import prepare
+from hpsearch.data.shards import load_labels, load_split, load_texts
 from hpsearch.errors import UsageError
 from hpsearch.records import TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, FileSplits, TokenizerSpec

@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hpsearch.data.prepare import load_split, prepare
+from hpsearch.data.prepare import prepare
+from hpsearch.data.shards import load_split
 from hpsearch.errors import UsageError
 from hpsearch.metrics import intervals
 from hpsearch.models.configuration import build_config

@@ -1,0 +1,180 @@
+"""Tokenizers: trained on a study's text or brought by a pretrained model, and kept beside the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpsearch.data import pretrained
+from hpsearch.data.sources import TEXT_FIELDS
+from hpsearch.data.splits import Examples
+from hpsearch.spec.sections import TokenizerSpec
+from hpsearch.spec.study import StudySpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+END_ID, PADDING_ID = 0, 1
+TOKENIZER_FOLDER = "tokenizer"
+TARGET_FOLDER = "target"
+"""Of a translation's target tokenizer, in a checkpoint of a model with two vocabularies."""
+TARGET_TOKENIZER = "tokenizer-target.json"
+
+
+def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, task: str = "causal_lm") -> Tokenizer:
+    """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1.
+
+    It marks a text as the task needs it: end-of-text behind a translation's sentences and before a classifier's texts.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        special_tokens=[END_OF_TEXT] if task == "causal_lm" else [END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    if task != "causal_lm":
+        marked = f"{END_OF_TEXT} $A" if task == "classification" else f"$A {END_OF_TEXT}"
+        tokenizer.post_processor = processors.TemplateProcessing(single=marked, special_tokens=[(END_OF_TEXT, END_ID)])
+    return tokenizer
+
+
+def save_tokenizer(
+    folder: Path, checkpoint: str, *, context_length: int | None, sides: tuple[str, str] = ("right", "right")
+) -> None:
+    """Put the tokenizer of prepared data beside the weights that were trained on it, told to cut and pad as we did.
+
+    `sides` are those where it cuts and where it pads; with no `context_length` it keeps the length that it came with.
+    A target language with a vocabulary of its own has its tokenizer in a folder below, named `target`.
+    """
+    source, target = folder / TOKENIZER_FOLDER, Path(checkpoint)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(TARGET_TOKENIZER))
+    file = target / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {
+        "truncation_side": sides[0],
+        "padding_side": sides[1],
+        "model_input_names": ["input_ids", "attention_mask"],
+        "pad_token": config.get("pad_token") or config.get("eos_token") or config.get("sep_token"),
+    }
+    if context_length is not None:
+        config["model_max_length"] = context_length
+    file.write_text(json.dumps(config, indent=2))
+    if (source / TARGET_TOKENIZER).is_file():
+        (target / TARGET_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(source / TARGET_TOKENIZER, target / TARGET_FOLDER / "tokenizer.json")
+        shutil.copyfile(file, target / TARGET_FOLDER / file.name)
+
+
+def decode(folder: Path, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Text of token ids of the target language of a prepared translation."""
+    from tokenizers import Tokenizer
+
+    own = folder / TOKENIZER_FOLDER / TARGET_TOKENIZER
+    if own.is_file():
+        return [text.strip() for text in Tokenizer.from_file(str(own)).decode_batch(rows, skip_special_tokens=True)]
+    tokenizer = pretrained.load_tokenizer(folder / TOKENIZER_FOLDER)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in texts]
+
+
+class TrainedTokenizers:
+    """Tokenizers trained on the training split: one, or one for each language."""
+
+    first_id = start_id = None
+
+    def __init__(self, examples: Examples, spec: StudySpec) -> None:
+        self._task = spec.task
+        texts = {field: examples.field("train", index) for index, field in enumerate(TEXT_FIELDS[spec.task])}
+        if spec.tokenizer.shared:
+            joint = [text for field in texts.values() for text in field]
+            self._tokenizers = dict.fromkeys(texts, train_tokenizer(joint, spec.tokenizer, spec.task))
+        else:
+            self._tokenizers = {field: train_tokenizer(own, spec.tokenizer, spec.task) for field, own in texts.items()}
+        first, last = (self._tokenizers[field] for field in (TEXT_FIELDS[spec.task][0], TEXT_FIELDS[spec.task][-1]))
+        self.end_id, self.padding_id = END_ID, PADDING_ID
+        self.vocab_size = first.get_vocab_size()
+        self.target_vocab_size = last.get_vocab_size() if last is not first else None
+        distinct = dict.fromkeys(tokenizer.to_str() for tokenizer in self._tokenizers.values())
+        self.hash = hashlib.sha256("".join(distinct).encode()).hexdigest()[:16]
+
+    def encode(self, field: str, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizers[field].encode_batch_fast(texts)
+        ending = [END_ID] if self._task == "causal_lm" else []
+        return [encoding.ids + ending for encoding in encodings]
+
+    def save(self, folder: Path) -> None:
+        words = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | (
+            {} if self._task == "causal_lm" else {"pad_token": PADDING}
+        )
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **words}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizers = list(self._tokenizers.values())
+        tokenizers[0].save(str(folder / "tokenizer.json"))
+        if self.target_vocab_size is not None:
+            tokenizers[-1].save(str(folder / TARGET_TOKENIZER))
+
+
+class BroughtTokenizers:
+    """The tokenizer that a pretrained model brings along."""
+
+    target_vocab_size = None
+
+    def __init__(self, spec: StudySpec) -> None:
+        folder = pretrained.of(spec.model)
+        assert folder is not None
+        self._spec = spec
+        self.first_id: int | None = None
+        self.start_id: int | None = None
+        if spec.task == "translation":
+            data = spec.data
+            self._tokenizer, code = pretrained.load_translator(folder, data.source_language, data.target_language)
+            # mBART's first models start from the language; later ones are made to say it first.
+            if code is not None and pretrained.starts_from_language(folder, self._tokenizer, code):
+                self.start_id = code
+            else:
+                self.first_id = code
+        else:
+            self._tokenizer = pretrained.load_tokenizer(folder)
+        end = pretrained.end_id(self._tokenizer)
+        assert end is not None
+        self.end_id = end
+        self.padding_id = end if self._tokenizer.pad_token_id is None else int(self._tokenizer.pad_token_id)
+        self.vocab_size = max(len(self._tokenizer), 1 + max(pretrained.languages(self._tokenizer).values(), default=0))
+        fast = getattr(self._tokenizer, "backend_tokenizer", None)
+        described = fast.to_str() if fast else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        self.hash = hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    def encode(self, field: str, texts: list[str]) -> list[list[int]]:
+        if self._spec.task == "causal_lm":
+            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return [[*ids, self.end_id] for ids in encoded]
+        if field == "target":
+            encoded = self._tokenizer(text_target=texts, verbose=False)["input_ids"]
+            codes = {self.first_id, self.start_id} - {None}
+            first = [] if self.first_id is None else [self.first_id]
+            # Some tokenizers put the language behind the text, where no decoder could begin with it.
+            encoded = (
+                [[*first, *(token for token in ids if token not in codes)] for ids in encoded] if codes else encoded
+            )
+        else:
+            prefix = self._spec.translation.source_prefix if field == "source" else ""
+            encoded = self._tokenizer([prefix + text for text in texts], verbose=False)["input_ids"]
+        if self._spec.task == "translation":
+            return [ids if self.end_id in ids[-2:] else [*ids, self.end_id] for ids in encoded]
+        return [ids or [self.end_id] for ids in encoded]
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
