@@ -65,13 +65,13 @@ def _follow(job_id: str, address: str | None) -> int:
 def jobs(address: str | None, as_json: bool) -> None:
     """List the jobs of a Ray cluster."""
     from hpsearch.backends.ray.jobs import Cluster
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output, tables
 
     found = Cluster(address).jobs()
     if as_json:
-        print(terminal.to_json({"schema_version": 1, "jobs": [job.__dict__ for job in found]}))
+        print(output.to_json({"schema_version": 1, "jobs": [job.__dict__ for job in found]}))
     else:
-        open_console().print(terminal.jobs_table(found) if found else "no jobs yet")
+        open_console().print(tables.jobs_table(found) if found else "no jobs yet")
 
 
 @click.command()
@@ -85,10 +85,10 @@ def logs(name: str, trial: int | None, address: str | None, store: str | None, f
     """Print the log of a job, or of one trial of a study."""
     if trial is not None:
         from hpsearch import api
-        from hpsearch.cli import terminal
+        from hpsearch.cli import summaries
 
         for line in api.logs(name, trial, store=store, follow=follow):
-            print(json.dumps(line) if as_json else terminal.log_line(line), flush=True)
+            print(json.dumps(line) if as_json else summaries.log_line(line), flush=True)
         return 0
     from hpsearch.backends.ray import jobs as ray_jobs
 

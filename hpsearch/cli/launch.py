@@ -45,18 +45,18 @@ def launch(
     if dry_run:
         return _check(study_file, as_json, options, extend=extend)
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import live
 
     if restart and not os.environ.get(_RESTARTS):
         _put_aside(study_file, options, yes)
     with output_may_fail():
-        with terminal.progress(open_console(stderr=True), quiet=quiet or as_json) as listen:
+        with live.progress(open_console(stderr=True), quiet=quiet or as_json) as listen:
             study = api.launch(
                 study_file,
                 **options,
                 extend=extend,
                 track=track,
-                listen=terminal.json_lines(sys.stdout) if as_json else listen,
+                listen=live.json_lines(sys.stdout) if as_json else listen,
                 on_cluster_lost=_start_over,
             )
         _finish(study, as_json=as_json, quiet=quiet, top=top)
@@ -106,11 +106,11 @@ def _put_aside(study_file: str, options: dict[str, Any], yes: bool) -> None:
 
 def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
     """What stands at the end of a launch: the leaderboard, and how to go on."""
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output
 
     board = study.board(top=top)
     if as_json:
-        print(terminal.to_json({"event": "leaderboard", **board.to_json()}).replace("\n", ""))
+        print(output.to_json({"event": "leaderboard", **board.to_json()}).replace("\n", ""))
     else:
         print_board(board)
     if study.stop_reason and not quiet:
@@ -140,16 +140,16 @@ def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_
     The repeats are trials of their own that the sampler is not told of. Repeats that are done are not run again.
     """
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import live
 
     with output_may_fail():
-        with terminal.progress(open_console(stderr=True), quiet=quiet or as_json) as listen:
+        with live.progress(open_console(stderr=True), quiet=quiet or as_json) as listen:
             found = api.finals(
                 study,
                 top=top,
                 seeds=seeds,
                 store=store,
-                listen=terminal.json_lines(sys.stdout) if as_json else listen,
+                listen=live.json_lines(sys.stdout) if as_json else listen,
             )
         _finish(found, as_json=as_json, quiet=quiet, top=20)
     return found.exit_code
@@ -157,7 +157,7 @@ def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_
 
 def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: bool = False) -> int:
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output, summaries
     from hpsearch.spec.environment import environment_store
     from hpsearch.spec.load import load_study
 
@@ -165,5 +165,5 @@ def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: b
     # A server that the file alone names is not asked: libpq would give it the passwords of PGPASSWORD and ~/.pgpass.
     is_own = bool(options["store"] or environment_store() or spec.store.startswith("sqlite"))
     found = api.check(spec, extend=extend, moves=options["folder"] is not None, contacts_store=is_own)
-    print(terminal.to_json(found) if as_json else terminal.check_report(found))
+    print(output.to_json(found) if as_json else summaries.check_report(found))
     return 0

@@ -62,12 +62,12 @@ def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: 
     A running study does this by itself. What a trial that has not ended needs to go on is never removed.
     """
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output
 
     garbage = api.collect(study, keep=keep, dry_run=dry_run, store=store)
     if as_json:
         pieces = [{"folder": str(piece.folder), "why": piece.why, "bytes": piece.size} for piece in garbage]
-        print(terminal.to_json({"schema_version": 1, "study": study, "dry_run": dry_run, "removed": pieces}))
+        print(output.to_json({"schema_version": 1, "study": study, "dry_run": dry_run, "removed": pieces}))
         return
     for piece in garbage:
         print(f"{plain(piece.folder)}  {piece.size / 1e6:,.1f} MB  {piece.why}")
@@ -101,11 +101,11 @@ def doctor(study: str | None, repair: bool, store: str | None, as_json: bool) ->
     Looks at every study, or at one. Ends in 0 when there is nothing to say or everything was mended, else in 1.
     """
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output
 
     findings = api.doctor(study, repair=repair, store=store)
     if as_json:
-        print(terminal.to_json({"schema_version": 1, "findings": [finding.__dict__ for finding in findings]}))
+        print(output.to_json({"schema_version": 1, "findings": [finding.__dict__ for finding in findings]}))
     else:
         for finding in findings:
             whose = finding.study + ("" if finding.trial is None else f", trial {finding.trial}")

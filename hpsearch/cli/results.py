@@ -23,7 +23,7 @@ from hpsearch.errors import (
 def status(name: str, address: str | None, store: str | None, as_json: bool) -> None:
     """Say how far a study is, by its name or by the job that launches it; read from the store."""
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output, summaries
     from hpsearch.errors import StoreError, UnknownStudyError
 
     try:
@@ -38,11 +38,11 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
             raise click.UsageError(f"job {name} was not submitted by hpsearch: give the study's name") from None
         found = {**api.status(job.study, store=store), "job": job.__dict__}
     if as_json:
-        print(terminal.to_json(found))
+        print(output.to_json(found))
         return
     if "job" in found:
         print(f"job     {plain(name)}: {found['job']['status']}")
-    print(terminal.status_report(found))
+    print(summaries.status_report(found))
 
 
 @click.command()
@@ -51,9 +51,9 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
 def watch(study: str, store: str | None) -> None:
     """Look on while a study runs, on any machine that reaches its store; ends when it is finished."""
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import live
 
-    terminal.watch_study(api.watch(study, store=store), open_console())
+    live.watch_study(api.watch(study, store=store), open_console())
 
 
 @click.command("export-data")
@@ -82,13 +82,13 @@ def export_data(study: str, format_: str, output: str | None, store: str | None)
 def studies(store: str | None, as_json: bool) -> None:
     """List the studies of a store."""
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output, tables
 
     rows = api.studies(store=store)
     if as_json:
-        print(terminal.to_json({"schema_version": 1, "studies": rows}))
+        print(output.to_json({"schema_version": 1, "studies": rows}))
     else:
-        open_console().print(terminal.studies_table(rows) if rows else "no studies yet")
+        open_console().print(tables.studies_table(rows) if rows else "no studies yet")
 
 
 @click.command()
@@ -100,13 +100,13 @@ def studies(store: str | None, as_json: bool) -> None:
 def compare(study: str, first: int, second: int, store: str | None, as_json: bool) -> None:
     """Test whether two trials of a study differ: a paired bootstrap over test examples."""
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output, tables
 
     found = api.open_study(study, store=store).compare(first, second)
     if as_json:
-        print(terminal.to_json(found))
+        print(output.to_json(found))
     else:
-        open_console().print(terminal.comparison_table(found))
+        open_console().print(tables.comparison_table(found))
 
 
 @click.command()
@@ -132,7 +132,7 @@ def rank(
     different tokenizers are ranked in bits per byte.
     """
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output
     from hpsearch.reports import text as wording
     from hpsearch.results.leaderboard import flat_rows
 
@@ -140,7 +140,7 @@ def rank(
         raise click.UsageError("give one of --csv, --markdown and --json")
     board = api.open_study(studies[0], store=store).board(*studies[1:], top=top, mixed=mixed)
     if as_json:
-        print(terminal.to_json(board.to_json()))
+        print(output.to_json(board.to_json()))
     elif markdown:
         print(wording.leaderboard_markdown(board))
     elif as_csv:
@@ -162,14 +162,14 @@ def rank(
 def show(study: str, trial: int, store: str | None, as_json: bool) -> None:
     """Show one trial: settings, curve, verdict with its evidence, test score."""
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output, summaries
 
     row = api.open_study(study, store=store).trial(trial)
     if as_json:
-        print(terminal.to_json({"schema_version": 1, "study": study, **row}))
+        print(output.to_json({"schema_version": 1, "study": study, **row}))
     else:
         console = open_console()
-        console.print(terminal.trial_report(row, console.width))
+        console.print(summaries.trial_report(row, console.width))
 
 
 @click.command()
@@ -209,7 +209,7 @@ def best(study: str, by: Any, store: str | None, as_json: bool) -> int:
     While no trial has a test score, the one that leads on validation.
     """
     from hpsearch import api
-    from hpsearch.cli import terminal
+    from hpsearch.cli import output, summaries
     from hpsearch.reports import text as wording
 
     opened = api.open_study(study, store=store)
@@ -220,10 +220,10 @@ def best(study: str, by: Any, store: str | None, as_json: bool) -> int:
     for note in wording.choice_notes(board, by):
         print(note, file=sys.stderr)
     if as_json:
-        print(terminal.to_json({"schema_version": 1, "study": study, "by": by, **chosen}))
+        print(output.to_json({"schema_version": 1, "study": study, "by": by, **chosen}))
     else:
         console = open_console()
-        console.print(terminal.trial_report(opened.trial(chosen["trial"]), console.width))
+        console.print(summaries.trial_report(opened.trial(chosen["trial"]), console.width))
     return 0
 
 
@@ -248,15 +248,15 @@ def export(study: str, trial: int | None, by: Any, output: str | None, store: st
 
 
 def print_board(board: Any) -> None:
-    from hpsearch.cli import terminal
+    from hpsearch.cli import tables
     from hpsearch.reports import text as wording
 
     console = open_console()
     if board.rows:
-        console.print(terminal.leaderboard_table(board, console.width))
+        console.print(tables.leaderboard_table(board, console.width))
     for line in wording.leaderboard_notes(board):
         console.print(line, style="dim", markup=False, highlight=False)
     if board.finals:
         console.print()
-        console.print(terminal.finals_table(board.finals))
-        console.print(terminal.finals_note(board.finals), style="dim", markup=False, highlight=False)
+        console.print(tables.finals_table(board.finals))
+        console.print(tables.finals_note(board.finals), style="dim", markup=False, highlight=False)

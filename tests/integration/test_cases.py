@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import hpsearch as package
-from hpsearch.cli.terminal import _confusion
+from hpsearch.cli.summaries import _confusion
 from hpsearch.records import Event
 from hpsearch.store.store import Store
 from tests.conftest import Run

@@ -96,7 +96,7 @@ def test_no_folder_is_a_drawer() -> None:
     [
         pytest.param("import hpsearch.cli.main", {"torch", "ray", "optuna", "sqlalchemy", "pandas", "rich"}, id="help"),
         pytest.param(
-            "from hpsearch import api; from hpsearch.cli import terminal; from hpsearch.results import leaderboard",
+            "from hpsearch import api; from hpsearch.cli import summaries, tables; from hpsearch.results import leaderboard",
             {"torch", "ray", "optuna", "transformers"},
             id="rank and show",
         ),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpsearch.cli.terminal import _classes, watch_report
+from hpsearch.cli.live import watch_report
+from hpsearch.cli.summaries import _classes
 
 
 def running(number: int, points: int) -> dict[str, Any]:
