@@ -198,8 +198,8 @@ def report(*names: str, store: str | None = None, page: str | None = None, is_li
     `page` is the name of a file of `dashboards/` or the path of one. One that `is_live` is for the server of
     `hpsearch dashboard`, which it asks for its scripts and for newer numbers. Raises UnknownStudyError, UsageError.
     """
-    from hpsearch.reports.figures import read_study
     from hpsearch.reports.pages import read_page, render
+    from hpsearch.reports.study_data import read_study
     from hpsearch.search.study import importances
 
     chosen = read_page(page or ("study" if len(names) == 1 else "comparison"))
@@ -211,8 +211,8 @@ def report(*names: str, store: str | None = None, page: str | None = None, is_li
 
 def trial_page(name: str, trial: int, *, store: str | None = None) -> str:
     """The page of one trial, for the server of `hpsearch dashboard`. Raises UnknownStudyError."""
-    from hpsearch.reports.figures import read_study
     from hpsearch.reports.pages import render_trial
+    from hpsearch.reports.study_data import read_study
 
     with _opened(store_url(store)) as opened:
         data = read_study(opened, name)

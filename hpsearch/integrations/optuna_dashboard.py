@@ -21,7 +21,8 @@ from hpsearch.files import storage
 from hpsearch.files.storage import Folder, locate
 from hpsearch.files.trial_log import log_file
 from hpsearch.records import PRUNED, RANKED, UNFINISHED, Event
-from hpsearch.reports.figures import FIGURES, StudyData, read_study
+from hpsearch.reports.figures import FIGURES
+from hpsearch.reports.study_data import StudyData, read_study
 from hpsearch.reports.text import (
     curve_plot,
     leaderboard_markdown,

@@ -25,11 +25,14 @@ from pydantic import Field, ValidationError, field_validator
 from hpsearch.driver.leases import is_held
 from hpsearch.errors import Problem, UsageError
 from hpsearch.records import UNFINISHED
-from hpsearch.reports.figures import COMPARISONS, FIGURES, Drawn, StudyData, trial_figures
+from hpsearch.reports.curves import trial_figures
+from hpsearch.reports.figures import COMPARISONS, FIGURES
+from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import short, trial_commands, trial_facts
+from hpsearch.reports.theme import Drawn
 from hpsearch.results.leaderboard import count_states
+from hpsearch.spec.parse_space import readable
 from hpsearch.spec.settings import Strict
-from hpsearch.spec.space import readable
 from hpsearch.spec.yaml_file import read_study_file
 from hpsearch.store.store import Row
 

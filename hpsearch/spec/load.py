@@ -18,10 +18,10 @@ from hpsearch.errors import Problem, SpecError
 from hpsearch.files import storage
 from hpsearch.spec.checks import cross_checks
 from hpsearch.spec.environment import environment_store, interpolate
+from hpsearch.spec.parse_space import parse_space, readable
 from hpsearch.spec.redaction import hide_secrets, remember_secrets
 from hpsearch.spec.sections import AlignedFiles, FileSplits
 from hpsearch.spec.settings import SEARCHABLE
-from hpsearch.spec.space import parse_space, readable
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.wandb import from_wandb
 from hpsearch.spec.yaml_file import StudyDocument, parse_scalar, read_study_file

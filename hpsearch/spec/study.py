@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from pydantic.json_schema import WithJsonSchema
 
 from hpsearch.files.storage import locate
+from hpsearch.spec.parse_space import parse_space
 from hpsearch.spec.sections import (
     TARGET_EVALUATIONS,
     BudgetSpec,
@@ -33,7 +34,7 @@ from hpsearch.spec.settings import (
     TranslationSpec,
     split_settings,
 )
-from hpsearch.spec.space import Space, parse_space
+from hpsearch.spec.space import Space
 
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}

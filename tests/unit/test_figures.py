@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpsearch.reports.figures import FIGURES, StudyData
+from hpsearch.reports.figures import FIGURES
+from hpsearch.reports.study_data import StudyData
 from hpsearch.results.leaderboard import Leaderboard
 
 

@@ -12,8 +12,9 @@ import pytest
 from hpsearch.errors import SpecError
 from hpsearch.spec.json_schema import json_schema
 from hpsearch.spec.load import load_study
+from hpsearch.spec.parse_space import parse_space
 from hpsearch.spec.sections import AlignedFiles
-from hpsearch.spec.space import Choice, Range, parse_space
+from hpsearch.spec.space import Choice, Range
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.yaml_file import read_study_file
 
