@@ -21,7 +21,9 @@ from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSetting
 from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm import CausalLM
 from hpsearch.training.trainer import MICRO_BATCH, Trainer
-from hpsearch.worker.run import ProcessLostError, first_cause, follow, run_trial
+from hpsearch.worker.reasons import first_cause
+from hpsearch.worker.run import run_trial
+from hpsearch.worker.team import ProcessLostError, follow
 from tests.conftest import drain
 from tests.unit.test_trainer import OVERFITTING, WIDER
 
@@ -59,7 +61,7 @@ class Pool:
 
 
 class Processes:
-    """See `worker.Team`."""
+    """See `worker.team.Team`."""
 
     size = SIZE
     host = "127.0.0.1"

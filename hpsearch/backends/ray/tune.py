@@ -481,12 +481,14 @@ class _Follower:
 
     def follow(self, trial: str, address: str, *, rank: int, size: int, host: str) -> str:
         config, host = _read(trial), host or ray.util.get_node_ip_address()
-        said: str = import_worker().follow(config, address, rank=rank, size=size, host=host)
-        return said
+        import_worker()
+        from hpsearch.worker.team import follow
+
+        return follow(config, address, rank=rank, size=size, host=host)
 
 
 class _Team:
-    """The followers of this worker, each in its own bundle of the trial's resources. See `worker.Team`."""
+    """The followers of this worker, each in its own bundle of the trial's resources. See `worker.team.Team`."""
 
     def __init__(self, size: int, *, is_spread: bool) -> None:
         self.size = size
@@ -509,7 +511,7 @@ class _Team:
         ]
 
     def lost(self, wait_s: float = 0.0) -> str | None:
-        from hpsearch.worker.run import first_cause
+        from hpsearch.worker.reasons import first_cause
 
         done, _ = ray.wait(self._answers, num_returns=1, timeout=wait_s)
         if not done:

@@ -1,0 +1,47 @@
+"""From what a trial is asked to run to its trainer, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hpsearch.files import storage
+from hpsearch.files.storage import locate
+from hpsearch.records import (
+    TrialConfig,
+)
+from hpsearch.tasks import build_task
+from hpsearch.training.devices import pick_device, use_memory
+from hpsearch.training.ranks import Ranks
+from hpsearch.training.trainer import (
+    Order,
+    Trainer,
+    seed_everything,
+)
+
+
+def build_trainer(
+    config: TrialConfig, ranks: Ranks, pulse: Callable[[], Order], time_left: Callable[[], float] | None = None
+) -> Trainer:
+    torch.set_num_threads(config.threads)
+    seed_everything(config.seed)
+    device = pick_device(config.device)
+    use_memory(device, config.device_share)
+    task = build_task(config.model_copy(update={"data": str(storage.cached(locate(config.data)))}))
+    if ranks.rank:
+        torch.manual_seed(config.seed + ranks.rank)  # equal weights, but not equal dropout
+    return Trainer(
+        task,
+        config.training,
+        seed=config.seed,
+        device=device,
+        folder=locate(config.folder),
+        objective=config.objective,
+        earlier=[locate(place) for place in config.earlier],
+        origin=config.origin,
+        rungs=config.rungs,
+        pulse=pulse,
+        time_left=time_left,
+        ranks=ranks,
+    )
