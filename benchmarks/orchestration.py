@@ -93,13 +93,13 @@ def run(method: str, trials: int, data: Path) -> dict[str, Any]:
 
 def prepared(folder: Path, study: str = STUDY) -> Path:
     """The tokenized data of a study, in a folder of its own."""
-    from hpsearch.api import _prepare_data
+    from hpsearch.driver.plan import prepare_data
     from hpsearch.spec.load import load_study
 
     folder.mkdir()
     file = folder / "study.yaml"
     file.write_text(study)
-    _prepare_data(load_study(file, folder=str(folder / "data")))
+    prepare_data(load_study(file, folder=str(folder / "data")))
     return folder / "data"
 
 

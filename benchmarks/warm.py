@@ -23,7 +23,7 @@ import record
 import search
 from curves import Setting, Table
 
-from hpsearch.api import TRANSFERRED
+from hpsearch.driver.starts import TRANSFERRED
 
 WAYS = ("cold", "transfer_from", "enqueue", "prior", "prior, wrong")
 SHOWN = (0.1, 0.25, 0.5, 1.0)

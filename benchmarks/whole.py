@@ -110,12 +110,12 @@ def finite(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def prepare(case: str, folder: Path) -> tuple[Path, int]:
     """Where the tokenized text of a task lies from now on, under `data` in the folder; and evaluations per epoch."""
-    from hpsearch.api import _prepare_data
+    from hpsearch.driver.plan import prepare_data
     from hpsearch.spec.load import load_study
 
     (folder / "prepared.yaml").write_text(yaml.safe_dump(study(case)))
     spec = load_study(folder / "prepared.yaml", folder=str(folder / "data"))
-    return _prepare_data(spec)[0], spec.evaluations_per_epoch
+    return prepare_data(spec)[0], spec.evaluations_per_epoch
 
 
 def begin(content: dict[str, Any], folder: Path, runs: Path) -> Path:

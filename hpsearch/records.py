@@ -38,24 +38,8 @@ STOPPED = frozenset({TrialState.PAUSED, TrialState.INTERRUPTED})
 """Trials that have not ended, and are ranked by their best checkpoint so far once the study was stopped."""
 PRUNED = frozenset({TrialState.OVERFIT, TrialState.PLATEAU, TrialState.UNPROMISING, TrialState.DIVERGED})
 """What a person reads as "pruned", each with its reason."""
-
-
-STOP_FILE = "stop"
-"""File in the folder of an attempt that asks its worker to write a checkpoint and leave."""
-
 PREEMPTED = "preempted"
 """How the reason begins when a trial was interrupted by no fault of its own."""
-LAST_WORDS = "last-words.txt"
-"""File in the folder of an attempt where a worker that hangs or crashes says where it was."""
-PULSE_FILE = "pulse.json"
-"""File in the folder of an attempt that says which process runs it, and is touched while that one makes steps."""
-PULSE_EVERY_S = 5.0
-RESULT = "result.json"
-"""File in the folder of an attempt: how it ended, for a driver that did not live to hear it."""
-
-
-TRIAL = "trial.json"
-"""File in the folder of an attempt: its TrialConfig, for a driver whose store does not know of it."""
 
 
 class Decision(StrEnum):

@@ -11,7 +11,7 @@ import click
 
 from hpsearch.cli.options import (
     COUNT,
-    TRIAL,
+    TRIAL_NUMBER,
     cluster_option,
     json_option,
     open_console,
@@ -64,10 +64,10 @@ def _follow(job_id: str, address: str | None) -> int:
 @json_option
 def jobs(address: str | None, as_json: bool) -> None:
     """List the jobs of a Ray cluster."""
-    from hpsearch.backends.ray.jobs import Cluster
+    from hpsearch import api
     from hpsearch.cli import output, tables
 
-    found = Cluster(address).jobs()
+    found = api.jobs(address=address)
     if as_json:
         print(output.to_json({"schema_version": 1, "jobs": [job.__dict__ for job in found]}))
     else:
@@ -76,7 +76,7 @@ def jobs(address: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", metavar="JOB|STUDY")
-@click.argument("trial", required=False, type=TRIAL)
+@click.argument("trial", required=False, type=TRIAL_NUMBER)
 @cluster_option
 @store_option
 @click.option("--follow", "-f", is_flag=True, help="Go on until it ends; of a job, end in its exit code.")
@@ -105,8 +105,8 @@ def logs(name: str, trial: int | None, address: str | None, store: str | None, f
 @cluster_option
 def stop(job_id: str, address: str | None) -> None:
     """Stop a job. Its trials write a checkpoint first, and the next launch of the study goes on with them."""
-    from hpsearch.backends.ray.jobs import Cluster
+    from hpsearch import api
 
-    job = Cluster(address).stop(job_id)
+    job = api.stop(job_id, address=address)
     ended = job.status not in ("PENDING", "RUNNING")
     print(f"job {job_id} has ended already: {job.status}" if ended else f"job {job_id} was asked to stop")

@@ -158,12 +158,7 @@ def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_
 def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: bool = False) -> int:
     from hpsearch import api
     from hpsearch.cli import output, summaries
-    from hpsearch.spec.environment import environment_store
-    from hpsearch.spec.load import load_study
 
-    spec = load_study(study_file, **options)
-    # A server that the file alone names is not asked: libpq would give it the passwords of PGPASSWORD and ~/.pgpass.
-    is_own = bool(options["store"] or environment_store() or spec.store.startswith("sqlite"))
-    found = api.check(spec, extend=extend, moves=options["folder"] is not None, contacts_store=is_own)
+    found = api.check(study_file, extend=extend, **options)
     print(output.to_json(found) if as_json else summaries.check_report(found))
     return 0

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from hpsearch.cli.options import COUNT, TRIAL, json_option, store_option
+from hpsearch.cli.options import COUNT, TRIAL_NUMBER, json_option, store_option
 from hpsearch.errors import (
     EXIT_FOUND,
     plain,
@@ -45,9 +45,9 @@ def dashboard(host: str, port: int, names: tuple[str, ...], may_write: bool, sto
 @click.command()
 def schema() -> None:
     """Print the JSON schema of study files, for editors."""
-    from hpsearch.spec.json_schema import json_schema
+    from hpsearch import api
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(api.schema(), indent=2))
 
 
 @click.command()
@@ -64,7 +64,7 @@ def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: 
     from hpsearch import api
     from hpsearch.cli import output
 
-    garbage = api.collect(study, keep=keep, dry_run=dry_run, store=store)
+    garbage = api.gc(study, keep=keep, dry_run=dry_run, store=store)
     if as_json:
         pieces = [{"folder": str(piece.folder), "why": piece.why, "bytes": piece.size} for piece in garbage]
         print(output.to_json({"schema_version": 1, "study": study, "dry_run": dry_run, "removed": pieces}))
@@ -77,7 +77,7 @@ def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: 
 
 @click.command()
 @click.argument("study")
-@click.argument("trials", type=TRIAL, nargs=-1, metavar="[TRIAL]...")
+@click.argument("trials", type=TRIAL_NUMBER, nargs=-1, metavar="[TRIAL_NUMBER]...")
 @store_option
 def retry(study: str, trials: tuple[int, ...], store: str | None) -> None:
     """Put failed trials, all by default, back into the queue: the next launch trains them again."""

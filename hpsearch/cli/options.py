@@ -13,7 +13,7 @@ from hpsearch.spec.redaction import has_secret
 from hpsearch.spec.settings import MOST
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-TRIAL = click.IntRange(0, MOST)
+TRIAL_NUMBER = click.IntRange(0, MOST)
 COUNT = click.IntRange(1, MOST)
 
 

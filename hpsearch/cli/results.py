@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hpsearch.cli.options import COUNT, TRIAL, by_option, cluster_option, json_option, open_console, store_option
+from hpsearch.cli.options import COUNT, TRIAL_NUMBER, by_option, cluster_option, json_option, open_console, store_option
 from hpsearch.errors import (
     plain,
 )
@@ -93,8 +93,8 @@ def studies(store: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("study")
-@click.argument("first", type=TRIAL)
-@click.argument("second", type=TRIAL)
+@click.argument("first", type=TRIAL_NUMBER)
+@click.argument("second", type=TRIAL_NUMBER)
 @store_option
 @json_option
 def compare(study: str, first: int, second: int, store: str | None, as_json: bool) -> None:
@@ -102,7 +102,7 @@ def compare(study: str, first: int, second: int, store: str | None, as_json: boo
     from hpsearch import api
     from hpsearch.cli import output, tables
 
-    found = api.open_study(study, store=store).compare(first, second)
+    found = api.compare(study, first, second, store=store)
     if as_json:
         print(output.to_json(found))
     else:
@@ -138,7 +138,7 @@ def rank(
 
     if as_csv + markdown + as_json > 1:
         raise click.UsageError("give one of --csv, --markdown and --json")
-    board = api.open_study(studies[0], store=store).board(*studies[1:], top=top, mixed=mixed)
+    board = api.rank(*studies, top=top, mixed=mixed, store=store)
     if as_json:
         print(output.to_json(board.to_json()))
     elif markdown:
@@ -156,7 +156,7 @@ def rank(
 
 @click.command()
 @click.argument("study")
-@click.argument("trial", type=TRIAL)
+@click.argument("trial", type=TRIAL_NUMBER)
 @store_option
 @json_option
 def show(study: str, trial: int, store: str | None, as_json: bool) -> None:
@@ -164,7 +164,7 @@ def show(study: str, trial: int, store: str | None, as_json: bool) -> None:
     from hpsearch import api
     from hpsearch.cli import output, summaries
 
-    row = api.open_study(study, store=store).trial(trial)
+    row = api.show(study, trial, store=store)
     if as_json:
         print(output.to_json({"schema_version": 1, "study": study, **row}))
     else:
@@ -229,7 +229,7 @@ def best(study: str, by: Any, store: str | None, as_json: bool) -> int:
 
 @click.command()
 @click.argument("study")
-@click.argument("trial", type=TRIAL, required=False)
+@click.argument("trial", type=TRIAL_NUMBER, required=False)
 @by_option
 @click.option("--output", "-o", type=click.Path(file_okay=False), help="Folder to write [STUDY-trial-N].")
 @store_option
@@ -244,7 +244,7 @@ def export(study: str, trial: int | None, by: Any, output: str | None, store: st
     if trial is None:
         for note in wording.choice_notes(api.open_study(study, store=store).board(top=1), by):
             print(note, file=sys.stderr)
-    print(f"wrote {plain(api.export_model(study, trial, folder=output, by=by, store=store))}", file=sys.stderr)
+    print(f"wrote {plain(api.export(study, trial, output=output, by=by, store=store))}", file=sys.stderr)
 
 
 def print_board(board: Any) -> None:

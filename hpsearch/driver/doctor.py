@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from hpsearch.driver import leases
-from hpsearch.driver.ownership import owner_of
-from hpsearch.driver.retention import collect, earlier_attempts, find_garbage, run_folder
+from hpsearch.driver.retention import collect, find_garbage
 from hpsearch.errors import StudyBusyError
+from hpsearch.files.layout import earlier_attempts, run_folder
 from hpsearch.files.storage import locate
 from hpsearch.records import LIVE, RANKED, STOPPED, UNFINISHED, TrialState
 from hpsearch.search.study import OPTUNA_STATE, RecordedTrial, Search, recorded_trials
 from hpsearch.spec.study import recorded_study
+from hpsearch.store import leases
+from hpsearch.store.leases import owner_of
 from hpsearch.store.store import Row, Store
 from hpsearch.training import checkpoints
 

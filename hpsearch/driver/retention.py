@@ -5,47 +5,15 @@ What stays: the best checkpoint of the top ranked trials, and whatever a trial t
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from hpsearch.files import storage
+from hpsearch.files.layout import TRIAL, run_folder, trial_folders, trial_of
 from hpsearch.files.storage import Folder, locate
-from hpsearch.records import RANKED, TRIAL, UNFINISHED, TrialConfig, TrialResult, TrialState
+from hpsearch.records import RANKED, UNFINISHED, TrialConfig, TrialResult, TrialState
 from hpsearch.store.store import Row, Store
-
-_FOLDER = re.compile(r"trial-(\d{5,})(?:-attempt-(\d+))?")
-
-
-def run_folder(folder: str, study: Row) -> Folder:
-    """The folder of a study, below one that other studies may share."""
-    return locate(folder) / run_name(study)
-
-
-def run_name(study: Row) -> str:
-    """Name of a study's folder: no other study has it, whatever its store."""
-    # The name in the spec stays when a study is archived under another one.
-    return f"{study['spec']['name']}-{study['uid']}"
-
-
-def attempt_folder(run: Folder, number: int, attempt: int) -> Folder:
-    """The folder of one attempt at a trial. Each has its own: a worker that was given up may still write."""
-    return run / (f"trial-{number:05d}" if attempt == 1 else f"trial-{number:05d}-attempt-{attempt}")
-
-
-def earlier_attempts(run: Folder, number: int, attempt: int) -> list[Folder]:
-    """Folders of the attempts before this one that there are, newest first."""
-    found = [(there, folder) for there, folder in trial_folders(run, number) if there < attempt]
-    return [folder for _, folder in sorted(found, reverse=True)]
-
-
-def trial_folders(run: Folder, number: int | None = None) -> Iterator[tuple[int, Folder]]:
-    """Attempt and folder of every attempt at a trial, or at any."""
-    for name in storage.names(run):
-        match = _FOLDER.fullmatch(name)
-        if match and (number is None or int(match[1]) == number):
-            yield int(match[2] or 1), run / name
 
 
 def begun(attempts: Iterable[Folder]) -> TrialConfig | None:
@@ -55,20 +23,6 @@ def begun(attempts: Iterable[Folder]) -> TrialConfig | None:
             with suppress(ValueError):  # of another version of hpsearch, or cut short
                 return TrialConfig.model_validate_json(content)
     return None
-
-
-def newest_first(run: Folder) -> dict[int, list[Folder]]:
-    """Folders of the attempts at every trial."""
-    found: dict[int, list[Folder]] = {}
-    for _, folder in sorted(trial_folders(run), key=lambda there: there[0], reverse=True):
-        found.setdefault(trial_of(folder) or 0, []).append(folder)
-    return found
-
-
-def trial_of(folder: Folder) -> int | None:
-    """The trial that a folder belongs to."""
-    match = _FOLDER.fullmatch(folder.name)
-    return int(match[1]) if match else None
 
 
 class CheckpointKeeper:

@@ -22,26 +22,25 @@ from typing import Any
 from hpsearch.backends import GRACE_S
 from hpsearch.driver.endgame import LEAST_S, Clock
 from hpsearch.driver.outbox import Outbox
-from hpsearch.driver.ownership import Owner
-from hpsearch.driver.retention import (
-    CheckpointKeeper,
+from hpsearch.driver.retention import CheckpointKeeper, begun
+from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFolderError, StoreRefusedError
+from hpsearch.files import storage
+from hpsearch.files.layout import (
+    LAST_WORDS,
+    PULSE_EVERY_S,
+    PULSE_FILE,
+    STOP_FILE,
     attempt_folder,
-    begun,
     earlier_attempts,
     newest_first,
     run_folder,
 )
-from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFolderError, StoreRefusedError
-from hpsearch.files import storage
+from hpsearch.files.ownership import Owner
 from hpsearch.files.storage import Folder, locate
 from hpsearch.pruning import rungs
 from hpsearch.records import (
-    LAST_WORDS,
     PREEMPTED,
-    PULSE_EVERY_S,
-    PULSE_FILE,
     RANKED,
-    STOP_FILE,
     UNFINISHED,
     Decision,
     Event,

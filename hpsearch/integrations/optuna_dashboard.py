@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-from hpsearch.driver.retention import run_folder
 from hpsearch.errors import StoreAwayError, plain
 from hpsearch.files import storage
+from hpsearch.files.layout import run_folder
 from hpsearch.files.storage import Folder, locate
 from hpsearch.files.trial_log import log_file
 from hpsearch.records import PRUNED, RANKED, UNFINISHED, Event

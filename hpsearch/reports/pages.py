@@ -22,7 +22,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from pydantic import Field, ValidationError, field_validator
 
-from hpsearch.driver.leases import is_held
 from hpsearch.errors import Problem, UsageError
 from hpsearch.records import UNFINISHED
 from hpsearch.reports.curves import trial_figures
@@ -34,6 +33,7 @@ from hpsearch.results.leaderboard import count_states
 from hpsearch.spec.parse_space import readable
 from hpsearch.spec.settings import Strict
 from hpsearch.spec.yaml_file import read_study_file
+from hpsearch.store.leases import is_held
 from hpsearch.store.store import Row
 
 _PLACES = (Path(__file__).parents[2] / "dashboards", Path(sys.prefix) / "share" / "hpsearch" / "dashboards")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from hpsearch.errors import RunFolderError
 from hpsearch.results.leaderboard import param_names
 from hpsearch.store.store import Row, Store
 
@@ -87,3 +88,13 @@ def spreadsheet_text(value: Any) -> Any:
     As OWASP's page on CSV injection advises.
     """
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
+def write_tables(store: Store, name: str, folder: Path, *, format: str) -> list[Path]:
+    """Write the tables of a study into a folder; returns the files. Raises UnknownStudyError, RunFolderError."""
+    tables = study_tables(store, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [write_table(table, folder / f"{kind}.{format}") for kind, table in tables.items()]
+    except OSError as error:
+        raise RunFolderError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,40 +29,43 @@ from hpsearch.spec.yaml_file import StudyDocument, parse_scalar, read_study_file
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load_study(
-    path: str | os.PathLike[str],
-    *,
-    overrides: Sequence[str] = (),
-    name: str | None = None,
-    trials: int | None = None,
-    store: str | None = None,
-    backend: str | None = None,
-    address: str | None = None,
-    folder: str | None = None,
-) -> StudySpec:
-    """Read and validate a study file, with `KEY=VALUE` overrides on top.
+class LaunchOptions(TypedDict, total=False):
+    """What the command line may give over a study file; None is the same as not given."""
+
+    overrides: Sequence[str]
+    """KEY=VALUE, such as search.num_layers.max=4."""
+    name: str | None
+    trials: int | None
+    store: str | None
+    backend: str | None
+    address: str | None
+    folder: str | None
+
+
+def load_study(path: str | os.PathLike[str], **options: Unpack[LaunchOptions]) -> StudySpec:
+    """Read and validate a study file, with the options on top.
 
     The store is `store`, then the environment's HPSEARCH_STORE (or what is in the file HPSEARCH_STORE_FILE), then the
     study file's, then sqlite:///hpsearch.db. Likewise `address`, RAY_ADDRESS and local; `folder` and HPSEARCH_FOLDER.
     Raises SpecError with every mistake at once.
     """
     document = read_study_file(Path(path))
-    for override in overrides:
+    for override in options.get("overrides", ()):
         dotted, equals, value = override.partition("=")
         if not equals or not dotted:
             raise SpecError([f"--set {override}: expected KEY=VALUE, such as search.num_layers.max=4"])
         document.override(dotted.strip(), parse_scalar(value), f"--set {override}", value.strip())
     for dotted, option, given in (
-        ("name", "--name", name),
-        ("budget.trials", "--trials", trials),
-        ("backend", "--backend", backend),
+        ("name", "--name", options.get("name")),
+        ("budget.trials", "--trials", options.get("trials")),
+        ("backend", "--backend", options.get("backend")),
     ):
         if given is not None:
             document.override(dotted, given, f"{option} {given}")
     for key, option, given, variable, there in (
-        ("store", "--store", store, "HPSEARCH_STORE", environment_store()),
-        ("address", "--address", address, "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")),
-        ("folder", "--folder", folder, "HPSEARCH_FOLDER", os.environ.get("HPSEARCH_FOLDER")),
+        ("store", "--store", options.get("store"), "HPSEARCH_STORE", environment_store()),
+        ("address", "--address", options.get("address"), "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")),
+        ("folder", "--folder", options.get("folder"), "HPSEARCH_FOLDER", os.environ.get("HPSEARCH_FOLDER")),
     ):
         if chosen := given or there:
             remember_secrets(chosen)

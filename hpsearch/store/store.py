@@ -13,8 +13,8 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,12 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from hpsearch.errors import LeaseLostError, StoreError, UnknownStudyError, UsageError
+from hpsearch.errors import (
+    LeaseLostError,
+    StoreError,
+    UnknownStudyError,
+    UsageError,
+)
 from hpsearch.records import UNFINISHED, Point, TrialConfig, TrialResult, TrialState
 from hpsearch.spec.redaction import hide_secrets, remember_secrets
 from hpsearch.store import migrations
@@ -789,3 +794,12 @@ def storable(value: Any) -> Any:
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+@contextmanager
+def opened_store(url: str, *, create: bool = False) -> Iterator[Store]:
+    store = Store(url, create=create)
+    try:
+        yield store
+    finally:
+        store.close()

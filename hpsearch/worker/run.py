@@ -25,20 +25,12 @@ import transformers
 import hpsearch
 from hpsearch.errors import DiskFullError, LeaseLostError, UsageError
 from hpsearch.files import storage
+from hpsearch.files.layout import RESULT, TRIAL
 from hpsearch.files.storage import Folder, locate
 from hpsearch.files.trial_log import LOGGER, log_file, trial_log
 from hpsearch.metrics import statistics
 from hpsearch.pruning.overfitting import Judgement, Verdict, judge
-from hpsearch.records import (
-    RESULT,
-    TRIAL,
-    Point,
-    Progress,
-    TrialConfig,
-    TrialResult,
-    TrialState,
-    judgement_dict,
-)
+from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialState, judgement_dict
 from hpsearch.spec.sections import OverfitRule
 from hpsearch.training import checkpoints
 from hpsearch.training.devices import describe_cpu, device_name, peak_memory, pick_device

@@ -17,15 +17,9 @@ from types import FrameType
 from typing import Any
 
 from hpsearch.files import storage
+from hpsearch.files.layout import LAST_WORDS, PULSE_EVERY_S, PULSE_FILE, STOP_FILE
 from hpsearch.files.storage import Folder
-from hpsearch.records import (
-    LAST_WORDS,
-    PREEMPTED,
-    PULSE_EVERY_S,
-    PULSE_FILE,
-    STOP_FILE,
-    TrialConfig,
-)
+from hpsearch.records import PREEMPTED, TrialConfig
 from hpsearch.training.trainer import (
     Order,
     Trainer,

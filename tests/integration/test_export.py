@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import hpsearch
-from hpsearch.api import export_model
+from hpsearch.api import export
 from hpsearch.errors import UsageError
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def write(folder: Path, task: str, multi_label: bool = False) -> list[dict[str, 
 
 
 def exported(folder: Path, task: str, model: str, more: str = "") -> tuple[str, dict[str, Any]]:
-    """The folder of a model that `export_model` left, and the details of its trial."""
+    """The folder of a model that `export` left, and the details of its trial."""
     data = "{files: {train: [train.jsonl], validation: [validation.jsonl], test: [test.jsonl]}}"
     (folder / "study.yaml").write_text(
         f"name: s\ntask: {task}\ndata: {data}\nmodel: {{{model}}}\n{more}"
@@ -62,7 +62,7 @@ def exported(folder: Path, task: str, model: str, more: str = "") -> tuple[str, 
     study = hpsearch.launch(folder / "study.yaml")
     trial = study.trial(0)
     assert trial["error"] is None, trial["error"]
-    target = export_model("s", folder=folder / "export", store=study.store)
+    target = export("s", output=folder / "export", store=study.store)
     return str(target), trial["details"]
 
 

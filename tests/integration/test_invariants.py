@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import hpsearch
-from hpsearch.api import Study
 from hpsearch.driver import doctor as invariants
-from hpsearch.driver import leases
+from hpsearch.results.study import Study
+from hpsearch.store import leases
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow
@@ -109,11 +109,11 @@ def test_only_the_best_checkpoints_stay_as_the_study_runs(tiny: Path) -> None:
     assert kept(study) == [row["trial"] for row in study.board().rows[:2]]
     folders = sorted(Path(study.store.removeprefix("sqlite:///")).parent.glob("runs/tiny-*/trial-*"))
     assert len(folders) == 2
-    (garbage,) = hpsearch.collect("tiny", keep=1, dry_run=True, store=study.store)
+    (garbage,) = hpsearch.gc("tiny", keep=1, dry_run=True, store=study.store)
     assert garbage.folder in folders
     assert garbage.size > 1000
     assert kept(study) == [row["trial"] for row in study.board().rows[:2]], "a dry run removes nothing"
-    hpsearch.collect("tiny", keep=1, store=study.store)
+    hpsearch.gc("tiny", keep=1, store=study.store)
     assert kept(study) == [study.board().rows[0]["trial"]]
     assert hpsearch.doctor(store=study.store) == []
 

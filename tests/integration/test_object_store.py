@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpsearch.data.prepare import prepare
 from hpsearch.files import storage
+from hpsearch.files.layout import STOP_FILE
 from hpsearch.files.storage import locate
-from hpsearch.records import STOP_FILE, TrialConfig, TrialState
+from hpsearch.records import TrialConfig, TrialState
 from hpsearch.spec.load import load_study
 from hpsearch.training import trainer
 from hpsearch.worker import run as worker

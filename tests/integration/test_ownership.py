@@ -11,8 +11,8 @@ import pytest
 
 import hpsearch
 from hpsearch import api
-from hpsearch.driver.ownership import OWNER_FILE
 from hpsearch.errors import LeaseLostError, RunFolderError, UsageError
+from hpsearch.files.ownership import OWNER_FILE
 from hpsearch.store.store import Store
 from tests.conftest import Run
 
@@ -44,7 +44,7 @@ def test_a_result_or_state_of_another_study_is_not_taken_up(tiny: Path, tmp_path
     with sqlite3.connect(tmp_path / "studies.db") as plain:
         plain.execute("UPDATE hpsearch_trials SET checkpoint = ? WHERE checkpoint = ?", [str(theirs), str(mine)])
     with pytest.raises(RunFolderError, match="does not belong to 'tiny'"):
-        api.export_model("tiny", 0, folder=tmp_path / "model", store=first.store)
+        api.export("tiny", 0, output=tmp_path / "model", store=first.store)
     assert not (tmp_path / "model").exists()
 
 
@@ -91,7 +91,7 @@ def test_a_row_that_names_another_folder_removes_nothing(tiny: Path, tmp_path: P
     with sqlite3.connect(tmp_path / "studies.db") as plain:
         plain.execute("UPDATE hpsearch_trials SET checkpoint = ?", [str(precious)])
     hpsearch.launch(tiny, trials=3, extend=True, overrides=["limits.keep_checkpoints=1"])
-    hpsearch.collect("tiny", keep=1, store=study.store)
+    hpsearch.gc("tiny", keep=1, store=study.store)
     assert (precious / "thesis.txt").read_text() == "all of it"
 
 

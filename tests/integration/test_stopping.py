@@ -67,7 +67,7 @@ def test_a_study_stopped_by_a_signal_has_a_winner_which_the_next_launch_trains_o
     assert row["best_valid_loss"] == min(point["valid_loss"] for point in row["points"])
     assert any("stopped early" in note for note in wording.leaderboard_notes(board))
     assert hpsearch.doctor(store=stopped.store) == []
-    model = api.export_model("tiny", folder=tmp_path / "model", store=stopped.store)
+    model = api.export("tiny", output=tmp_path / "model", store=stopped.store)
     assert (model / "model.safetensors").is_file()
     resumed = hpsearch.launch(tiny, overrides=PAUSING, trials=3)
     assert resumed.exit_code == 0
@@ -185,7 +185,7 @@ def test_two_hundred_studies_stopped_at_random_moments_have_a_winner_each(tmp_pa
         assert study.best is not None, told
         if how != "SIGKILL":
             assert study.board().best is not None, told
-            assert api.export_model("tiny", folder=folder / "model", store=url).is_dir(), told
+            assert api.export("tiny", output=folder / "model", store=url).is_dir(), told
         assert [one for one in hpsearch.doctor(store=url) if not one.can_repair] == [], told
     assert evaluated > 100
 

@@ -16,8 +16,8 @@ import ray
 
 import hpsearch
 from hpsearch.errors import StudyBusyError, UsageError
-from hpsearch.records import PULSE_FILE, Event
-from hpsearch.spec.load import load_study
+from hpsearch.files.layout import PULSE_FILE
+from hpsearch.records import Event
 from hpsearch.store.store import Store
 from tests.faults.harness import Study as Suffering
 
@@ -380,17 +380,16 @@ def test_llama_and_conditions_run_as_well(tiny: Path) -> None:
 
 def test_check_touches_nothing_and_tells_what_a_launch_will_do(tiny: Path) -> None:
     from hpsearch.api import check
-    from hpsearch.spec.load import load_study
 
     before = set(tiny.parent.rglob("*"))
-    found = check(load_study(tiny))
+    found = check(tiny)
     assert set(tiny.parent.rglob("*")) == before
     assert found["store"] == "new"
     assert found["resumes"] is None
     study = hpsearch.launch(tiny)
     assert [row["params"] for row in study.trials()][:3] == found["first_settings"]
     assert found["data"] == hpsearch.studies(store=study.store)[0]["data"]
-    assert check(load_study(tiny))["resumes"] == study.board().states
+    assert check(tiny)["resumes"] == study.board().states
     json.dumps(found)
 
 
@@ -422,7 +421,7 @@ def test_a_study_starts_from_what_it_is_given_and_from_earlier_studies(tiny: Pat
     earlier = hpsearch.launch(tiny, name="earlier", overrides=["search.num_layers=[1, 2]"])
     ranked = earlier.board(top=3).rows
     given = ["enqueue=[{learning_rate: 0.02, batch_size: 32, num_epochs: 3}]", "transfer_from=[earlier]"]
-    told = hpsearch.check(load_study(tiny, overrides=given))
+    told = hpsearch.check(tiny, overrides=given)
     assert told["first_settings"][0] == {"learning_rate": 0.02, "batch_size": 32, "num_epochs": 3}
     study = hpsearch.launch(tiny, overrides=given, trials=3)
     tried = [trial["params"] for trial in study.trials()]

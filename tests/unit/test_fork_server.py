@@ -14,7 +14,8 @@ import pytest
 from hpsearch import open_study
 from hpsearch.backends.fork_server import Fork, fork_server
 from hpsearch.data.prepare import prepare
-from hpsearch.records import STOP_FILE, TrialConfig, TrialState
+from hpsearch.files.layout import STOP_FILE
+from hpsearch.records import TrialConfig, TrialState
 from hpsearch.spec.load import load_study
 from hpsearch.worker.run import run_trial
 from tests.conftest import TINY, Run, drain

@@ -106,9 +106,9 @@ def test_languages_that_are_not_named_are_refused(kind: str, study: Callable[...
         ((source,), "data.target_language: the tokenizer of .* is multilingual"),
         ((source, "french"), f"data.target_language: .* has no language 'french'; near it are .*{target}"),
     ]:
-        spec = study(*names)
+        study(*names)
         with pytest.raises(UsageError, match=message):
-            hpsearch.check(spec)
+            hpsearch.check(tmp_path / "study.yaml")
         with pytest.raises(UsageError, match=message):
             hpsearch.launch(tmp_path / "study.yaml")
     assert not (tmp_path / "store.db").exists()

@@ -14,7 +14,6 @@ import hpsearch
 from hpsearch.data import pretrained
 from hpsearch.data.tokenizers import train_tokenizer
 from hpsearch.errors import UsageError
-from hpsearch.spec.load import load_study
 from hpsearch.spec.sections import TokenizerSpec
 
 LINES = [f"line {number} of text" for number in range(99)]
@@ -47,7 +46,7 @@ def study(gpt: Path, tmp_path: Path) -> Path:
 def refusals(study: Path) -> list[str]:
     """What `check` and a launch say."""
     found = []
-    for call in (lambda: hpsearch.check(load_study(study)), lambda: hpsearch.launch(study)):
+    for call in (lambda: hpsearch.check(study), lambda: hpsearch.launch(study)):
         with pytest.raises(UsageError) as error:
             call()
         pretrained.locate.cache_clear()

@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 
 from hpsearch.data.prepare import prepare
-from hpsearch.records import STOP_FILE, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.files.layout import STOP_FILE
+from hpsearch.records import Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.spec.study import StudySpec

@@ -20,7 +20,6 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
-from hpsearch.driver import leases
 from hpsearch.errors import LeaseLostError, StoreError, StudyBusyError, UnknownStudyError, UsageError
 from hpsearch.files.scratch import _started, is_gone, this_process
 from hpsearch.metrics import statistics, ties
@@ -29,7 +28,7 @@ from hpsearch.results.leaderboard import flat_rows, frame, leaderboard
 from hpsearch.search.study import Search, recorded_trials
 from hpsearch.spec.load import load_study
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.store import migrations
+from hpsearch.store import leases, migrations
 from hpsearch.store.store import NewStudy, Store, metadata
 
 STUDY = NewStudy(

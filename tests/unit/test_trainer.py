@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hpsearch.data.prepare import prepare
 from hpsearch.data.shards import load_split
 from hpsearch.errors import UsageError
+from hpsearch.files.layout import STOP_FILE
 from hpsearch.metrics import intervals
 from hpsearch.models.configuration import build_config
-from hpsearch.records import STOP_FILE, Point, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.spec.study import StudySpec

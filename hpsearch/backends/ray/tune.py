@@ -34,8 +34,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from hpsearch.backends.fork_server import Fork, import_worker
 from hpsearch.backends.ray.metrics import StudyMetrics
 from hpsearch.errors import ClusterError, HpsearchError
+from hpsearch.files.layout import LAST_WORDS, PULSE_FILE
 from hpsearch.files.storage import Folder, locate
-from hpsearch.records import LAST_WORDS, PREEMPTED, PULSE_FILE, Decision, Progress, TrialConfig, TrialResult
+from hpsearch.records import PREEMPTED, Decision, Progress, TrialConfig, TrialResult
 from hpsearch.spec.study import StudySpec
 from hpsearch.training.memory import SMALLEST_SHARE
 

@@ -8,14 +8,14 @@ run folder.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpsearch.driver.retention import run_name, trial_of
 from hpsearch.errors import LeaseLostError, RunFolderError
 from hpsearch.files import storage
+from hpsearch.files.layout import run_name, trial_of
 from hpsearch.files.storage import Folder
-from hpsearch.store.store import Row, Store
 
 OWNER_FILE = "owner.json"
 
@@ -65,18 +65,7 @@ class Owner:
         return bool(there["study"] == self.study and set(there["store"]) & set(self.store))
 
 
-def owner_of(store: Store, study: Row, token: int) -> Owner:
-    """The holder of a study's lease as an owner of files."""
-    return Owner(
-        study=study["uid"],
-        run=run_name(study),
-        store=store.identities(),
-        place=store.shown_url,
-        token=token,
-    )
-
-
-def is_own(folder: Folder, study: Row) -> bool:
+def is_own(folder: Folder, study: Mapping[str, Any]) -> bool:
     """Whether the folder of an attempt at a trial belongs to this study, as far as its run folder says."""
     there = _read(folder.parent)
     return folder.parent.name == run_name(study) and (there is None or there.get("study") == study["uid"])

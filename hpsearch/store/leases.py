@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from hpsearch.errors import HpsearchError, StudyBusyError
+from hpsearch.files.layout import run_name
+from hpsearch.files.ownership import Owner
 from hpsearch.files.scratch import is_gone, this_process
 from hpsearch.store.store import Row, Store
 
@@ -100,3 +102,14 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
         return f"user {os.getuid()}"
+
+
+def owner_of(store: Store, study: Row, token: int) -> Owner:
+    """The holder of a study's lease as an owner of files."""
+    return Owner(
+        study=study["uid"],
+        run=run_name(study),
+        store=store.identities(),
+        place=store.shown_url,
+        token=token,
+    )

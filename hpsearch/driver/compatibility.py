@@ -1,0 +1,130 @@
+"""Whether a changed study file may continue the study of its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hpsearch.errors import (
+    UsageError,
+)
+from hpsearch.files.storage import locate
+from hpsearch.spec.redaction import hide_secrets
+from hpsearch.spec.space import narrowed
+from hpsearch.spec.study import DEFAULT_STORE, StudySpec, recorded_space, recorded_study
+from hpsearch.store.store import Row, Store, opened_store
+
+
+def existing_trials(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict[str, int] | None:
+    """Trials by state of the study that a launch would go on with; None when it is new. Refuses a changed study."""
+    if Store.preflight(spec.store) != "current":
+        _refuse_other_study(spec)
+        return None
+    with opened_store(spec.store) as store:
+        row = store.find_study(spec.name)
+        if row is None:
+            _refuse_other_study(spec)
+            return None
+        refuse_difference(row, spec, extend=extend)
+        if not moves:
+            _refuse_other_folder(store, row, spec)
+        return {counted["state"]: counted["trials"] for counted in store.counts(row["id"]) if not counted["is_repeat"]}
+
+
+def with_its_defaults(spec: StudySpec) -> StudySpec:
+    """`as_begun`, when the store has the study, also in tables of an older hpsearch."""
+    if Store.preflight(spec.store) != "current":
+        return spec
+    with opened_store(spec.store) as store:
+        row = store.find_study(spec.name)
+    return spec if row is None else as_begun(spec, row)
+
+
+def _refuse_other_study(spec: StudySpec) -> None:
+    if Store.holds_other_study(spec.store, spec.name):
+        raise UsageError(
+            f"the database {hide_secrets(spec.store)} holds a study '{spec.name}' of Optuna's that hpsearch has not "
+            "made; give this one another name with --name, or another store"
+        )
+
+
+def _refuse_other_folder(store: Store, row: Row, spec: StudySpec) -> None:
+    """Raise UsageError when the study's files lie elsewhere: it may be somebody else's, under the same name."""
+    ours, theirs = str(locate(spec.folder)), (row["placement"] or {}).get("folder")
+    lease = store.lease(row["id"])
+    if theirs in (None, ours) or lease is None:
+        return
+    raise UsageError(
+        f"study '{spec.name}' is in the store already: {lease['holder']} launched it at "
+        f"{lease['acquired_at']:%Y-%m-%d %H:%M} UTC, and its files lie in {theirs}, not in {ours}.\n"
+        f"Give the new study a name of its own with --name. To go on with that one, give --folder {theirs} where this "
+        f"machine reaches it, or --folder {spec.folder} to train its unfinished trials anew"
+    )
+
+
+def refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
+    """Raise UsageError when the study of the store says something else, and may not be (or was not) extended."""
+    old, new = {**_completed(row), "budget": {"trials": row["budget_trials"]}}, spec.record()
+    new["budget"] = {"trials": spec.budget.trials}
+    differences = list(_differences(old, new))
+    if not differences:
+        return
+    changed = "\n".join(f"  {path}: {_shown(was)} -> {_shown(now)}" for path, was, now in differences)
+    problems = [
+        f"  {path} is not part of the space or the budget"
+        for path, _, _ in differences
+        if not path.startswith(("search.", "budget."))
+    ]
+    if spec.budget.trials < row["budget_trials"]:
+        problems.append(f"  budget.trials: {spec.budget.trials} is less than the {row['budget_trials']} it has")
+    problems += [f"  {problem}" for problem in narrowed(recorded_space(row["spec"]), spec.space)]
+    if extend and not problems:
+        return
+    heading = f"study '{spec.name}' is in the store already, from a file that says something else:\n{changed}\n"
+    if not problems:
+        raise UsageError(f"{heading}This only widens it: give --extend to go on with it so")
+    if extend:
+        raise UsageError(f"{heading}--extend takes a larger budget or a wider space only:\n" + "\n".join(problems))
+    raise UsageError(
+        f"{heading}Undo the change to go on with it, give the new study a name of its own with --name, or put the old "
+        "one aside with --restart"
+    )
+
+
+def _completed(row: Row) -> dict[str, Any]:
+    """The record of a study with today's defaults for settings that there were none of when it was begun."""
+    try:
+        spec = recorded_study(row["spec"], row["placement"] or {}, DEFAULT_STORE, trials=row["budget_trials"])
+    except ValueError:  # what it says is not allowed any more
+        return dict(row["spec"])
+    return {**spec.record(), "data": {**spec.record()["data"], "files": row["spec"]["data"].get("files")}}
+
+
+def as_begun(spec: StudySpec, row: Row) -> StudySpec:
+    """The study with the optimizer that it was begun with, where its file names none.
+
+    Of a study that an earlier hpsearch began, the store says what was the default then.
+    """
+    recorded = row["spec"].get("training", {})
+    defaults = {
+        name: recorded[name]
+        for name in ("optimizer", "weight_average")
+        if getattr(spec.training, name) is None and recorded.get(name) is not None
+    }
+    if not defaults:
+        return spec
+    begun = spec.model_copy(update={"training": spec.training.model_copy(update=defaults)})
+    begun._space = spec.space
+    return begun
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, old, new
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is None else str(value)

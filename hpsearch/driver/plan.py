@@ -1,0 +1,155 @@
+"""What a launch would do, found out without touching anything, and data and models made ready for one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hpsearch
+from hpsearch.data import pretrained
+from hpsearch.driver.compatibility import existing_trials, with_its_defaults
+from hpsearch.driver.starts import starts_of
+from hpsearch.files.storage import Folder, cached
+from hpsearch.spec.study import StudySpec
+from hpsearch.store.store import Store
+
+if TYPE_CHECKING:
+    from hpsearch.data.shards import DataCard
+
+
+def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contacts_store: bool = True) -> dict[str, Any]:
+    """What a launch would do, touching nothing: space, first settings, data, store, devices, tokens to train.
+
+    With `contacts_store` false nothing is asked of the store, which a file from elsewhere may name. Raises the error
+    that the launch would raise.
+    """
+    from hpsearch.data.prepare import measure, notes
+    from hpsearch.search.study import first_suggestions
+    from hpsearch.tasks import check_model
+
+    store_state = Store.preflight(spec.store) if contacts_store else None
+    spec = with_its_defaults(spec) if contacts_store else spec
+    existing = existing_trials(spec, extend=extend, moves=moves) if contacts_store else None
+    check_score(spec)
+    if (model := pretrained.of(spec.model)) and spec.task == "translation":
+        pretrained.load_translator(model, spec.data.source_language, spec.data.target_language)
+    card, truncated = (None, {}) if spec.data.hub else measure(spec)
+    if card:
+        for settings in _corner_models(spec):
+            check_model(spec.task, settings, card)
+    suggestions = first_suggestions(spec, 3, starts_of(spec))
+    return {
+        "schema_version": 1,
+        "study": spec.model_dump(mode="json", exclude={"store"}),
+        "fixed": {
+            name: value
+            for settings in spec.settings_for({})
+            for name, value in settings.model_dump().items()
+            if name not in spec.space.dimensions
+        },
+        "space_size": spec.space.size if spec.space.size != float("inf") else None,
+        "dimensions": list(spec.space.dimensions),
+        "evaluations_per_epoch": spec.evaluations_per_epoch,
+        "first_settings": suggestions,
+        "store": store_state,
+        "resumes": existing,
+        "devices": _devices(),
+        "computing": _computing(spec),
+        "data": card.__dict__ if card else None,
+        "notes": notes(spec, card) if card else [],
+        "truncated": truncated,
+        "estimated_tokens": _estimated_tokens(spec, card) if card else None,
+    }
+
+
+def _estimated_tokens(spec: StudySpec, card: DataCard) -> int:
+    """Tokens that the whole budget would train on without any pruning, from the mean epochs of 64 random settings."""
+    from hpsearch.search.study import first_suggestions
+    from hpsearch.spec.sections import SamplerSpec
+
+    random = spec.model_copy(update={"sampler": SamplerSpec(name="random")})
+    random._space = spec.space
+    epochs = [spec.settings_for(params)[1].num_epochs for params in first_suggestions(random, 64)]
+    return int(sum(epochs) / len(epochs) * spec.budget.trials * card.tokens["train"])
+
+
+def _corner_models(spec: StudySpec) -> Iterator[Any]:
+    """Model settings with each searched architecture, so that a misfit is found before any trial starts."""
+    from hpsearch.spec.space import Choice
+
+    first = {
+        name: dimension.values[0] if isinstance(dimension, Choice) else _whole(dimension.high, dimension.integer)
+        for name, dimension in spec.space.dimensions.items()
+        if not dimension.when
+    }
+    architectures = spec.space.dimensions.get("architecture")
+    for name in architectures.values if isinstance(architectures, Choice) else (None,):
+        yield spec.settings_for({**first, **({"architecture": name} if name else {})})[0]
+
+
+def _whole(value: float, integer: bool) -> float:
+    return int(value) if integer else value
+
+
+def prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
+    from hpsearch.data.prepare import count_cut, prepare
+
+    check_score(spec)
+    folder, card = prepare(spec)
+    _check_models(spec, card, cached(folder))
+    return folder, card, count_cut(spec, cached(folder))
+
+
+def check_score(spec: StudySpec) -> None:
+    """Raise UsageError when the score cannot be taken here."""
+    from hpsearch.metrics.bleu import metric
+
+    if spec.task == "translation" and spec.translation.bleu_tokenizer != "auto":
+        metric(spec.translation.bleu_tokenizer)
+
+
+def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
+    """Raise UsageError for models that cannot be built; what could be is noted beside the data, and not tried again.
+
+    Trying takes seconds: torch and transformers are imported for it.
+    """
+    from hpsearch.tasks import check_model
+
+    note = folder / "models-checked.txt"
+    known = set(note.read_text().splitlines()) if note.is_file() else set()
+    versions = f"{hpsearch.__version__} {version('transformers')}"
+    for settings in _corner_models(spec):
+        key = sha256(f"{versions} {spec.task} {settings.model_dump_json()}".encode()).hexdigest()
+        # A pretrained model lies in a folder that may change.
+        if key in known and settings.pretrained is None:
+            continue
+        check_model(spec.task, settings, card)
+        with suppress(OSError), note.open("a") as file:
+            file.write(f"{key}\n")
+
+
+def _computing(spec: StudySpec) -> dict[str, Any]:
+    """What trials on this machine would compute in, by what its devices can do, and what is slow about it."""
+    from hpsearch.training.devices import describe_cpu, has_bfloat16, pick_device
+    from hpsearch.training.trainer import precision
+
+    device = pick_device("cpu" if spec.resources.gpus_per_trial == 0 else "auto")
+    formats = precision(spec.training, device)
+    warnings = []
+    if formats["model"] == "bfloat16" and not has_bfloat16(device):
+        warnings.append("training.precision is bfloat16, which this device only emulates: many times slower")
+    if spec.training.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        warnings.append("training.compile needs a C++ compiler, and this machine has none")
+    return {"device": device.type, **formats, **describe_cpu(), "warnings": warnings}
+
+
+def _devices() -> list[str]:
+    from hpsearch.training.devices import gpu_names
+
+    return [*gpu_names(), f"{os.cpu_count()} CPUs"]
