@@ -21,8 +21,8 @@ from hpsearch.store.store import Row, opened_store
 
 if TYPE_CHECKING:
     from hpsearch.backends.ray.jobs import Job
-    from hpsearch.driver.doctor import Finding
-    from hpsearch.driver.retention import Garbage
+    from hpsearch.upkeep.doctor import Finding
+    from hpsearch.upkeep.retention import Garbage
 
 StudyFile = str | os.PathLike[str]
 
@@ -272,7 +272,7 @@ def archive(study: str, *, store: str | None = None) -> str | None:
 
     None when there is no such study. Nothing is deleted. Raises StudyBusyError when it is running.
     """
-    from hpsearch.driver.upkeep import archive_study
+    from hpsearch.upkeep.actions import archive_study
 
     return archive_study(store_url(store), study)
 
@@ -282,7 +282,7 @@ def retry(study: str, *trials: int, store: str | None = None) -> list[int]:
 
     Raises StudyBusyError, and UsageError for a trial that has not failed.
     """
-    from hpsearch.driver.upkeep import retry_trials
+    from hpsearch.upkeep.actions import retry_trials
 
     return retry_trials(store_url(store), study, trials)
 
@@ -292,7 +292,7 @@ def gc(study: str, *, keep: int | None = None, dry_run: bool = False, store: str
 
     `keep` is the study's own `limits.keep_checkpoints` by default. Raises StudyBusyError when it is running.
     """
-    from hpsearch.driver.upkeep import collect_garbage
+    from hpsearch.upkeep.actions import collect_garbage
 
     return collect_garbage(store_url(store), study, keep=keep, dry_run=dry_run)
 
@@ -302,7 +302,7 @@ def doctor(study: str | None = None, *, repair: bool = False, store: str | None 
 
     Raises StudyBusyError when a study to be repaired is running.
     """
-    from hpsearch.driver.doctor import examine
+    from hpsearch.upkeep.doctor import examine
 
     with opened_store(store_url(store), create=repair) as opened:
         return examine(opened, only=study, repair=repair)

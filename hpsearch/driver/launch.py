@@ -37,7 +37,8 @@ from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
 if TYPE_CHECKING:
     from hpsearch.data.shards import DataCard
     from hpsearch.driver.outbox import Outbox
-    from hpsearch.driver.run import Repeat, StudyRun
+    from hpsearch.driver.run import StudyRun
+    from hpsearch.driver.trials import Repeat
 
 
 MAX_FAILED_SHARE = 0.5

@@ -10,33 +10,40 @@ next attempt goes on from its last checkpoint; so does one that paused at a rung
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from hpsearch.backends import GRACE_S
+from hpsearch.driver.disk import DISK_PATIENCE_S, DiskWait
 from hpsearch.driver.endgame import LEAST_S, Clock
+from hpsearch.driver.failures import MOST_BACK_OFF_S, Consequence, Failures
+from hpsearch.driver.liveness import ask_to_leave, cause_in, last_words_of, pulse_of
 from hpsearch.driver.outbox import Outbox
-from hpsearch.driver.retention import CheckpointKeeper, begun
-from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, RunFolderError, StoreRefusedError
-from hpsearch.files import storage
+from hpsearch.driver.trials import (
+    LiveTrial,
+    Repeat,
+    WaitingTrial,
+    as_failed,
+    best_loss_of,
+    optuna_notes,
+    point_of,
+    settings_of,
+    until_next_attempt,
+)
+from hpsearch.errors import EXIT_IO, EXIT_TOO_MANY_FAILED, HpsearchError, StoreRefusedError
 from hpsearch.files.layout import (
-    LAST_WORDS,
     PULSE_EVERY_S,
-    PULSE_FILE,
-    STOP_FILE,
     attempt_folder,
     earlier_attempts,
     newest_first,
     run_folder,
 )
 from hpsearch.files.ownership import Owner
-from hpsearch.files.storage import Folder, locate
+from hpsearch.files.storage import Folder
 from hpsearch.pruning import rungs
 from hpsearch.records import (
     PREEMPTED,
@@ -56,71 +63,17 @@ from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
 from hpsearch.store.store import Row, Store
 from hpsearch.training.memory import PeakMemory
+from hpsearch.upkeep.retention import CheckpointKeeper, begun
 
-SAME_FAILURES = 3
-"""A study ends when so many trials have ended and all of them failed the same way."""
-BACK_OFF_S = 1.0
-MOST_BACK_OFF_S = 60.0
-"""What is waited for after a second loss, and after many of them."""
-EQUAL_FAILURE_PAUSES = 2
-"""Pauses after SAME_FAILURES equal failures in a row, before the study ends."""
-DISK_PATIENCE_S = 600.0
-"""How long a study waits for room on a full disk."""
 SCORE_S = 60.0
 SCORE_PART = 0.05
 """A study whose time is used up begins no scoring after this part of it, or SCORE_S if that is longer."""
-_PROBE_EVERY_S = 5.0
 _STALL_MARGIN_S = 3 * PULSE_EVERY_S
 """What a worker that makes no step gets to end itself, with last words, before it is ended from outside."""
 
 
 class StopRequestedError(HpsearchError):
     """Raised inside a backend's loop when the study should end now; `run` was told why by `request_stop`."""
-
-
-@dataclass
-class _Live:
-    """A running trial, as the driver knows it."""
-
-    config: TrialConfig
-    started: float
-    row_id: int = -1
-    """Known once the outbox has written the trial's start."""
-    refused: str = ""
-    """Why the store takes nothing more of it."""
-    verdict: str = ""
-    last: Point | None = None
-    best: float = math.inf
-    best_score: float | None = None
-    pulse: float = 0.0
-    """When its worker last said that it is alive, by the clock of wherever its files lie: only changes count."""
-    heard: float = math.inf
-    """When we saw that, by our own monotonic clock."""
-
-
-@dataclass
-class _Waiting:
-    """A trial in the queue, or paused at a rung: it ran before, or was about to."""
-
-    number: int
-    row_id: Callable[[], int] = lambda: -1
-    """Known once the outbox has written the trial's start."""
-    attempt: int = 0
-    seed: int | None = None
-    repeat_of: int | None = None
-    settings: dict[str, Any] | None = None
-    """Of its first attempt: an extended study may compute others."""
-    last: Point | None = None
-    best: float = math.inf
-    best_score: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repeat:
-    """A trial of the finals: the settings of trial `of`, trained from another seed."""
-
-    of: int
-    seed: int
 
 
 class StudyRun:
@@ -158,35 +111,25 @@ class StudyRun:
         owner.claim(self._folder)
         self._threads = threads
         self._listeners = [listen]
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, LiveTrial] = {}
         self._clock = Clock(60 * spec.budget.minutes, time.monotonic()) if spec.budget.minutes else None
         self._has_told_exhausted = False
-        self._not_before = -math.inf
-        """When trials may begin again, after losses."""
-        self._losses_in_a_row = 0
-        self._failures_in_a_row: list[str] = []
-        """How the last trials failed, without one among them that ran as it should."""
+        self._failures = Failures()
         self._is_ending = False
         """Whether the time that is left goes to the leading trials alone."""
         self._grace_until = math.inf
-        self._to_score: deque[_Waiting] | None = None
+        self._to_score: deque[WaitingTrial] | None = None
         """Trials that have not ended, whose best checkpoints are to be scored; known when none trains any more."""
         self._score_until = math.inf
-        self._full_disk: tuple[float, int] | None = None
-        """Since when the study waits for how many bytes of room."""
-        self._next_probe = 0.0
+        self._disk = DiskWait(self._folder, data)
         self._looked = -math.inf
         """When workers were last looked at."""
-        self._outcomes: list[str] = []
-        """How the trials of this launch failed, while all of them do."""
-        self._suspicion: str | None = None
-        """Why the study ends, unless a trial that runs fares better than those that have failed."""
         self._on_cluster_lost = on_cluster_lost
         self._repeats = None if repeats is None else list(repeats)
         rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
         self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints, self._folder, remove=owner.remove)
-        self._queue: deque[_Waiting] = deque()
-        self._paused: dict[int, _Waiting] = {}
+        self._queue: deque[WaitingTrial] = deque()
+        self._paused: dict[int, WaitingTrial] = {}
         self._losses: dict[int, int] = {}
         self._memory = PeakMemory()
         self._refused: deque[TrialState] = deque()
@@ -232,11 +175,11 @@ class StudyRun:
     @property
     def is_waiting(self) -> bool:
         """True when `next_trial` gives none for now, but may give one later."""
-        return self._full_disk is not None or time.monotonic() < self._not_before
+        return self._disk.is_full or self._failures.is_backing_off
 
     def share_of_a_device(self, config: TrialConfig) -> float:
         """The part of a GPU that the trial's memory asks for, by what the study's trials took; 1 until enough have."""
-        return self._memory.share(_settings(config))
+        return self._memory.share(settings_of(config))
 
     def request_stop(
         self, reason: str, code: int | None = None, *, grace_s: float = GRACE_S, score_s: float | None = None
@@ -255,7 +198,7 @@ class StudyRun:
         self._score_until = now + (grace_s if score_s is None else score_s)
         self.stop_reason = reason
         for live in list(self._live.values()) if grace_s else ():
-            _ask_to_leave(live.config)
+            ask_to_leave(live.config)
 
     def check_stop(self) -> None:
         """Raise StopRequestedError when the launch is to end and no trial is left, or its grace has run out.
@@ -271,7 +214,7 @@ class StudyRun:
                 self._end_in_time()
             elif not self._is_ending:
                 self._look_at_the_clock(now)
-        if self._full_disk is not None and not self._live:
+        if self._disk.is_full and not self._live:
             self._look_for_room()
         if self.stop_reason is not None and self._is_over(now):
             raise StopRequestedError(self.stop_reason)
@@ -294,7 +237,7 @@ class StudyRun:
         self._looked = now
         silent = []
         for live in self._live.values():
-            pulse = _pulse(live.config)
+            pulse = pulse_of(live.config)
             if pulse is not None and (pulse != live.pulse or was_away):
                 live.pulse, live.heard = pulse, now
             elif now - live.heard > 60 * self.spec.limits.stall_minutes + _STALL_MARGIN_S:
@@ -319,7 +262,7 @@ class StudyRun:
         """
         if self.stop_reason is not None:
             return self._next_to_score()
-        if not self._has_room() or (self._suspicion and self._live) or time.monotonic() < self._not_before:
+        if not self._has_room() or (self._failures.suspicion and self._live) or self._failures.is_backing_off:
             return None
         if self._is_ending:
             return self._next_to_finish()
@@ -332,7 +275,7 @@ class StudyRun:
                 return None
             repeat = self._repeats.pop(0)
             suggestion = self._search.repeat(repeat.of, seed=repeat.seed)
-            return self._start(suggestion, _Waiting(suggestion.number, seed=repeat.seed, repeat_of=repeat.of))
+            return self._start(suggestion, WaitingTrial(suggestion.number, seed=repeat.seed, repeat_of=repeat.of))
         if (promoted := self._search.promote()) is not None:
             return self._promote(promoted)
         begun = self.num_finished + len(self._live) + len(self._paused)
@@ -340,7 +283,7 @@ class StudyRun:
             self._tell_exhausted(begun)
         elif begun < self.spec.budget.trials:
             suggestion = self._search.ask()
-            return self._start(suggestion, _Waiting(suggestion.number))
+            return self._start(suggestion, WaitingTrial(suggestion.number))
         if self._paused and not self._live:
             # Of a handful of trials none may be among the best third.
             has_winner = any(self.states.get(state.value) for state in RANKED)
@@ -356,9 +299,7 @@ class StudyRun:
         if live.refused:
             live.last = progress.point
             return Decision.STOP
-        self._losses_in_a_row = 0
-        if self._suspicion is not None:
-            self._trust()
+        self._failures.progressed()
         point, judgement = progress.point, progress.judgement
         self._put(live, lambda: self._store.add_point(live.row_id, point))
         if math.isfinite(point.valid_loss):
@@ -378,13 +319,13 @@ class StudyRun:
                 unpromising = self._search.report(number, epoch=math.ceil(point.epoch), value=value)
         live.last = point
         if self._clock is not None:
-            self._clock.learn(number, _settings(live.config), epochs=point.epoch, seconds=point.seconds)
+            self._clock.learn(number, settings_of(live.config), epochs=point.epoch, seconds=point.seconds)
         facts = {"point": point, "verdict": judgement.verdict.value, "epochs": live.config.training.num_epochs}
         self._listen(Event(kind="point", trial=number, facts=facts))
         is_pausable = live.config.repeat_of is None and live.config.finish_in_s is None
         if progress.rung is not None and not stops and is_pausable:
             # Most trials come no further: how much of a GPU they take is learned here.
-            self._memory.learn(_settings(live.config), progress.micro_batch_size, progress.memory)
+            self._memory.learn(settings_of(live.config), progress.micro_batch_size, progress.memory)
             return self._at_rung(live, point, progress.rung)
         if stops or not unpromising or point.epoch >= live.config.training.num_epochs:
             return Decision.CONTINUE
@@ -408,8 +349,8 @@ class StudyRun:
         if result.state is not TrialState.INTERRUPTED:
             self._end(number, result)
             return
-        if result.needed_bytes is not None and self._full_disk is None:
-            self._full_disk = (time.monotonic(), result.needed_bytes)
+        if result.needed_bytes is not None and not self._disk.is_full:
+            self._disk.begin(result.needed_bytes)
             self._note(f"{result.reason}: no new trial starts until there is; make room, and the study goes on")
         asked = result.needed_bytes is None and self.stop_reason is not None
         self._requeue(number, self.stop_reason or "" if asked else result.reason)
@@ -421,10 +362,10 @@ class StudyRun:
         place, reached = self._search.standing(number)
         reason = f"waits at epoch {live.last.epoch:.4g}: {place} of the {reached} trials that came so far"
         self._put(live, lambda: self._store.pause_trial(live.row_id, reason))
-        self._paused[number] = _wait(live)
+        self._paused[number] = until_next_attempt(live)
         self._search.pause(number)
         self._count(TrialState.PAUSED)
-        self._trust()
+        self._failures.clear()
         self._tell_end(
             live.config, live.last, TrialResult(state=TrialState.PAUSED, reason=reason, **self._last_known(live))
         )
@@ -439,7 +380,9 @@ class StudyRun:
         reason = f"behind the other trials at epoch {live.last.epoch:g} (best {live.best:.3f}, rule {rule})"
         self._end(
             number,
-            TrialResult(state=TrialState.UNPROMISING, reason=reason, **self._last_known(live), **_best(live.best)),
+            TrialResult(
+                state=TrialState.UNPROMISING, reason=reason, **self._last_known(live), **best_loss_of(live.best)
+            ),
         )
 
     def on_lost(self, number: int, error: str) -> None:
@@ -448,9 +391,9 @@ class StudyRun:
         if live.config.scores_only:
             self._live.pop(number)
             return
-        last_words = _last_words(live.config)
+        last_words = last_words_of(live.config)
         error = "\n\n".join(part for part in (last_words, error.strip()) if part)
-        reason = _first_cause(last_words) or _first_cause(error) or "its worker died without a word"
+        reason = cause_in(last_words) or cause_in(error) or "its worker died without a word"
         if error.startswith(PREEMPTED):
             self._requeue(number, error.splitlines()[0])
             return
@@ -464,21 +407,12 @@ class StudyRun:
         if self.stop_reason is not None:
             self._requeue(number, self.stop_reason)
         elif losses <= self.spec.limits.retries:
-            wait_s = self._back_off()
+            wait_s = self._failures.lost()
             later = f" in {wait_s:.0f} s" if wait_s else ""
             self._note(f"trial {number}: {reason}; trying again from its checkpoint{later}")
             self._requeue(number, reason, lost=True)
         else:
             self._end(number, failed)
-
-    def _back_off(self) -> float:
-        """Start nothing for a while after a loss that follows on another, longer each time; returns the seconds."""
-        self._losses_in_a_row += 1
-        if self._losses_in_a_row == 1:
-            return 0.0
-        wait_s: float = min(MOST_BACK_OFF_S, BACK_OFF_S * 2.0 ** (self._losses_in_a_row - 2))
-        self._not_before = max(self._not_before, time.monotonic() + wait_s)
-        return wait_s
 
     def on_cluster_lost(self, reason: str) -> None:
         """The cluster under the trials is gone, and perhaps this process with it, soon: bring everything to safety."""
@@ -515,14 +449,14 @@ class StudyRun:
         self._is_ending = True
         self._note("the time that is left goes to the leading trials: they are brought to their ends, and none begins")
         for live in self._live.values():
-            settings, epoch = _settings(live.config), live.last.epoch if live.last else 0.0
+            settings, epoch = settings_of(live.config), live.last.epoch if live.last else 0.0
             if (self._clock.needed(settings, epoch) or math.inf) > self._clock.left(now):
-                _ask_to_leave(live.config)  # the best of them go on at once, with a schedule that ends in time
+                ask_to_leave(live.config)  # the best of them go on at once, with a schedule that ends in time
 
     def _unfinished(self) -> list[tuple[float, dict[str, Any], float]]:
         """Best objective (lower is better), settings and epoch of each trial that has a curve and has not ended."""
-        trials: list[tuple[_Live | _Waiting, dict[str, Any] | None]] = [
-            *((live, _settings(live.config)) for live in self._live.values()),
+        trials: list[tuple[LiveTrial | WaitingTrial, dict[str, Any] | None]] = [
+            *((live, settings_of(live.config)) for live in self._live.values()),
             *((waiting, waiting.settings) for waiting in (*self._paused.values(), *self._queue)),
         ]
         return [
@@ -531,7 +465,7 @@ class StudyRun:
             if settings is not None and trial.last is not None
         ]
 
-    def _merit(self, trial: _Live | _Waiting) -> float:
+    def _merit(self, trial: LiveTrial | WaitingTrial) -> float:
         """The best objective of a trial so far; lower is better."""
         if self.spec.objective == "loss":
             return trial.best
@@ -556,9 +490,9 @@ class StudyRun:
         return self._start(self._search.ask_again(chosen.number), chosen, finish_in_s=left)
 
     def _may_score(self, now: float) -> bool:
-        return now < self._score_until and self._repeats is None and self._full_disk is None
+        return now < self._score_until and self._repeats is None and not self._disk.is_full
 
-    def _unscored(self) -> deque[_Waiting]:
+    def _unscored(self) -> deque[WaitingTrial]:
         """Trials that have not ended and could be ranked, best first. When somebody waits, those that could win."""
         if self._to_score is None:
             unfinished = [*self._paused.values(), *self._queue]
@@ -578,7 +512,7 @@ class StudyRun:
         suggestion = self._search.suggestion(waiting.number)
         config = self._config(suggestion, waiting).model_copy(update={"scores_only": True, "rungs": ()})
         row_id = waiting.row_id
-        self._live[config.number] = _Live(
+        self._live[config.number] = LiveTrial(
             config=config, started=time.monotonic(), last=waiting.last, best=waiting.best, best_score=waiting.best_score
         )
         self._outbox.put(lambda: self._store.begin_scoring(row_id(), config.attempt))
@@ -606,12 +540,12 @@ class StudyRun:
         config = begun(self._attempts.get(number, ()))
         return config if config is not None and config.origin == f"{self._study['uid']}/{number}" else None
 
-    def _since(self, waiting: _Waiting) -> _Waiting:
+    def _since(self, waiting: WaitingTrial) -> WaitingTrial:
         """The trial, with what has become of it since the store last heard."""
         found = self._begun(waiting.number)
         if found is None or found.attempt <= waiting.attempt or found.params != self._search.params(waiting.number):
             return waiting
-        return replace(waiting, attempt=found.attempt, settings=_settings(found))
+        return replace(waiting, attempt=found.attempt, settings=settings_of(found))
 
     def _take_up(self, rows: Sequence[Row]) -> int:
         """Queue what an earlier launch did not end, and tell Optuna what it did not hear; returns how many wait."""
@@ -630,7 +564,7 @@ class StudyRun:
             if row is None and (repeat is not None) == (self._repeats is not None):
                 # The driver died between Optuna's row and ours.
                 of, seed = repeat or (None, None)
-                self._queue.append(self._since(_Waiting(number, repeat_of=of, seed=seed)))
+                self._queue.append(self._since(WaitingTrial(number, repeat_of=of, seed=seed)))
                 self._count(TrialState.INTERRUPTED)
         for row in by_number.values():
             if TrialState(row["state"]) is TrialState.RUNNING:
@@ -646,14 +580,14 @@ class StudyRun:
             points = self._store.points(row["id"])
             losses = [point["valid_loss"] for point in points if point["valid_loss"] is not None]
             scores = [point["valid_score"] for point in points if point["valid_score"] is not None]
-            waiting = _Waiting(
+            waiting = WaitingTrial(
                 row["number"],
                 row_id=partial(int, row["id"]),
                 attempt=row["attempt"],
                 seed=row["seed"],
                 repeat_of=row["repeat_of"],
                 settings=row["settings"],
-                last=_point(points[-1]) if points else None,
+                last=point_of(points[-1]) if points else None,
                 best=min(losses, default=math.inf),
                 best_score=max(scores, default=None),
             )
@@ -668,7 +602,7 @@ class StudyRun:
         self._queue = deque(sorted(self._queue, key=lambda waiting: waiting.number))
         return len(self._queue)
 
-    def _config(self, suggestion: Suggestion, waiting: _Waiting) -> TrialConfig:
+    def _config(self, suggestion: Suggestion, waiting: WaitingTrial) -> TrialConfig:
         if waiting.settings is None:
             model, training = self.spec.settings_for(suggestion.params)
         else:
@@ -709,9 +643,9 @@ class StudyRun:
         rule = self.spec.prune.unpromising
         return rungs.places(rule.reduction_factor, training.warmup_fraction) if rule.rule == "promote" else ()
 
-    def _start(self, suggestion: Suggestion, waiting: _Waiting, *, finish_in_s: float | None = None) -> TrialConfig:
+    def _start(self, suggestion: Suggestion, waiting: WaitingTrial, *, finish_in_s: float | None = None) -> TrialConfig:
         config = self._config(suggestion, waiting).model_copy(update={"finish_in_s": finish_in_s})
-        live = _Live(
+        live = LiveTrial(
             config=config,
             started=time.monotonic(),
             last=waiting.last,
@@ -732,7 +666,7 @@ class StudyRun:
         }
         self._listen(Event(kind="trial_started", trial=config.number, facts=facts))
         if self.stop_reason is not None:
-            _ask_to_leave(config)  # a signal came while the trial was being made
+            ask_to_leave(config)  # a signal came while the trial was being made
         return config
 
     def _end(self, number: int, result: TrialResult) -> None:
@@ -744,13 +678,13 @@ class StudyRun:
         self._outbox.put(lambda: self._fail_if_refused(live, result, last_epoch))
         value = self._objective(result.best_valid_loss, result.best_valid_score)
         repeat_of = live.config.repeat_of
-        self._search.tell(number, result.state, value=value, notes=_notes(result, repeat_of))
+        self._search.tell(number, result.state, value=value, notes=optuna_notes(result, repeat_of))
         # Once the end is on record, and not before: until then the files are all there is of it.
         self._outbox.put(
             lambda: self._keeper.trial_ended(
                 live.row_id,
                 number,
-                _failed(live, result) if live.refused else result,
+                as_failed(live, result) if live.refused else result,
                 self._folder,
                 is_repeat=repeat_of is not None,
             )
@@ -758,11 +692,12 @@ class StudyRun:
         self._count(result.state)
         if result.state in RANKED and value is not None:
             self._best_ranked = min(self._best_ranked, value if self.spec.objective == "loss" else -value)
-        self._memory.learn(_settings(live.config), result.micro_batch_size, result.provenance)
+        self._memory.learn(settings_of(live.config), result.micro_batch_size, result.provenance)
         self._tell_end(live.config, live.last, result)
-        self._look_for_a_pattern(live, result)
+        running = [other.last is not None for other in self._live.values()]
+        self._follow(self._failures.ended(result, has_reported=live.last is not None, running=running))
 
-    def _put(self, live: _Live, write: Callable[[], None]) -> None:
+    def _put(self, live: LiveTrial, write: Callable[[], None]) -> None:
         """Write something of a trial. What the store can never take ends that trial, not the study."""
 
         def put() -> None:
@@ -775,17 +710,17 @@ class StudyRun:
 
         self._outbox.put(put)
 
-    def _fail_if_refused(self, live: _Live, result: TrialResult, last_epoch: float | None) -> None:
+    def _fail_if_refused(self, live: LiveTrial, result: TrialResult, last_epoch: float | None) -> None:
         """Give a trial an end that the store takes, where it did not take what the trial came to."""
         if not live.refused:
             return
-        failed = _failed(live, result)
+        failed = as_failed(live, result)
         self._store.finish_trial(live.row_id, failed, last_epoch=last_epoch)
         self._search.refuse(live.config.number, failed.reason)
         self._refused.append(result.state)
         self._note(f"trial {live.config.number} failed: {failed.reason}")
 
-    def _at_rung(self, live: _Live, point: Point, rung: int) -> Decision:
+    def _at_rung(self, live: LiveTrial, point: Point, rung: int) -> Decision:
         value = live.best if self.spec.objective == "loss" else live.best_score
         number = live.config.number
         if value is None or not math.isfinite(value) or self._search.at_rung(number, rung, value):
@@ -818,11 +753,11 @@ class StudyRun:
             state=TrialState.UNPROMISING,
             reason=f"behind the other trials at epoch {last.epoch:.4g} and never promoted ({place} of {reached})",
             seconds=last.seconds,
-            **_best(waiting.best),
+            **best_loss_of(waiting.best),
         )
         self._outbox.put(lambda: self._store.finish_trial(waiting.row_id(), result, last_epoch=last.epoch))
         value = self._objective(result.best_valid_loss, waiting.best_score)
-        self._search.tell(number, result.state, value=value, notes=_notes(result, None))
+        self._search.tell(number, result.state, value=value, notes=optuna_notes(result, None))
         self._outbox.put(
             lambda: self._keeper.trial_ended(waiting.row_id(), number, result, self._folder, is_repeat=False)
         )
@@ -839,7 +774,7 @@ class StudyRun:
         live = self._live.pop(number)
         self._put(live, lambda: self._store.requeue_trial(live.row_id, reason, lost=lost))
         self._search.tell(number, TrialState.INTERRUPTED, value=None, notes={"outcome": "interrupted", "why": reason})
-        self._queue.appendleft(_wait(live))
+        self._queue.appendleft(until_next_attempt(live))
         self._count(TrialState.INTERRUPTED)
         result = TrialResult(state=TrialState.INTERRUPTED, reason=reason, **self._last_known(live))
         self._tell_end(live.config, live.last, result)
@@ -853,7 +788,7 @@ class StudyRun:
         }
         self._listen(Event(kind="trial_ended", trial=config.number, facts=facts))
 
-    def _decide(self, live: _Live, point: Point, verdict: str, action: Decision, evidence: dict[str, Any]) -> None:
+    def _decide(self, live: LiveTrial, point: Point, verdict: str, action: Decision, evidence: dict[str, Any]) -> None:
         self._put(
             live,
             lambda: self._store.add_decision(
@@ -861,51 +796,14 @@ class StudyRun:
             ),
         )
 
-    def _look_for_a_pattern(self, ended: _Live, result: TrialResult) -> None:
-        """End a study whose first trials all break in the same way: the next ones would, too.
-
-        Of several trials at once those that break are the first to end: where they broke before their first report, the
-        others are waited for.
-        """
-        if result.state not in (TrialState.FAILED, TrialState.INFEASIBLE):
-            self._trust()
-            return
-        if len(self._outcomes) < SAME_FAILURES or self._suspicion is not None:
-            self._outcomes.append(re.sub(r"\d+(\.\d+)?", "N", result.reason))
-        if "" in self._outcomes:
-            self._pause_after_equal_failures(result)
-            return
-        if len(self._outcomes) < SAME_FAILURES:
-            return
-        others = self._live.values()
-        if len(set(self._outcomes)) > 1 or (ended.last is None and any(other.last is not None for other in others)):
-            self._trust()
-            return
-        self._suspicion = f"the first {SAME_FAILURES} trials all ended the same way: {result.state}: {result.reason}"
-        if ended.last is not None or not self._live:
-            self.request_stop(self._suspicion, EXIT_TOO_MANY_FAILED)
-
-    def _pause_after_equal_failures(self, result: TrialResult) -> None:
-        """Wait when trials of a study that went well begin to fail in one way; end it when that does not help."""
-        self._failures_in_a_row.append(re.sub(r"\d+(\.\d+)?", "N", result.reason))
-        last = self._failures_in_a_row[-SAME_FAILURES:]
-        if len(last) < SAME_FAILURES or len(set(last)) > 1:
-            return
-        said = f"the last {SAME_FAILURES} trials all ended the same way: {result.state}: {result.reason}"
-        if len(self._failures_in_a_row) >= SAME_FAILURES * (1 + EQUAL_FAILURE_PAUSES):
-            self.request_stop(said, EXIT_TOO_MANY_FAILED)
-        elif len(self._failures_in_a_row) % SAME_FAILURES == 0:
-            self._not_before = time.monotonic() + MOST_BACK_OFF_S
+    def _follow(self, consequence: Consequence) -> None:
+        if consequence.stop is not None:
+            self.request_stop(consequence.stop, EXIT_TOO_MANY_FAILED)
+        if consequence.pause is not None:
             self._note(
-                f"{said}. No new trial starts for {MOST_BACK_OFF_S:.0f} s; "
+                f"{consequence.pause}. No new trial starts for {MOST_BACK_OFF_S:.0f} s; "
                 f"`hpsearch retry {self.spec.name}` puts failed trials back once the cause is gone"
             )
-
-    def _trust(self) -> None:
-        """There are trials that run as they should."""
-        self._failures_in_a_row = []
-        self._outcomes = [""] * SAME_FAILURES
-        self._suspicion = None
 
     def _tell_exhausted(self, begun: int) -> None:
         if not self._has_told_exhausted:
@@ -916,24 +814,14 @@ class StudyRun:
             )
 
     def _has_room(self) -> bool:
-        if self._full_disk is None:
-            return True
-        self._look_for_room()
-        return self._full_disk is None
+        if self._disk.is_full:
+            self._look_for_room()
+        return not self._disk.is_full
 
     def _look_for_room(self) -> None:
-        """Go on, or give up, when the disk was full."""
-        assert self._full_disk is not None
-        since, needed = self._full_disk
-        now = time.monotonic()
-        if now < self._next_probe:
-            return
-        self._next_probe = now + _PROBE_EVERY_S
-        # Twice: the state that is written, and the one that it replaces.
-        if storage.has_room(self._folder, 2 * needed) and storage.names(self._data):
-            self._full_disk = None
-            self._note("there is room on the disk again; the study goes on")
-        elif now - since > DISK_PATIENCE_S:
+        if self._disk.probe():
+            self._note("there is room on the disk again; the study resumes")
+        elif self._disk.has_run_out:
             self.request_stop(f"the disk of {self._folder} was full for {DISK_PATIENCE_S / 60:.0f} minutes", EXIT_IO)
 
     def _listen(self, event: Event) -> None:
@@ -946,7 +834,7 @@ class StudyRun:
     def _objective(self, best_loss: float | None, best_score: float | None) -> float | None:
         return best_loss if self.spec.objective == "loss" else best_score
 
-    def _last_known(self, live: _Live) -> dict[str, Any]:
+    def _last_known(self, live: LiveTrial) -> dict[str, Any]:
         """Device-seconds of a trial whose worker cannot tell them any more."""
         return {"seconds": live.last.seconds if live.last else time.monotonic() - live.started}
 
@@ -955,81 +843,3 @@ class StudyRun:
 
 
 _INTERRUPTED = TrialState.INTERRUPTED
-
-
-def _point(row: Row) -> Point:
-    """A point as the store keeps it; a loss that is no number is none there."""
-    values = {key: row[key] for key in Point.__dataclass_fields__}
-    for key in ("train_loss", "valid_loss"):
-        values[key] = math.nan if values[key] is None else values[key]
-    return Point(**values)
-
-
-def _settings(config: TrialConfig) -> dict[str, Any]:
-    """As the store keeps them."""
-    return {"model": config.model.model_dump(), "training": config.training.model_dump()}
-
-
-def _ask_to_leave(config: TrialConfig) -> None:
-    folder = locate(config.folder)
-    storage.make(folder)
-    # A worker that cannot be asked is ended when its grace is over, and goes on from its last checkpoint.
-    with suppress(RunFolderError):
-        storage.write(folder / STOP_FILE, b"")
-
-
-def _pulse(config: TrialConfig) -> float | None:
-    """When the worker of a trial last said that it is alive; None before it has begun."""
-    try:
-        return (locate(config.folder) / PULSE_FILE).stat().st_mtime
-    except Exception:  # of as many kinds as there are object stores
-        return None
-
-
-def _last_words(config: TrialConfig) -> str:
-    return (storage.read(locate(config.folder) / LAST_WORDS) or b"").decode(errors="replace").strip()
-
-
-def _first_cause(error: str) -> str:
-    """The line of a report that says what happened: the watchdog's, or the last one of a traceback."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    said = next((line for line in lines if line.startswith(("Timeout (", "Fatal Python error"))), None)
-    if said is not None and said.startswith("Timeout ("):
-        return f"its worker made no step for {said.removeprefix('Timeout (').rstrip(')!')}"
-    return said or (lines[-1] if lines else "")
-
-
-def _wait(live: _Live) -> _Waiting:
-    """A trial that ran, until its next attempt."""
-    config = live.config
-    return _Waiting(
-        config.number,
-        row_id=lambda: live.row_id,
-        attempt=config.attempt,
-        seed=config.seed,
-        repeat_of=config.repeat_of,
-        settings=_settings(config),
-        last=live.last,
-        best=live.best,
-        best_score=live.best_score,
-    )
-
-
-def _failed(live: _Live, result: TrialResult) -> TrialResult:
-    return TrialResult(state=TrialState.FAILED, reason=live.refused, seconds=result.seconds, **_best(live.best))
-
-
-def _best(value: float) -> dict[str, Any]:
-    return {"best_valid_loss": value if math.isfinite(value) else None}
-
-
-def _notes(result: TrialResult, repeat_of: int | None) -> dict[str, Any]:
-    """Attributes of the Optuna trial, named as a person reads them in the dashboard."""
-    notes: dict[str, Any] = {"outcome": result.state.value, "why": result.reason[:1000]}
-    if repeat_of is not None:
-        notes["repeats trial"] = repeat_of
-    if result.best_epoch is not None:
-        notes["best epoch"] = round(result.best_epoch, 3)
-    for score in result.scores:
-        notes[f"test {score.metric.replace('_', ' ')}"] = score.value
-    return notes

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import hpsearch
-from hpsearch.driver import doctor as invariants
 from hpsearch.results.study import Study
 from hpsearch.store import leases
+from hpsearch.upkeep import doctor as invariants
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import optuna
 import pytest
 
 import hpsearch
-from hpsearch.driver.doctor import examine
 from hpsearch.records import Event
 from hpsearch.store.store import Store
+from hpsearch.upkeep.doctor import examine
 
 pytestmark = pytest.mark.slow
 

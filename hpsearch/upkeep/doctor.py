@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from hpsearch.driver.retention import collect, find_garbage
 from hpsearch.errors import StudyBusyError
 from hpsearch.files.layout import earlier_attempts, run_folder
 from hpsearch.files.storage import locate
@@ -23,6 +22,7 @@ from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
 from hpsearch.store.store import Row, Store
 from hpsearch.training import checkpoints
+from hpsearch.upkeep.retention import collect, find_garbage
 
 WATCH_S = 3 * leases.BEAT_S
 """How long a lease whose holder cannot be seen is watched for a beat."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
-from hpsearch.driver.retention import Garbage, collect, find_garbage
 from hpsearch.errors import UsageError
 from hpsearch.files.layout import run_folder
 from hpsearch.records import TrialState
@@ -17,6 +16,7 @@ from hpsearch.spec.study import recorded_study
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
 from hpsearch.store.store import Store, opened_store
+from hpsearch.upkeep.retention import Garbage, collect, find_garbage
 
 
 def archive_study(url: str, name: str) -> str | None:
