@@ -12,7 +12,8 @@ from hpsearch.files.storage import locate
 from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.space import narrowed
 from hpsearch.spec.study import DEFAULT_STORE, StudySpec, recorded_space, recorded_study
-from hpsearch.store.store import Row, Store, opened_store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import Store, opened_store
 
 
 def existing_trials(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict[str, int] | None:

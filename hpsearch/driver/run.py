@@ -61,7 +61,8 @@ from hpsearch.records import (
 from hpsearch.search.study import Search, Suggestion
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
-from hpsearch.store.store import Row, Store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import Store
 from hpsearch.training.memory import PeakMemory
 from hpsearch.upkeep.retention import CheckpointKeeper, begun
 

@@ -33,7 +33,8 @@ from hpsearch.reports.text import (
     trial_facts,
 )
 from hpsearch.search.study import Annotations, Artifact, Search, artifact_not_found
-from hpsearch.store.store import Row, Store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import Store
 
 EVERY_S = 20.0
 """Seconds between two looks at a study, at least."""

@@ -12,7 +12,8 @@ from hpsearch.records import UNFINISHED
 from hpsearch.results.leaderboard import Leaderboard, leaderboard, param_names
 from hpsearch.spec.space import Range, Space
 from hpsearch.spec.study import recorded_space
-from hpsearch.store.store import Row, Store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import Store
 
 
 @dataclass(frozen=True)

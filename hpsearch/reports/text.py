@@ -14,7 +14,7 @@ from hpsearch.errors import plain
 from hpsearch.metrics.intervals import doubt
 from hpsearch.records import PRUNED, RANKED, STOPPED
 from hpsearch.results.leaderboard import Choice, Leaderboard, param_names
-from hpsearch.store.store import Row
+from hpsearch.store.schema import Row
 
 
 def score_text(metric: str, value: float) -> str:

@@ -10,7 +10,8 @@ import pandas as pd
 
 from hpsearch.errors import RunFolderError
 from hpsearch.results.leaderboard import param_names
-from hpsearch.store.store import Row, Store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import Store
 
 _POINT = (
     "evaluation",

@@ -15,7 +15,8 @@ from hpsearch.results.leaderboard import Choice
 from hpsearch.results.study import Study
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import recorded_study
-from hpsearch.store.store import Row, opened_store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import opened_store
 
 
 def export_model(opened: Study, trial: int | None, *, target: str | os.PathLike[str] | None, by: Choice) -> Path:

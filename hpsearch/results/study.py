@@ -9,7 +9,8 @@ from hpsearch.errors import (
     EXIT_FINISHED,
 )
 from hpsearch.results.leaderboard import Choice, Leaderboard, compare, frame, leaderboard
-from hpsearch.store.store import Row, opened_store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import opened_store
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -46,8 +46,10 @@ from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.sections import UnpromisingSpec
 from hpsearch.spec.space import Choice, Dimension
 from hpsearch.spec.study import StudySpec
+from hpsearch.store.addresses import parse_url
 from hpsearch.store.engines import engine_options, guarded, set_limits
-from hpsearch.store.store import fence, parse_url, storable
+from hpsearch.store.fence import fence
+from hpsearch.store.schema import storable
 
 VALUE_NAMES = {"loss": "validation loss (nats per token)", "bleu": "validation BLEU", "f1": "validation F1"}
 _START = "hpsearch:start"

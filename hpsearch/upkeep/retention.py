@@ -13,7 +13,8 @@ from hpsearch.files import storage
 from hpsearch.files.layout import TRIAL, run_folder, trial_folders, trial_of
 from hpsearch.files.storage import Folder, locate
 from hpsearch.records import RANKED, UNFINISHED, TrialConfig, TrialResult, TrialState
-from hpsearch.store.store import Row, Store
+from hpsearch.store.schema import Row
+from hpsearch.store.store import Store
 
 
 def begun(attempts: Iterable[Folder]) -> TrialConfig | None:

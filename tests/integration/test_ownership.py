@@ -13,7 +13,7 @@ import hpsearch
 from hpsearch import api
 from hpsearch.errors import LeaseLostError, RunFolderError, UsageError
 from hpsearch.files.ownership import OWNER_FILE
-from hpsearch.store.store import Store
+from hpsearch.store.studies import Store
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -26,10 +26,10 @@ def checkpoints(study: hpsearch.Study) -> dict[int, str]:
 def test_studies_of_one_name_in_two_stores_share_no_files_even_when_they_begin_in_the_same_second(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hpsearch.store.store
+    import hpsearch.store.studies
 
-    now = hpsearch.store.store._now()
-    monkeypatch.setattr(hpsearch.store.store, "_now", lambda: now)
+    now = hpsearch.store.studies.now()
+    monkeypatch.setattr(hpsearch.store.studies, "now", lambda: now)
     stores = [f"sqlite:///{tmp_path}/{name}.db" for name in ("a", "b")]
     studies = [hpsearch.launch(tiny, store=store, trials=1, overrides=["seed=1"]) for store in stores]
     folders = [Path(checkpoints(study)[0]).parent for study in studies]

@@ -29,7 +29,9 @@ from hpsearch.search.study import Search, recorded_trials
 from hpsearch.spec.load import load_study
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.store import leases, migrations
-from hpsearch.store.store import NewStudy, Store, metadata
+from hpsearch.store.schema import metadata
+from hpsearch.store.store import Store
+from hpsearch.store.studies import NewStudy
 
 STUDY = NewStudy(
     name="s", task="causal_lm", metric="perplexity", higher_is_better=False, spec={"name": "s"}, fingerprint="f",
