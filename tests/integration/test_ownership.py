@@ -13,7 +13,7 @@ import hpsearch
 from hpsearch import api
 from hpsearch.errors import LeaseLostError, RunFolderError, UsageError
 from hpsearch.files.ownership import OWNER_FILE
-from hpsearch.store.studies import Store
+from hpsearch.store.store import Store
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
