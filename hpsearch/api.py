@@ -213,7 +213,7 @@ def report(*studies: str, page: str | None = None, store: str | None = None, is_
     """
     from hpsearch.reports.pages import read_page, render
     from hpsearch.reports.study_data import read_study
-    from hpsearch.search.study import importances
+    from hpsearch.search.importances import importances
 
     chosen = read_page(page or ("study" if len(studies) == 1 else "comparison"))
     url = store_url(store)

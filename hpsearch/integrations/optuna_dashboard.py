@@ -32,7 +32,8 @@ from hpsearch.reports.text import (
     trial_commands,
     trial_facts,
 )
-from hpsearch.search.study import Annotations, Artifact, Search, artifact_not_found
+from hpsearch.search.annotations import Annotations, Artifact, artifact_not_found
+from hpsearch.search.study import Search
 from hpsearch.store.schema import Row
 from hpsearch.store.store import Store
 

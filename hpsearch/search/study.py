@@ -12,51 +12,30 @@ import copy
 import json
 import math
 import random
-import re
-import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-    json_to_distribution,
-)
-from optuna.storages import InMemoryStorage, RDBStorage
-from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from hpsearch.errors import StoreAwayError, StoreError
 from hpsearch.pruning.rungs import LEVELS, Rungs
 from hpsearch.records import TrialState
+from hpsearch.search.annotations import Annotations
+from hpsearch.search.attributes import REPEAT, RUNG, SEED, START, as_running, as_untold, mirrored
+from hpsearch.search.distributions import distribution_of, suggest
+from hpsearch.search.optuna_internals import RetractableStorage
+from hpsearch.search.pruners import make_pruner
+from hpsearch.search.record import Record
 from hpsearch.search.samplers import make_sampler
-from hpsearch.spec.redaction import hide_secrets
-from hpsearch.spec.sections import UnpromisingSpec
-from hpsearch.spec.space import Choice, Dimension
 from hpsearch.spec.study import StudySpec
-from hpsearch.store.addresses import parse_url
-from hpsearch.store.engines import engine_options, guarded, set_limits
-from hpsearch.store.fence import fence
-from hpsearch.store.schema import storable
 
 VALUE_NAMES = {"loss": "validation loss (nats per token)", "bleu": "validation BLEU", "f1": "validation F1"}
-_START = "hpsearch:start"
-"""System attribute of a trial whose settings a person or an earlier study gave: these settings, as JSON."""
-_REPEAT = "hpsearch:repeat_of"
-_SEED = "hpsearch:seed"
-"""System attributes of a trial of the finals: the trial that it repeats, and its seed."""
 
 OPTUNA_STATE = {
     TrialState.COMPLETED: OptunaState.COMPLETE,
@@ -78,15 +57,6 @@ _MOST_LISTED = 10_000
 """Settings of a space that are looked through for one that was not tried yet."""
 _MOST_REJECTED = 20
 """Proposals that are sent back before a setting is chosen at random."""
-_NOTE = re.compile(r"dashboard:(\d+):note_ver")
-_ARTIFACT = re.compile(r"dashboard:artifacts:(\d+):[0-9a-fA-F-]+")
-"""Keys of a study's system attributes that hold what the dashboard shows of a trial, by its id in Optuna's tables."""
-
-_RUNG = "hpsearch:rung:"
-"""How the system attributes begin that hold a trial's values at its rungs."""
-
-_MIRRORED_ATTRIBUTES = (_START, _REPEAT, _SEED, "grid_id", "search_space", "completed_rung_")
-"""System attributes that a resumed study needs. CMA-ES's pickled optimizer is none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,33 +67,6 @@ class Suggestion:
     params: dict[str, Any]
     attributes: dict[str, Any]
     """What `adopt` must be given beside them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """A file about a trial, in the folder of artifacts under its `id`."""
-
-    trial: int
-    name: str
-    id: str
-    kind: str
-    """MIME type."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Annotations:
-    """What the Optuna dashboard is to show of a study beside its numbers."""
-
-    notes: Mapping[int, str]
-    """Markdown, of trials that have none."""
-    study_note: str
-    replaces: str
-    """How a note of the study begins that `study_note` may replace; no other is touched."""
-    figures: Mapping[str, str]
-    """plotly JSON by id."""
-    artifacts: Sequence[Artifact]
-    without: Collection[int]
-    """Trials whose artifacts are taken off."""
 
 
 class Search:
@@ -154,14 +97,14 @@ class Search:
         self._rng = random.Random(f"{spec.seed}.untried")
         direction = StudyDirection.MINIMIZE if spec.objective == "loss" else StudyDirection.MAXIMIZE
         self._record = (
-            _Record(store_url, spec.name, direction, VALUE_NAMES[spec.objective], lease) if store_url else None
+            Record(store_url, spec.name, direction, VALUE_NAMES[spec.objective], lease) if store_url else None
         )
         if self._record:
-            self._record.widen({name: _distribution(there) for name, there in spec.space.dimensions.items()})
+            self._record.widen({name: distribution_of(there) for name, there in spec.space.dimensions.items()})
         history = self._record.history() if self._record else []
         self.unfinished = [trial.number for trial in history if not trial.state.is_finished()]
         """Trials that Optuna believes to be running or waiting: those that an earlier launch did not end."""
-        self._repeats = {trial.number for trial in history if _REPEAT in trial.system_attrs}
+        self._repeats = {trial.number for trial in history if REPEAT in trial.system_attrs}
         self._sign = 1.0 if spec.objective == "loss" else -1.0
         rule = spec.prune.unpromising
         self._rungs = (
@@ -173,17 +116,17 @@ class Search:
         self._refused: dict[int, str] = {}
         self._brain = optuna.create_study(
             study_name=spec.name,
-            storage=_Memory(),
+            storage=RetractableStorage(),
             direction=direction,
             sampler=make_sampler(spec, _seed_after(spec.seed, len(history)), self._expected),
-            pruner=_make_pruner(spec.prune.unpromising, spec.max_epochs),
+            pruner=make_pruner(spec.prune.unpromising, spec.max_epochs),
         )
-        tried = {trial.system_attrs.get(_START) for trial in history}
+        tried = {trial.system_attrs.get(START) for trial in history}
         self._starts = deque(start for start in starts if _start_key(start) not in tried)
         for trial in history:
             if trial.state is not OptunaState.FAIL and trial.number not in self._repeats:
                 self._tried.add(_key(trial.params))
-            self._brain.add_trial(_untold(trial) if trial.number in self._repeats else _running(trial))
+            self._brain.add_trial(as_untold(trial) if trial.number in self._repeats else as_running(trial))
             if self._rungs and trial.number not in self._repeats:
                 self._climb(self._rungs, trial)
 
@@ -225,16 +168,16 @@ class Search:
             self._brain.enqueue_trial(dict(given))
         trial = self._brain.ask()
         if given is not None and is_start:
-            self._brain._storage.set_trial_system_attr(trial._trial_id, _START, _start_key(given))
+            self._brain._storage.set_trial_system_attr(trial._trial_id, START, _start_key(given))
         for name, dimension in self._space.dimensions.items():
             if self._space.is_active(name, trial.params):
-                _suggest(trial, name, dimension)
+                suggest(trial, name, dimension)
         return trial.number
 
     def _withdraw(self, number: int) -> None:
         """Take back the last proposal, as if it had not been made."""
         storage = self._brain._storage
-        assert isinstance(storage, _Memory)
+        assert isinstance(storage, RetractableStorage)
         storage.withdraw(self._trial(number)._trial_id)
 
     def _untried(self) -> dict[str, Any]:
@@ -256,7 +199,7 @@ class Search:
 
     def suggestion(self, number: int) -> Suggestion:
         """The settings of a trial, as they were proposed."""
-        return Suggestion(number=number, params=self.params(number), attributes=_mirrored(self._trial(number)))
+        return Suggestion(number=number, params=self.params(number), attributes=mirrored(self._trial(number)))
 
     def params(self, number: int) -> dict[str, Any]:
         """The settings of a trial."""
@@ -265,22 +208,22 @@ class Search:
     def repeated(self, number: int) -> tuple[int, int] | None:
         """Of a trial of the finals: the trial that it repeats, and its seed."""
         attributes = self._trial(number).system_attrs
-        return (attributes[_REPEAT], attributes[_SEED]) if _REPEAT in attributes else None
+        return (attributes[REPEAT], attributes[SEED]) if REPEAT in attributes else None
 
     def repeat(self, number: int, *, seed: int) -> Suggestion:
         """The settings of a trial once more, on the record but hidden from the sampler: it is no new point."""
-        return self._add(self.params(number), {_REPEAT: number, _SEED: seed})
+        return self._add(self.params(number), {REPEAT: number, SEED: seed})
 
     def adopt(self, params: dict[str, Any], attributes: dict[str, Any]) -> None:
         """Take up a trial as the next one: it was begun, but not on record."""
         self.unfinished.append(self._add(params, attributes).number)
 
     def _add(self, params: dict[str, Any], attributes: dict[str, Any]) -> Suggestion:
-        distributions = {name: _distribution(self._space.dimensions[name]) for name in params}
+        distributions = {name: distribution_of(self._space.dimensions[name]) for name in params}
         running: dict[str, Any] = {"state": OptunaState.RUNNING, "system_attrs": attributes}
         self._brain.add_trial(create_trial(params=params, distributions=distributions, **running))
         suggestion = self._begin(self.size - 1)
-        if _REPEAT in attributes:
+        if REPEAT in attributes:
             self._repeats.add(suggestion.number)
             self._brain._storage.set_trial_state_values(self._trial(suggestion.number)._trial_id, OptunaState.FAIL)
         return suggestion
@@ -303,7 +246,7 @@ class Search:
         """Record the best objective so far at a rung (see `rungs`); whether the trial goes on or should pause."""
         assert self._rungs is not None
         if self._record:
-            record, name = self._record, f"{_RUNG}{rung}"
+            record, name = self._record, f"{RUNG}{rung}"
             self._write(lambda: record.set_attribute(number, name, value))
         self._rungs.reach(number, rung, self._sign * value)
         return self._rungs.goes_on(number)
@@ -382,7 +325,7 @@ class Search:
     def _tell_record(self, number: int, state: OptunaState, values: list[float] | None, notes: dict[str, Any]) -> None:
         if self._record:
             record = self._record
-            rungs = {key: rung for key, rung in _mirrored(self._trial(number)).items() if key.startswith("completed_")}
+            rungs = {key: rung for key, rung in mirrored(self._trial(number)).items() if key.startswith("completed_")}
 
             def write() -> None:
                 if (why := self._refused.get(number)) is not None:
@@ -401,7 +344,7 @@ class Search:
     def _climb(self, rungs: Rungs, trial: FrozenTrial) -> None:
         """Take up what the record says of a trial's rungs."""
         for rung in range(LEVELS):
-            if (value := trial.system_attrs.get(f"{_RUNG}{rung}")) is not None:
+            if (value := trial.system_attrs.get(f"{RUNG}{rung}")) is not None:
                 rungs.reach(trial.number, rung, self._sign * value)
         if trial.state is OptunaState.COMPLETE and trial.value is not None:
             rungs.end(trial.number, self._sign * trial.value)
@@ -431,244 +374,6 @@ class Search:
         return self._trials()[number]
 
 
-class _Memory(InMemoryStorage):
-    """The trials that the sampler sees. The last one can be taken back, as it cannot in Optuna's own (5.0)."""
-
-    def withdraw(self, trial_id: int) -> None:
-        with self._lock:
-            study_id, number = self._trial_id_to_study_id_and_number.pop(trial_id)
-            trials = self._studies[study_id].trials
-            assert number == len(trials) - 1
-            trials.pop()
-            self._max_trial_id -= 1
-
-
-class _Record:
-    """The study as Optuna's own tables hold it. Every write may be done twice; raises StoreAwayError."""
-
-    def __init__(
-        self, url: str, name: str, direction: StudyDirection, value_name: str, lease: tuple[int, int] | None
-    ) -> None:
-        self.storage = open_storage(url)
-        if lease is not None:
-            fence(self.storage.engine, *lease)
-        with _away(url):
-            self._study = optuna.create_study(
-                study_name=name, storage=self.storage, direction=direction, load_if_exists=True
-            )
-            self._study.set_metric_names([value_name])
-        self._url = url
-        self._ids: dict[int, int] = {}
-
-    def history(self) -> list[FrozenTrial]:
-        with _away(self._url):
-            trials = self._study.get_trials(deepcopy=False)
-        self._ids = {trial.number: trial._trial_id for trial in trials}
-        return trials
-
-    def widen(self, distributions: dict[str, BaseDistribution]) -> None:
-        """Record past trials as drawn from these distributions, which hold all their values: a study was extended."""
-        with _away(self._url), self._session() as session:
-            rows: Any = (
-                session.query(models.TrialParamModel)
-                .join(models.TrialModel)
-                .filter(models.TrialModel.study_id == self._study._study_id)
-            )
-            for name, distribution in distributions.items():
-                wanted = distribution_to_json(distribution)
-                of_name = models.TrialParamModel.param_name == name
-                for row in rows.filter(of_name, models.TrialParamModel.distribution_json != wanted):
-                    value = json_to_distribution(row.distribution_json).to_external_repr(row.param_value)
-                    row.param_value = distribution.to_internal_repr(value)
-                    row.distribution_json = wanted
-            session.commit()
-
-    @contextmanager
-    def _session(self) -> Iterator[Any]:
-        """A session that is given back whatever happens: a later one would find the error of this."""
-        try:
-            yield self.storage.scoped_session()
-        finally:
-            self.storage.remove_session()
-
-    def begin(self, trial: FrozenTrial) -> None:
-        with _away(self._url):
-            study_id = self._study._study_id
-            try:
-                # A commit whose answer was lost has made the trial already.
-                trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-            except KeyError:
-                template = create_trial(
-                    state=OptunaState.RUNNING,
-                    params=trial.params,
-                    distributions=trial.distributions,
-                    system_attrs=_mirrored(trial),
-                )
-                trial_id = self.storage.create_new_trial(study_id, template)
-            self._ids[trial.number] = trial_id
-
-    def report(self, number: int, epoch: int, value: float) -> None:
-        with _away(self._url):
-            self.storage.set_trial_intermediate_value(self._ids[number], epoch, value)
-
-    def reopen(self, number: int) -> None:
-        """Optuna lets nobody change a trial that has ended; its tables (of 5.0) do."""
-        with _away(self._url):
-            session = self.storage.scoped_session()
-            row: Any = models.TrialModel
-            changed = {"state": OptunaState.WAITING, "datetime_complete": None}
-            session.query(row).filter(row.trial_id == self._ids[number]).update(changed, synchronize_session=False)
-            session.commit()
-            self.storage.remove_session()
-
-    def set_attribute(self, number: int, name: str, value: float) -> None:
-        # A commit whose answer was lost may have ended the trial already.
-        with _away(self._url), suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self.storage.set_trial_system_attr(self._ids[number], name, value)
-
-    def tell(
-        self,
-        number: int,
-        state: OptunaState,
-        values: list[float] | None,
-        notes: dict[str, Any],
-        attributes: dict[str, Any],
-    ) -> None:
-        trial_id = self._ids[number]
-        # A commit whose answer was lost has ended the trial already.
-        with _away(self._url), suppress(optuna.exceptions.UpdateFinishedTrialError):
-            for key, note in storable(notes).items():
-                self.storage.set_trial_user_attr(trial_id, key, note)
-            for key, attribute in attributes.items():
-                self.storage.set_trial_system_attr(trial_id, key, attribute)
-            self.storage.set_trial_state_values(trial_id, state, values)
-
-    def annotated(self) -> tuple[set[int], dict[int, set[str]]]:
-        with _away(self._url):
-            attributes = self.storage.get_study_system_attrs(self._study._study_id)
-        artifacts: dict[int, set[str]] = {}
-        numbers = self._numbers()
-        for _, number, value in _numbered(_ARTIFACT, attributes, numbers):
-            if (there := json.loads(value)) is not None:
-                artifacts.setdefault(number, set()).add(there["filename"])
-        return {number for _, number, _ in _numbered(_NOTE, attributes, numbers)}, artifacts
-
-    def _numbers(self) -> dict[int, int]:
-        """Numbers of trials by their ids. Another thread may be adding one."""
-        return {trial_id: number for number, trial_id in dict(self._ids).items()}
-
-    def annotate(self, annotations: Annotations) -> None:
-        with _away(self._url):
-            there = self.storage.get_study_system_attrs(self._study._study_id)
-            wanted = _study_note(there, annotations.study_note, annotations.replaces)
-            # A trial that Optuna's tables have lost, as `doctor` would find, has no place for a note.
-            for number in annotations.notes.keys() & self._ids.keys():
-                key = f"dashboard:{self._ids[number]}:note"
-                wanted |= {f"{key}_ver": 1, f"{key}_str:0": annotations.notes[number]}
-            wanted |= {f"dashboard:plot_data:{name}:0": content for name, content in annotations.figures.items()}
-            for file in annotations.artifacts:
-                if file.trial in self._ids:
-                    about = {"artifact_id": file.id, "filename": file.name, "mimetype": file.kind, "encoding": None}
-                    wanted[f"dashboard:artifacts:{self._ids[file.trial]}:{file.id}"] = json.dumps(about)
-            for match, number, _ in _numbered(_ARTIFACT, there, self._numbers()):
-                if number in annotations.without:
-                    wanted[match[0]] = "null"
-            self._write_attributes({key: value for key, value in wanted.items() if there.get(key) != value})
-
-    def _write_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """In one transaction: Optuna and its dashboard commit each piece, and a reader can see half a figure."""
-        row: Any = models.StudySystemAttributeModel
-        study_id = self._study._study_id
-        with self._session() as session:
-            known = session.query(row).filter(row.study_id == study_id, row.key.in_(attributes))
-            rows = {found.key: found for found in known}
-            for key, value in storable(attributes).items():
-                if key in rows:
-                    rows[key].value_json = json.dumps(value)
-                else:
-                    session.add(row(study_id=study_id, key=key, value_json=json.dumps(value)))
-            session.commit()
-
-
-def _study_note(there: Mapping[str, Any], note: str, replaces: str) -> dict[str, Any]:
-    """The attributes that make this the study's note, unless a person has written another."""
-    keys = [key for place in range(len(there)) if (key := f"dashboard:note_str:{place}") in there]
-    written = "".join(there[key] for key in keys)
-    if written == note or (written and not written.startswith(replaces)):
-        return {}
-    version = int(there.get("dashboard:note_ver", 0)) + 1
-    return {**dict.fromkeys(keys, ""), "dashboard:note_ver": version, "dashboard:note_str:0": note}
-
-
-def _away(url: str) -> AbstractContextManager[None]:
-    return guarded(url, optuna.exceptions.StorageInternalError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedTrial:
-    """A trial as Optuna's tables have it."""
-
-    state: str
-    value: float | None
-    params: dict[str, Any]
-
-
-def recorded_trials(url: str, study: str) -> dict[int, RecordedTrial]:
-    """Trials by number of a study in Optuna's tables; empty when Optuna does not know it. Raises StoreAwayError."""
-    storage = open_storage(url)
-    try:
-        with _away(url):
-            try:
-                found = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
-            except KeyError:
-                return {}
-            return {
-                trial.number: RecordedTrial(
-                    state=trial.state.name,
-                    value=trial.value if trial.state is OptunaState.COMPLETE else None,
-                    params=trial.params,
-                )
-                for trial in found
-            }
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def importances(url: str, study: str) -> dict[str, float] | None:
-    """How much each sampled setting explains of what sets good trials apart; None where nothing can be computed.
-
-    PED-ANOVA (Watanabe, Bansal & Hutter, PED-ANOVA, IJCAI 2023), over trials that finished; repeats of the finals are
-    left out.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _away(url):
-        storage = open_storage(url)
-        try:
-            found = optuna.load_study(study_name=study, storage=storage)
-            direction, trials = found.direction, found.get_trials(deepcopy=False, states=[OptunaState.COMPLETE])
-        except KeyError:
-            return None
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
-    copied = optuna.create_study(direction=direction)
-    copied.add_trials([trial for trial in trials if _REPEAT not in trial.system_attrs])
-    with warnings.catch_warnings():
-        # Optuna would call all settings equally important.
-        warnings.filterwarnings("error", message="The number of trials is too small")
-        try:
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            return optuna.importance.get_param_importances(copied, evaluator=evaluator)
-        except (ValueError, RuntimeError, UserWarning):  # too few trials, or none that differ
-            return None
-
-
-def artifact_not_found(artifact: str) -> Exception:
-    """What Optuna's dashboard hears of an artifact that is not there any more."""
-    return optuna.artifacts.exceptions.ArtifactNotFound(artifact)
-
-
 def first_suggestions(spec: StudySpec, count: int, starts: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """The settings that a new study would try first, without touching a store."""
     search = Search(spec, None, starts=starts)
@@ -679,58 +384,9 @@ def first_suggestions(spec: StudySpec, count: int, starts: Sequence[Mapping[str,
     return suggestions
 
 
-def _numbered(pattern: re.Pattern[str], attributes: Mapping[str, Any], numbers: Mapping[int, int]) -> Iterator[Any]:
-    """Matches of the keys that name one of these trials, with its number and the attribute."""
-    for key, value in attributes.items():
-        match = pattern.fullmatch(key)
-        if match and int(match[1]) in numbers:
-            yield match, numbers[int(match[1])], value
-
-
-def open_storage(url: str) -> RDBStorage:
-    options = engine_options(parse_url(url))
-    # Two first launches into one database can race to make Optuna's tables; the loser finds them at its second try.
-    for attempt in range(3):
-        try:
-            with _away(url):
-                storage = RDBStorage(url, engine_kwargs=options)
-            break
-        except StoreAwayError:
-            if attempt == 2 or not url.startswith("sqlite"):
-                raise
-        except Exception as error:
-            if attempt == 2:
-                raise StoreError(
-                    f"Optuna cannot use the store {hide_secrets(url)}: {hide_secrets(str(error))}"
-                ) from error
-        time.sleep(0.5 * (attempt + 1))
-    set_limits(storage.engine)
-    return storage
-
-
 def _seed_after(seed: int, trials: int) -> int:
     """The study's seed, or one of its own for a study that goes on after so many trials."""
     return seed if trials == 0 else int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
-
-
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if isinstance(dimension, Choice):
-        return CategoricalDistribution(dimension.values)
-    if dimension.integer:
-        low, high = int(dimension.low), int(dimension.high)
-        return IntDistribution(low, high, log=dimension.log, step=int(dimension.step or 1))
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)
-
-
-def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> None:
-    if isinstance(dimension, Choice):
-        trial.suggest_categorical(name, dimension.values)
-    elif dimension.integer:
-        trial.suggest_int(
-            name, int(dimension.low), int(dimension.high), step=int(dimension.step or 1), log=dimension.log
-        )
-    else:
-        trial.suggest_float(name, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
 
 def _key(params: Mapping[str, Any]) -> str:
@@ -740,44 +396,3 @@ def _key(params: Mapping[str, Any]) -> str:
 
 def _start_key(start: Mapping[str, Any]) -> str:
     return json.dumps(start, sort_keys=True)
-
-
-def _make_pruner(spec: UnpromisingSpec, max_epochs: int) -> optuna.pruners.BasePruner:
-    # Optuna warms up while step < n_warmup_steps, and our steps are epochs counted from 1.
-    warmup = 1 + (math.ceil(max_epochs / 5) if spec.warmup_epochs is None else spec.warmup_epochs)
-    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "promote": optuna.pruners.NopPruner,
-        "none": optuna.pruners.NopPruner,
-        "median": lambda: optuna.pruners.MedianPruner(spec.startup_trials, warmup),
-        "percentile": lambda: optuna.pruners.PercentilePruner(spec.percentile, spec.startup_trials, warmup),
-        "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=spec.min_epochs, reduction_factor=spec.reduction_factor
-        ),
-        "hyperband": lambda: optuna.pruners.HyperbandPruner(
-            min_resource=spec.min_epochs,
-            max_resource=max(max_epochs, spec.min_epochs),
-            reduction_factor=spec.reduction_factor,
-        ),
-    }
-    return pruners[spec.rule]()
-
-
-def _mirrored(trial: FrozenTrial) -> dict[str, Any]:
-    return {key: value for key, value in trial.system_attrs.items() if key.startswith(_MIRRORED_ATTRIBUTES)}
-
-
-def _running(trial: FrozenTrial) -> FrozenTrial:
-    """What the sampler sees of a trial that waits for its next attempt: one whose answer is to come."""
-    if trial.state is not OptunaState.WAITING:
-        return trial
-    running = copy.copy(trial)
-    running.state = OptunaState.RUNNING
-    running.datetime_start = running.datetime_start or datetime.now()
-    return running
-
-
-def _untold(trial: FrozenTrial) -> FrozenTrial:
-    """What the sampler sees of a trial of the finals: a failed one, which it learns nothing from."""
-    return create_trial(
-        state=OptunaState.FAIL, params=trial.params, distributions=trial.distributions, system_attrs=trial.system_attrs
-    )

@@ -28,7 +28,7 @@ from hpsearch.api import report, studies, trial_page
 from hpsearch.errors import HpsearchError, UnknownStudyError, UsageError
 from hpsearch.integrations.optuna_dashboard import StudyArtifacts
 from hpsearch.reports.pages import plotly_script, render_index
-from hpsearch.search.study import open_storage
+from hpsearch.search.record import open_storage
 from hpsearch.store.store import Store
 
 Environ = dict[str, Any]

@@ -16,7 +16,8 @@ from hpsearch.errors import StudyBusyError
 from hpsearch.files.layout import earlier_attempts, run_folder
 from hpsearch.files.storage import locate
 from hpsearch.records import LIVE, RANKED, STOPPED, UNFINISHED, TrialState
-from hpsearch.search.study import OPTUNA_STATE, RecordedTrial, Search, recorded_trials
+from hpsearch.search.record import RecordedTrial, recorded_trials
+from hpsearch.search.study import OPTUNA_STATE, Search
 from hpsearch.spec.study import recorded_study
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of

@@ -19,7 +19,8 @@ from optuna_dashboard.artifact._backend import list_trial_artifacts
 
 import hpsearch as package
 from hpsearch.integrations.optuna_dashboard import StudyArtifacts, trial_note
-from hpsearch.search.study import Annotations, Artifact, Search
+from hpsearch.search.annotations import Annotations, Artifact
+from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
 from tests.conftest import Run
 

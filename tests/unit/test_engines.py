@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from hpsearch.errors import StoreAwayError, StoreError, StoreRefusedError
-from hpsearch.search.study import open_storage, recorded_trials
+from hpsearch.search.record import open_storage, recorded_trials
 from hpsearch.store import engines
 from hpsearch.store.store import Store
 from tests.proxy import Link

@@ -15,8 +15,9 @@ from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
 from hpsearch.records import TrialState
+from hpsearch.search.record import recorded_trials
 from hpsearch.search.samplers import BEST_SEEN, LATEST_SEEN, _History, clip_at_median
-from hpsearch.search.study import OPTUNA_STATE, Search, first_suggestions, recorded_trials
+from hpsearch.search.study import OPTUNA_STATE, Search, first_suggestions
 from hpsearch.spec.load import load_study, validate_study
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.yaml_file import parse_study

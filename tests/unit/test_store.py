@@ -25,7 +25,8 @@ from hpsearch.files.scratch import _started, is_gone, this_process
 from hpsearch.metrics import statistics, ties
 from hpsearch.records import Point, Score, TrialConfig, TrialResult, TrialState
 from hpsearch.results.leaderboard import flat_rows, frame, leaderboard
-from hpsearch.search.study import Search, recorded_trials
+from hpsearch.search.record import recorded_trials
+from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.store import leases, migrations
