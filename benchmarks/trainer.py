@@ -58,7 +58,8 @@ from hpsearch.spec.settings import split_settings
 from hpsearch.spec.study import StudySpec
 from hpsearch.tasks import build_task
 from hpsearch.training.devices import pick_device
-from hpsearch.training.trainer import Trainer, seed_everything
+from hpsearch.training.random_states import seed_everything
+from hpsearch.training.trainer import Trainer
 
 CASES: dict[str, dict[str, Any]] = {
     "causal LM": {

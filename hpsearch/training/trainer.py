@@ -12,15 +12,13 @@ first one is asked and answers; the others make the same steps and then `follow`
 
 from __future__ import annotations
 
-import io
 import math
-import random
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +35,13 @@ from hpsearch.models.kernels import CheapDropout
 from hpsearch.records import Point
 from hpsearch.spec.settings import Objective, RunSettings
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
-from hpsearch.training import checkpoints
+from hpsearch.training import checkpoints, random_states
+from hpsearch.training.averaging import WeightAverage
 from hpsearch.training.devices import has_bfloat16
-from hpsearch.training.muon import Muon
+from hpsearch.training.evaluation import Evaluator, OutOfMemoryError, is_out_of_memory
+from hpsearch.training.optimizers import Optimizers, make_optimizers
 from hpsearch.training.ranks import Ranks
+from hpsearch.training.schedule import Schedule
 
 CHECKPOINT_SHARE = 0.05
 """Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
@@ -48,16 +49,8 @@ STATE_BYTES = 20
 """Of a state for each weight that is trained: itself, two moments, its average, and that at its best."""
 DISK_SPEED = 500e6
 """Bytes a second that a disk is taken to write until it has been seen to."""
-
-
-COOL_DOWN = 0.5
-"""Part of the time that a shortened run has left in which its learning rate falls; the rest it keeps its schedule."""
 MICRO_BATCH = "micro-batch.txt"
 """File in the folder of an attempt that ran out of memory on one of several devices: what the next one begins with."""
-
-
-Optimizers = Mapping[str, torch.optim.Optimizer]
-"""By the names that their states have in a checkpoint."""
 
 
 class Order(IntEnum):
@@ -87,10 +80,6 @@ class _Position:
     seconds: float = 0.0
 
 
-class OutOfMemoryError(Exception):
-    """The run does not fit in memory, not even one example at a time."""
-
-
 class SmallerMicroBatchError(Exception):
     """One of several processes ran out of memory: the run must start again, which it does in smaller micro-batches."""
 
@@ -105,13 +94,6 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self._task.losses(batch).sum()
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, on all devices."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def precision(settings: RunSettings, device: torch.device) -> dict[str, str]:
@@ -167,13 +149,6 @@ class Trainer:
         self.micro_batch_size = min(settings.micro_batch_size or share, share)
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         self._pulse = pulse
-        self._time_left = time_left
-        self._time_given = time_left() if time_left else math.inf
-        self._shortening = 1.0
-        """What the learning rate is multiplied by."""
-        self._first_step = 0
-        self.is_shortened = False
-        """Whether the learning rate has left its schedule for the time that the run has left."""
         self._earlier = list(earlier)
         self._origin = origin
         self._rung_places = tuple(rungs)
@@ -189,9 +164,7 @@ class Trainer:
         self._order = np.random.default_rng(seed)
         self._model: nn.Module = task.model.to(device)
         self._trained = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
-        self._average = {
-            name: value.detach().clone() for name, value in self._trained.items() if settings.weight_average
-        }
+        self.average = WeightAverage(self._trained, settings.weight_average or 0.0)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.precision = precision(settings, device)
@@ -201,6 +174,21 @@ class Trainer:
         self._loss = self._ranks.replicate(_Loss(task))
         has_dropout = device.type == "cpu" and not settings.compile and architecture.has_dropout(task.model)
         self._dropout = CheapDropout() if has_dropout else nullcontext()
+        self.schedule = Schedule(
+            settings,
+            self.total_steps,
+            time_left=time_left,
+            agree=lambda value: self._ranks.largest(0 if self._ranks.rank else value),
+        )
+        self.evaluator = Evaluator(
+            task,
+            self._model,
+            device=device,
+            ranks=self._ranks,
+            is_half=self._half,
+            pulse=pulse,
+            on_full_memory=lambda error: self._begin_smaller(error, 0),
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -247,7 +235,7 @@ class Trainer:
 
         Close it to stop early. Raises OutOfMemoryError, SmallerMicroBatchError, PreemptedError, DiskFullError.
         """
-        optimizers = self._optimizers()
+        optimizers = self._make_optimizers()
         position = self._resume(optimizers)
         for point in list(self.curve):
             if (yield from self._hand_out(point)):
@@ -263,20 +251,20 @@ class Trainer:
                     self._checkpoint(optimizers, order)
                     raise PreemptedError
                 if asked is Order.TIME_UP:
-                    if position.loss_count and (self.best is None or self.is_shortened):
+                    if position.loss_count and (self.best is None or self.schedule.is_shortened):
                         yield from self._hand_out(self._evaluate_now())
                     return
-                self._shortening = self._shorten(position.step)
+                learning_rate = self.schedule.advance(position.step)
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
-                        group["lr"] = self._learning_rate(position.step)
+                        group["lr"] = learning_rate
                 batch_loss, count = self._step(optimizers, batches[position.step_in_epoch])
                 self._loss_sum += batch_loss
                 position.loss_count += count
                 position.tokens += count
                 position.step += 1
                 position.step_in_epoch += 1
-                self._update_average()
+                self.average.update(position.step)
                 if position.step_in_epoch not in evaluation_steps:
                     continue
                 point = self._evaluate_now()
@@ -303,14 +291,14 @@ class Trainer:
         position = self._position
         position.evaluation += 1
         takes_score = self.objective != "loss" and position.step_in_epoch == self.steps_per_epoch
-        with self._averaged():
+        with self.average.in_place():
             point = Point(
                 evaluation=position.evaluation,
                 epoch=position.epoch + position.step_in_epoch / self.steps_per_epoch,
                 step=position.step,
                 train_loss=self._ranks.add(self._loss_sum).item() / position.loss_count,
-                valid_loss=self._mean_loss("validation"),
-                learning_rate=self._learning_rate(max(0, position.step - 1)),
+                valid_loss=self.evaluator.mean_loss("validation"),
+                learning_rate=self.schedule.learning_rate(max(0, position.step - 1)),
                 tokens=position.tokens,
                 valid_score=self._validation_score() if takes_score else None,
                 seconds=self.seconds,
@@ -322,36 +310,16 @@ class Trainer:
         position.loss_count = 0
         return point
 
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        """The average whose width grows with the run: the power function of Karras et al. (arXiv 2312.02696)."""
-        if self.settings.weight_average:
-            share = 1.0 - (1.0 - 1.0 / self._position.step) ** (_average_power(self.settings.weight_average) + 1.0)
-            torch._foreach_lerp_(list(self._average.values()), list(self._trained.values()), share)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The model with averaged weights, if there are any."""
-        self._swap_average()
-        try:
-            yield
-        finally:
-            self._swap_average()
-
-    def _swap_average(self) -> None:
-        for name, average in self._average.items():
-            self._average[name], self._trained[name].data = self._trained[name].data, average
-
     def settle(self, last: Point) -> None:
         """Make the last point the best one if a run was stopped before its first validation score."""
         if self.best is None and self.objective != "loss" and math.isfinite(last.valid_loss):
             self._ranks.tell(b"judge")
-            with self._averaged():
+            with self.average.in_place():
                 self._keep(replace(last, valid_score=self._validation_score()))
 
     def recover_best(self) -> bool:
         """Take the best checkpoint from the newest state of the run, to be scored or exported; whether there is one."""
-        self._resume(self._optimizers())
+        self._resume(self._make_optimizers())
         return self.best is not None
 
     def score(self) -> Scored:
@@ -371,7 +339,7 @@ class Trainer:
             if command == b"score":
                 self._score()
             else:
-                with self._averaged():
+                with self.average.in_place():
                     self._validation_score()
 
     def dismiss(self) -> None:
@@ -380,7 +348,7 @@ class Trainer:
 
     def _score(self) -> Scored:
         self._ranks.spread(self._weights().values())
-        return self.task.score(self._evaluate)
+        return self.task.score(self.evaluator.evaluate)
 
     def export(self) -> None:
         """Leave the best model in the run's folder, as `write_model` does. After `score`.
@@ -409,7 +377,7 @@ class Trainer:
 
     def _validation_score(self) -> float:
         assert isinstance(self.task, ScoredTask)
-        return self.task.validation_score(self._evaluate)
+        return self.task.validation_score(self.evaluator.evaluate)
 
     def _is_better(self, point: Point) -> bool:
         if not math.isfinite(point.valid_loss):
@@ -428,7 +396,7 @@ class Trainer:
             try:
                 return self._accumulate_and_step(optimizers, indices)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self._ranks.size > 1:
                     # The others wait within their step for gradients that do not come.
@@ -470,132 +438,9 @@ class Trainer:
             optimizer.step()
         return total, count
 
-    def _mean_loss(self, split: str) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = self.task.evaluation_batches(split)
-        for batch in self._own(batches):
-            for _, loss in self._evaluate_batch(split, batch, self._summed_loss):
-                total += loss
-        return self._ranks.add(total).item() / sum(self.task.predicted(split, batch) for batch in batches)
-
-    def _summed_loss(self, batch: Batch) -> Tensor:
-        return self.task.losses(batch).sum(dtype=torch.float64)
-
-    def _own(self, batches: Sequence[Indices]) -> Sequence[Indices]:
-        """The batches that this process evaluates."""
-        return batches[self._ranks.rank :: self._ranks.size]
-
-    def _evaluate(self, split: str, compute: Callable[[Batch], Tensor]) -> Iterator[tuple[Indices, Tensor]]:
-        """What `compute` gives for each evaluation batch of a split, in order. See `tasks.base.Evaluate`."""
-        batches = self.task.evaluation_batches(split)
-        if self._ranks.size == 1:
-            for batch in batches:
-                yield from self._evaluate_batch(split, batch, compute)
-            return
-        answers = [list(self._evaluate_batch(split, batch, compute)) for batch in self._own(batches)]
-        by_rank = [_unpacked(content) for content in self._ranks.gather(_packed(answers))]
-        for number in range(len(batches)):
-            yield from by_rank[number % self._ranks.size][number // self._ranks.size]
-
-    @torch.no_grad()
-    def _evaluate_batch(
-        self, split: str, batch: Indices, compute: Callable[[Batch], Tensor]
-    ) -> Iterator[tuple[Indices, Tensor]]:
-        """Without dropout, in as many parts as fit in memory."""
-        self._model.eval()
-        waiting = [batch]
-        while waiting:
-            indices = waiting.pop()
-            try:
-                there = self.task.batch(split, indices).to(self.device)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-                    answer = compute(there)
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                if len(indices) == 1 and self._ranks.size > 1:
-                    raise self._begin_smaller(error, 0) from error
-                if len(indices) == 1:
-                    raise OutOfMemoryError(str(error).splitlines()[0]) from error
-                half = math.ceil(len(indices) / 2)
-                waiting += [indices[half:], indices[:half]]
-                continue
-            self._pulse()
-            yield indices, answer
-
-    def _optimizers(self) -> Optimizers:
-        """AdamW (Loshchilov & Hutter, 2019) and, for hidden matrices, Muon (see `muon`).
-
-        Biases, gains and other vectors are not decayed.
-        """
-        settings = self.settings
-        hidden = architecture.hidden_matrices(self.task.model) if settings.optimizer == "muon" else []
-        apart = {id(parameter) for parameter in hidden}
-        others = [parameter for parameter in self._trained.values() if id(parameter) not in apart]
-        groups = [
-            {"params": [p for p in others if p.dim() >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        adamw = torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            fused=True,
-        )
-        if not hidden:
-            return {"optimizer": adamw}
-        muon = Muon(
-            hidden,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            dtype=getattr(torch, self.precision["muon"]),
-        )
-        return {"optimizer": adamw, "muon": muon}
-
-    def _learning_rate(self, step: int) -> float:
-        """Linear warm-up to the peak, then the schedule down to `final_lr_fraction` of it at the last step."""
-        settings = self.settings
-        if step < self._warmup_steps:
-            return self._shortening * settings.learning_rate * (step + 1) / self._warmup_steps
-        floor = settings.final_lr_fraction if settings.schedule != "constant" else 1.0
-        scheduled = settings.learning_rate * (floor + (1.0 - floor) * self._decay(step))
-        return min(scheduled, max(self._shortening * scheduled, settings.learning_rate * settings.final_lr_fraction))
-
-    def _shorten(self, step: int) -> float:
-        """What the learning rate is multiplied by: it falls in a straight line when the run's time is short.
-
-        A run that is cut down to size by such a cool-down ends near where one ends that was planned so (Hägele et al.,
-        Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, NeurIPS 2024).
-        """
-        if self._time_left is None:
-            return 1.0
-        left = self._time_left()
-        spent, steps = self._time_given - left, step - self._first_step
-        fits = steps and spent / steps * (self.total_steps - step) < left
-        share = 1.0 if fits and not self.is_shortened else left / (COOL_DOWN * self._time_given)
-        share = self._ranks.largest(round(1e6 * min(1.0, max(0.0, share))) if not self._ranks.rank else 0) / 1e6
-        self.is_shortened = self.is_shortened or share < 1.0
-        return share
-
-    def decay_to_come(self, step: int) -> float:
-        """Part of the learning rate's decay that is left at a step: 1 before it begins, 0 where there is none."""
-        if self.settings.schedule == "constant" or self.settings.final_lr_fraction == 1.0:
-            return 0.0
-        return 1.0 if step < self._warmup_steps else self._decay(step)
-
-    @property
-    def _warmup_steps(self) -> int:
-        return round(self.settings.warmup_fraction * self.total_steps)
-
-    def _decay(self, step: int) -> float:
-        """From 1 at the end of the warm-up to 0 at the last step, or always 1."""
-        progress = min(1.0, (step - self._warmup_steps) / max(1, self.total_steps - 1 - self._warmup_steps))
-        return {
-            "constant": 1.0,
-            "linear": 1.0 - progress,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-        }[self.settings.schedule]
+    def _make_optimizers(self) -> Optimizers:
+        dtype = getattr(torch, self.precision["muon"])
+        return make_optimizers(self.task.model, self._trained.values(), self.settings, muon_dtype=dtype)
 
     def _keep(self, point: Point) -> None:
         """Make these weights the best so far, in memory; `_checkpoint` brings them to the disk."""
@@ -633,19 +478,17 @@ class Trainer:
         loss_sum = self._ranks.add(self._loss_sum.clone()).item()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the best weights may be on their way
-        random_states = self._random_states()
+        torch_states = random_states.torch_states(self.device, self._ranks.gather)
         if self._ranks.rank:
             return
         if self.best is not None and self._best_file is None:
             self._best_file = checkpoints.write(self.folder, "best", self.best.step, self._best_weights, {})
-        numpy_state = np.random.get_state(legacy=False)
-        words = numpy_state["state"]
         tensors = {f"model.{name}": value for name, value in self._weights().items()}
-        tensors |= {f"average.{name}": value for name, value in self._average.items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.tensors.items()}
         for kind, optimizer in optimizers.items():
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{kind}.{number}.{name}": value for name, value in state.items()}
-        tensors |= random_states
+        tensors |= torch_states
         facts = {
             "origin": self._origin,
             "position": {**asdict(self._position), "seconds": self.seconds},
@@ -655,8 +498,7 @@ class Trainer:
             "best_file": self._best_file,
             "curve": [asdict(point) for point in self.curve],
             "order": order,
-            "random_python": random.getstate(),
-            "random_numpy": {**numpy_state, "state": {**words, "key": words["key"].tolist()}},
+            **random_states.python_states(),
         }
         last = checkpoints.names(self.folder, "resume")[-1:]
         name = checkpoints.write(self.folder, "resume", step, tensors, facts)
@@ -675,17 +517,6 @@ class Trainer:
         bests = [best for best in self._best_of.values() if best is not None]
         checkpoints.forget(self.folder, keep=[*states, *bests])
 
-    def _random_states(self) -> dict[str, Tensor]:
-        """The random states of torch in all processes."""
-        kinds = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            kinds["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
-            _random_name(kind, rank): torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            for kind, state in kinds.items()
-            for rank, content in enumerate(self._ranks.gather(state.numpy().tobytes()))
-        }
-
     def _resume(self, optimizers: Optimizers) -> _Position:
         """Take up the newest whole state of this run, if there is one; returns where the run is then."""
         self._began = self._saved = time.perf_counter()
@@ -694,7 +525,7 @@ class Trainer:
         else:
             self._resume_newest(optimizers)
         self._shrink_micro_batch()
-        self._first_step = self._position.step
+        self.schedule.begin_at(self._position.step)
         return self._position
 
     def _resume_newest(self, optimizers: Optimizers) -> None:
@@ -736,8 +567,7 @@ class Trainer:
         best: dict[str, Tensor],
     ) -> None:
         self._restore(_below(tensors, "model."))
-        for name, value in _below(tensors, "average.").items():
-            self._average[name].copy_(value)
+        self.average.restore(_below(tensors, "average."))
         for kind, optimizer in optimizers.items():
             parts: dict[int, dict[str, Tensor]] = {}
             for name, value in _below(tensors, f"{kind}.").items():
@@ -752,63 +582,8 @@ class Trainer:
         self.best = Point(**facts["best_point"]) if facts["best_point"] else None
         self._best_weights = best
         self._order.bit_generator.state = facts["order"]
-        # A run that had fewer processes has no states for the others.
-        if (name := _random_name("torch", self._ranks.rank)) in tensors:
-            torch.set_rng_state(tensors[name])
-        if (name := _random_name("cuda", self._ranks.rank)) in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[name], self.device)
-        version, internal, gauss = facts["random_python"]
-        random.setstate((version, tuple(internal), gauss))
-        numpy_state = facts["random_numpy"]
-        key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-        np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+        random_states.restore(tensors, facts, rank=self._ranks.rank, device=self.device)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-@cache
-def _average_power(width: float) -> float:
-    """The exponent of an average whose weights have this standard deviation, as a part of the steps so far.
-
-    The positive root of a cubic: Karras et al. (arXiv 2312.02696), algorithm 2.
-    """
-    return float(np.roots([1.0, 7.0, 16.0 - width**-2, 12.0 - width**-2]).real.max())
-
-
-def _random_name(kind: str, rank: int) -> str:
-    return f"random.{kind}.{rank}" if rank else f"random.{kind}"
-
-
-Answers = list[list[tuple[Indices, Tensor]]]
-"""What a process found for each of its evaluation batches, in parts."""
-
-
-def _packed(answers: Answers) -> bytes:
-    arrays: dict[str, Any] = {}
-    for number, parts in enumerate(answers):
-        for part, (indices, answer) in enumerate(parts):
-            arrays[f"{number}.{part}.indices"] = indices
-            arrays[f"{number}.{part}.answer"] = answer.cpu().numpy()
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    return content.getvalue()
-
-
-def _unpacked(content: bytes) -> Answers:
-    answers: Answers = []
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        for name in arrays.files:
-            number, _, kind = name.split(".")
-            if kind == "indices":
-                indices = arrays[name]
-                continue
-            while len(answers) <= int(number):
-                answers.append([])
-            answers[int(number)].append((indices, torch.from_numpy(arrays[name])))
-    return answers
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

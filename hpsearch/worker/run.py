@@ -34,14 +34,9 @@ from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialSta
 from hpsearch.spec.sections import OverfitRule
 from hpsearch.training import checkpoints
 from hpsearch.training.devices import describe_cpu, device_name, peak_memory, pick_device
+from hpsearch.training.evaluation import OutOfMemoryError
 from hpsearch.training.ranks import Ranks
-from hpsearch.training.trainer import (
-    Order,
-    OutOfMemoryError,
-    PreemptedError,
-    SmallerMicroBatchError,
-    Trainer,
-)
+from hpsearch.training.trainer import Order, PreemptedError, SmallerMicroBatchError, Trainer
 from hpsearch.worker.reasons import ending, is_broken, why
 from hpsearch.worker.setup import build_trainer
 from hpsearch.worker.team import ProcessLostError, Team, together
@@ -190,7 +185,7 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
                 trainer.total_evaluations,
                 rule,
                 evaluations_per_epoch=per_epoch,
-                decay_to_come=trainer.decay_to_come(point.step),
+                decay_to_come=trainer.schedule.decay_to_come(point.step),
             )
             stops = judgement.stops and (config.rule is not None or is_broken(judgement))
             if point.evaluation > trainer.resumed_evaluations:

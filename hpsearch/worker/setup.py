@@ -13,12 +13,9 @@ from hpsearch.records import (
 )
 from hpsearch.tasks import build_task
 from hpsearch.training.devices import pick_device, use_memory
+from hpsearch.training.random_states import seed_everything
 from hpsearch.training.ranks import Ranks
-from hpsearch.training.trainer import (
-    Order,
-    Trainer,
-    seed_everything,
-)
+from hpsearch.training.trainer import Order, Trainer
 
 
 def build_trainer(

@@ -44,7 +44,8 @@ from hpsearch.records import TrialConfig
 from hpsearch.spec.sections import DataSpec, TokenizerSpec
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
 from hpsearch.spec.study import StudySpec
-from hpsearch.training.trainer import Trainer, seed_everything
+from hpsearch.training.random_states import seed_everything
+from hpsearch.training.trainer import Trainer
 
 AUTO: dict[str, Any] = {
     "causal_lm": auto.AutoModelForCausalLM,

@@ -15,9 +15,11 @@ from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm import CausalLM
 from hpsearch.training.devices import peak_memory, pick_device, use_memory
+from hpsearch.training.evaluation import OutOfMemoryError
 from hpsearch.training.memory import CONTEXT_BYTES, PeakMemory
+from hpsearch.training.random_states import seed_everything
 from hpsearch.training.ranks import lead
-from hpsearch.training.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
+from hpsearch.training.trainer import Order, PreemptedError, Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 

@@ -25,7 +25,8 @@ from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.base import bucketed, within_budget
 from hpsearch.tasks.classification import Classification
 from hpsearch.tasks.translation import Translation
-from hpsearch.training.trainer import Trainer, seed_everything
+from hpsearch.training.random_states import seed_everything
+from hpsearch.training.trainer import Trainer
 from hpsearch.worker.run import run_trial
 
 RUN = RunSettings(learning_rate=3e-3, batch_size=16, num_epochs=1, evaluations_per_epoch=1)
@@ -94,11 +95,11 @@ def test_padding_and_bucketing_change_no_loss(pairs: Path, areas: Path, tmp_path
         if classifies
         else translation(pairs, BART.model_copy(update={"architecture": kind, "init_std": None}))
     )
-    own = trainer(task, tmp_path)._mean_loss("validation")
+    own = trainer(task, tmp_path).evaluator.mean_loss("validation")
     task.evaluation_batches = lambda split: list(each_alone(task, split))
-    alone = trainer(task, tmp_path)._mean_loss("validation")
+    alone = trainer(task, tmp_path).evaluator.mean_loss("validation")
     task.evaluation_batches = lambda split: [np.arange(task.num_examples[split])]
-    together = trainer(task, tmp_path)._mean_loss("validation")
+    together = trainer(task, tmp_path).evaluator.mean_loss("validation")
     assert own == pytest.approx(alone, rel=1e-5)
     assert own == pytest.approx(together, rel=1e-5)
 

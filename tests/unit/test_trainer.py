@@ -31,7 +31,9 @@ from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSetting
 from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm import CausalLM
 from hpsearch.training import checkpoints
-from hpsearch.training.trainer import Order, OutOfMemoryError, PreemptedError, Trainer, seed_everything
+from hpsearch.training.evaluation import OutOfMemoryError
+from hpsearch.training.random_states import seed_everything
+from hpsearch.training.trainer import Order, PreemptedError, Trainer
 from hpsearch.worker.run import run_trial
 from tests.conftest import drain
 
@@ -159,13 +161,13 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(make: Callable[...,
         update={"schedule": schedule, "warmup_fraction": 0.25, "final_lr_fraction": 0.2, "num_epochs": 4}
     )
     trainer = make(run)
-    rates = [trainer._learning_rate(step) for step in range(trainer.total_steps)]
+    rates = [trainer.schedule.learning_rate(step) for step in range(trainer.total_steps)]
     warmup = round(0.25 * len(rates))
     assert max(rates) == pytest.approx(1e-2)
     assert all(later > earlier for earlier, later in pairwise(rates[:warmup]))
     assert all(later <= earlier for earlier, later in pairwise(rates[warmup:]))
     assert rates[-1] == pytest.approx(1e-2 if schedule == "constant" else 2e-3)
-    left = [trainer.decay_to_come(step) for step in range(trainer.total_steps + 1)]
+    left = [trainer.schedule.decay_to_come(step) for step in range(trainer.total_steps + 1)]
     if schedule == "constant":
         assert set(left) == {0.0}
         return
@@ -175,7 +177,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(make: Callable[...,
 
 
 def test_only_matrices_are_decayed(make: Callable[..., Trainer]) -> None:
-    optimizers = make(RUN.model_copy(update={"weight_decay": 0.1}))._optimizers()
+    optimizers = make(RUN.model_copy(update={"weight_decay": 0.1}))._make_optimizers()
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     assert {(parameter.dim(), group["weight_decay"]) for group in groups for parameter in group["params"]} == {
         (2, 0.1),
@@ -210,13 +212,13 @@ def test_what_is_judged_and_kept_is_the_average_of_the_weights(
 ) -> None:
     trainer = make(RUN.model_copy(update={"weight_average": 0.25}))
     weights: list[list[torch.Tensor]] = []
-    update = trainer._update_average
+    update = trainer.average.update
 
-    def note_and_update() -> None:
+    def note_and_update(step: int) -> None:
         weights.append([value.detach().clone() for value in trainer._trained.values()])
-        update()
+        update(step)
 
-    monkeypatch.setattr(trainer, "_update_average", note_and_update)
+    monkeypatch.setattr(trainer.average, "update", note_and_update)
     last = list(trainer.points())[-1]
     # The share of each step's weights is the power law's, whose deviation is a quarter of the steps.
     count = len(weights)
@@ -228,7 +230,7 @@ def test_what_is_judged_and_kept_is_the_average_of_the_weights(
     for number, value in enumerate(trainer._trained.values()):
         steps = torch.stack([there[number] for there in weights]).movedim(0, -1)
         value.data.copy_(steps @ torch.tensor(shares, dtype=steps.dtype))
-    assert trainer._mean_loss("validation") == pytest.approx(last.valid_loss, rel=1e-4)
+    assert trainer.evaluator.mean_loss("validation") == pytest.approx(last.valid_loss, rel=1e-4)
     plain = list(make(RUN.model_copy(update={"weight_average": 0.0})).points())[-1]
     assert plain.train_loss == last.train_loss, "training itself goes on from the last weights"
     assert plain.valid_loss != last.valid_loss
@@ -242,7 +244,7 @@ def test_the_best_checkpoint_is_scored_not_the_last(make: Callable[..., Trainer]
     assert trainer.best.valid_loss == min(point.valid_loss for point in points)
     assert trainer.best.evaluation < len(points), "this run is made to overfit"
     trainer.score()
-    assert trainer._mean_loss("validation") == trainer.best.valid_loss
+    assert trainer.evaluator.mean_loss("validation") == trainer.best.valid_loss
 
 
 def test_the_scores_are_transformers_own_loss_on_the_exported_folder(config: TrialConfig) -> None:
@@ -515,13 +517,13 @@ def test_a_run_whose_time_is_short_has_its_learning_rate_brought_down_to_its_end
     def counted(*arguments: Any) -> Any:
         nonlocal steps
         steps += 1
-        rates.append(trainer._learning_rate(trainer._position.step))
+        rates.append(trainer.schedule.learning_rate(trainer._position.step))
         return step(*arguments)
 
     trainer._step = counted  # type: ignore[method-assign]
     points = list(trainer.points())
     assert points[-1].epoch < 40
-    assert trainer.is_shortened
+    assert trainer.schedule.is_shortened
     peak = run.learning_rate
     assert rates[:10] == [peak] * 10
     assert all(later < earlier for earlier, later in pairwise(rates[10:]))
@@ -533,4 +535,4 @@ def test_a_run_that_has_time_enough_keeps_its_schedule(make: Callable[..., Train
     trainer = make(time_left=lambda: 1e6)
     as_planned = losses(make().points())
     assert losses(trainer.points()) == as_planned
-    assert not trainer.is_shortened
+    assert not trainer.schedule.is_shortened
