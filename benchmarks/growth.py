@@ -32,6 +32,7 @@ from hpsearch.records import Point, Progress, TrialResult, TrialState
 from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
 from hpsearch.spec.sections import OverfitRule
+from hpsearch.store.leases import owner_of
 from hpsearch.store.store import Store
 
 STUDY = """
@@ -146,7 +147,7 @@ def measure_trials(file: Path, url: str) -> tuple[float, float, float, float]:
         with closing(Search(spec, url, write=outbox.put)) as search:
             run = StudyRun(
                 spec=spec, study=row, store=store, search=search, outbox=outbox, data=file.parent, threads=1,
-                listen=lambda event: None,
+                owner=owner_of(store, row, 0), listen=lambda event: None,
             )  # fmt: skip
             resumed = time.perf_counter() - began
             cpu, wall = [], []
