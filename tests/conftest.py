@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -89,6 +90,14 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/store.db"
     url: str = request.getfixturevalue("postgres_store")
     return url
+
+
+def command_of(process: psutil.Process) -> str:
+    """The name and command line of a process; nothing of one that has just ended, as Ray's short-lived ones do."""
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.Error:
+        return ""
 
 
 def drain(trial: Generator[Progress, None, TrialResult]) -> tuple[list[Progress], TrialResult]:

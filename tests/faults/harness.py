@@ -25,6 +25,7 @@ import psutil
 import sqlalchemy as sa
 
 import hpsearch
+from tests.conftest import command_of
 
 INJECT = Path(__file__).parent / "inject"
 PATIENCE_S = 240.0
@@ -154,7 +155,7 @@ class Study:
     def children(self, name: str) -> list[psutil.Process]:
         """Processes below the last launch that have a name."""
         below = psutil.Process(self.launches[-1].pid).children(recursive=True)
-        return [child for child in below if name in child.name() or name in " ".join(child.cmdline())]
+        return [child for child in below if name in command_of(child)]
 
     def end(self) -> None:
         for process in self.launches:

@@ -344,14 +344,16 @@ def test_a_worker_hangs(suffer: Suffer, survive: Survive, only_first: bool) -> N
 @long
 @pytest.mark.parametrize("seconds", [3600, -3600])
 def test_the_clock_jumps(suffer: Suffer, survive: Survive, tmp_path: Path, seconds: int) -> None:
-    clock = tmp_path / "clock"
-    study = suffer(backend="inline", clock=wrong_clock(clock), pace=1.0)
+    clock, hold = tmp_path / "clock", tmp_path / "hold"
+    study = suffer(backend="inline", clock=wrong_clock(clock), faults={"hold": str(hold)})
     first = study.launch()
     study.wait_for_epochs(3, first)
     clock.write_text(f"{seconds:+d}")
     row = Row(f"clock moved by {seconds / 3600:+.0f} h", seconds=Stopwatch(study).next_epoch(first))
+    hold.touch()  # or the first has ended before the second has asked
     second = study.launch()
     assert second.wait(120) == 4, "the first is alive, whatever the clock says"
+    hold.unlink()
     study.launches.reverse()
     survive(study.judge(row, first.wait(240)))
     assert row.repeated == 0

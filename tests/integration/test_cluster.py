@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 import hpsearch as package
-from tests.conftest import TINY
+from tests.conftest import TINY, command_of
 from tests.object_store import BUCKET, ObjectStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -225,11 +225,8 @@ def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tm
         )  # fmt: skip
 
     def on_the_last_node() -> set[int]:
-        workers = {
-            child.pid
-            for child in psutil.Process(cluster.nodes[2].pid).children(recursive=True)
-            if "Trainable" in child.name() + " ".join(child.cmdline())
-        }
+        below = psutil.Process(cluster.nodes[2].pid).children(recursive=True)
+        workers = {child.pid for child in below if "Trainable" in command_of(child)}
         found = set()
         for file in (cluster.root / "shared").glob("tiny-*/trial-*/pulse.json"):
             try:
@@ -327,7 +324,7 @@ def test_a_trial_that_loses_one_of_its_processes_goes_on(cluster: Cluster, study
         if "evaluation 10 " not in log:
             return None
         family = psutil.Process(cluster.nodes[0].pid).children(recursive=True)
-        return next((child for child in family if "_Follower" in "".join(child.cmdline())), None)
+        return next((child for child in family if "_Follower" in command_of(child)), None)
 
     cluster.wait_for(follower).kill()
     _, said = launched.communicate(timeout=200)

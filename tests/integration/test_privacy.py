@@ -12,13 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from hpsearch.files.scratch import is_same_user, private_folder
+from tests.conftest import command_of
 from tests.faults.harness import Study
 
 pytestmark = pytest.mark.slow
@@ -96,12 +96,7 @@ def test_the_ports_of_a_launch_are_rays_own_and_its_server_asks_for_a_token(
 ) -> None:
     _, process, _ = launched
     children = psutil.Process(process.pid).children(recursive=True)
-    # Ray's short-lived processes may end while they are looked at; ours live as long as the launch trains.
-    ours = []
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            if any("fork_server" in part for part in child.cmdline()):
-                ours.append(child)
+    ours = [child for child in children if "fork_server" in command_of(child)]
     assert len(ours) > 1, "the server and the forks that train"
     assert [child.pid for child in ours if child.net_connections("inet")] == []
     token = {

@@ -18,7 +18,7 @@ from hpsearch.files.layout import STOP_FILE
 from hpsearch.records import TrialConfig, TrialState
 from hpsearch.spec.load import load_study
 from hpsearch.worker.run import run_trial
-from tests.conftest import TINY, Run, drain
+from tests.conftest import TINY, Run, command_of, drain
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -149,7 +149,9 @@ def test_server_and_forks_end_with_their_launch(tmp_path: Path, configure: Calla
         fork = Fork(address, ENVIRONMENT)
         trial = fork.run_trial(configure(70, num_epochs=200))
         next(trial)
-        servers = [child for child in psutil.Process().children() if "hpsearch.backends.fork_server" in child.cmdline()]
+        servers = [
+            child for child in psutil.Process().children() if "hpsearch.backends.fork_server" in command_of(child)
+        ]
         server = next(one for one in servers if fork._pid in [child.pid for child in one.children()])
     assert gone(fork._pid)
     assert not server.is_running()

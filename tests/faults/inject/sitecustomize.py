@@ -1,6 +1,7 @@
 """On PYTHONPATH of what the fault suite starts: slows trials down, logs each epoch, and breaks what FAULTS names.
 
-FAULTS (JSON in the environment): `log` file of epochs; `pace` seconds per evaluation, from trial `pace_from` on; `only_first` attempt breaks;
+FAULTS (JSON in the environment): `log` file of epochs; `pace` seconds per evaluation, from trial `pace_from` on; `hold`
+a file while which no evaluation is made; `only_first` attempt breaks;
 `trial` that breaks, at `step`, by `break`: nan, hang, oom (micro-batches above `fits`); `full` while that file exists
 the disk is full for checkpoints; `gpus` that a local Ray of 4 CPUs believes to have, of `gpu_bytes`, of which a trial takes
 `example_bytes` for each example of its batch.
@@ -37,6 +38,8 @@ def patch_trainer(module: Any) -> None:
     def logged(self: Any) -> Any:
         number, attempt = identity(self)
         time.sleep(FAULTS.get("pace", 0.0) if number >= FAULTS.get("pace_from", 0) else 0.0)
+        while os.path.exists(FAULTS.get("hold", "")):
+            time.sleep(0.1)
         point = evaluate(self)
         line = {"pid": os.getpid(), "trial": number, "attempt": attempt, "evaluation": point.evaluation}
         with open(FAULTS["log"], "a") as log:
