@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-architectures test-faults test-nightly test-pretrained check format screenshots bench bench-anytime bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
+.PHONY: help demo docs test test-fast test-architectures test-faults test-nightly test-pretrained check format screenshots bench bench-anytime bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ check: .venv/.dev ## Lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.dev ## Write the reference pages and build the site into build/docs; a broken link is an error
+	$(BIN)/python -m docs.reference
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 format: .venv/.dev ## Format the code and sort imports
 	$(BIN)/ruff check --fix .

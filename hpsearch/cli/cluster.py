@@ -79,7 +79,7 @@ def jobs(address: str | None, as_json: bool) -> None:
 @click.argument("trial", required=False, type=TRIAL_NUMBER)
 @cluster_option
 @store_option
-@click.option("--follow", "-f", is_flag=True, help="Go on until it ends; of a job, end in its exit code.")
+@click.option("--follow", "-f", is_flag=True, help="Continue until it ends; of a job, end in its exit code.")
 @json_option
 def logs(name: str, trial: int | None, address: str | None, store: str | None, follow: bool, as_json: bool) -> int:
     """Print the log of a job, or of one trial of a study."""
@@ -104,7 +104,7 @@ def logs(name: str, trial: int | None, address: str | None, store: str | None, f
 @click.argument("job_id", metavar="JOB")
 @cluster_option
 def stop(job_id: str, address: str | None) -> None:
-    """Stop a job. Its trials write a checkpoint first, and the next launch of the study goes on with them."""
+    """Stop a job. Its trials write a checkpoint first, and the next launch of the study resumes them."""
     from hpsearch import api
 
     job = api.stop(job_id, address=address)

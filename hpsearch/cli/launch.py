@@ -20,7 +20,7 @@ from hpsearch.errors import (
 @study_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, as `check`.")
 @click.option("--extend", is_flag=True, help="Accept a larger budget or a wider space than the study has.")
-@click.option("--restart", is_flag=True, help="Put the study of this name aside, under another name, and begin anew.")
+@click.option("--restart", is_flag=True, help="Archive the study of this name under another name, and start a new one.")
 @click.option("--yes", is_flag=True, help="Do not ask before --restart.")
 @track_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
@@ -38,9 +38,9 @@ def launch(
     track: tuple[str, ...],
     **options: Any,
 ) -> int:
-    """Run a study to the end of its budget, or go on with one that was stopped.
+    """Run a study to the end of its budget, or resume one that was stopped.
 
-    Ends with the leaderboard. Ctrl-C lets the running trials write a checkpoint; the same command goes on from there.
+    Ends with the leaderboard. Ctrl-C lets the running trials write a checkpoint; the same command resumes from there.
     """
     if dry_run:
         return _check(study_file, as_json, options, extend=extend)
@@ -75,12 +75,12 @@ def _start_over(stopped_with: int | None) -> None:
     """
     if stopped_with is not None:
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-        print(f"{show_cursor}stopped. To go on:\n  {command_again()}", file=sys.stderr, flush=True)
+        print(f"{show_cursor}stopped. To resume:\n  {command_again()}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(stopped_with)
     restarts = int(os.environ.get(_RESTARTS, 0)) + 1
     if restarts > MAX_RESTARTS:
-        print(f"Error: Ray was lost {restarts} times; launch again to go on", file=sys.stderr, flush=True)
+        print(f"Error: Ray was lost {restarts} times; launch again to resume", file=sys.stderr, flush=True)
         os._exit(EXIT_CLUSTER)
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
     print(f"{show_cursor}Ray was lost; starting it anew ({restarts} of {MAX_RESTARTS})", file=sys.stderr, flush=True)
@@ -97,8 +97,8 @@ def _put_aside(study_file: str, options: dict[str, Any], yes: bool) -> None:
     spec = load_study(study_file, **options)
     if not yes:
         if not sys.stdin.isatty():
-            raise click.UsageError("--restart asks before it puts a study aside; give --yes where nobody can answer")
-        click.confirm(f"Put the study '{spec.name}' aside and begin anew? Nothing is deleted.", abort=True, err=True)
+            raise click.UsageError("--restart asks before it archives a study; give --yes where nobody can answer")
+        click.confirm(f"Archive the study '{spec.name}' and start a new one? Nothing is deleted.", abort=True, err=True)
     archived = api.archive(spec.name, store=spec.store)
     if archived:
         print(f"the old study is kept as '{archived}'", file=sys.stderr)
@@ -114,7 +114,7 @@ def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
     else:
         print_board(board)
     if study.stop_reason and not quiet:
-        print(f"\n{study.stop_reason}. To go on:\n  {command_again()}", file=sys.stderr)
+        print(f"\n{study.stop_reason}. To resume:\n  {command_again()}", file=sys.stderr)
     elif study.exit_code and not quiet:
         print("\nMost trials failed, or none can be ranked: see `hpsearch show STUDY TRIAL`.", file=sys.stderr)
 

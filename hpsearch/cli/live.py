@@ -123,7 +123,7 @@ def describe(event: Event) -> str:
     if event.kind == "study":
         data = facts["data"]
         again = f", {facts['finished']} done before" if facts["finished"] else ""
-        again += f", {facts['resumed']} to be taken up again" if facts["resumed"] else ""
+        again += f", {facts['resumed']} to be resumed" if facts["resumed"] else ""
         return (
             f"study {facts['name']}: {facts['budget']} trials{again} on {facts['where']}; "
             f"{data['tokens']['train']:,} training tokens; store {facts['store']}"
@@ -132,7 +132,7 @@ def describe(event: Event) -> str:
         params = ", ".join(f"{name}={short(value)}" for name, value in facts["params"].items())
         again = f", trial {facts['repeat_of']} with a new seed" if facts["repeat_of"] is not None else ""
         again += f", attempt {facts['attempt']}" if facts["attempt"] > 1 else ""
-        verb = "started" if facts["attempt"] == 1 else "goes on"
+        verb = "started" if facts["attempt"] == 1 else "resumes"
         return f"trial {event.trial} {verb}{again}: {plain(params)}"
     if event.kind == "point":
         point = facts["point"]

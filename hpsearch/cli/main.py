@@ -22,15 +22,15 @@ from hpsearch.errors import (
 EXIT_CODES = """\b
 Exit codes:
   0  finished
-  1  doctor found something that it did not mend
+  1  doctor found something that it did not repair
   2  the command, the study file or the data cannot be used as given
   3  finished, but no trial can be ranked or more than half of them failed
   4  another driver holds the study
   69 the store cannot be reached, read or written
   70 a bug of hpsearch
   74 files of the run cannot be written
-  75 Ray could not be started or was lost; launch again to go on
-  129, 130, 143 stopped by SIGHUP, SIGINT or SIGTERM; launch again to go on"""
+  75 Ray could not be started or was lost; launch again to resume
+  129, 130, 143 stopped by SIGHUP, SIGINT or SIGTERM; launch again to resume"""
 
 
 class Group(click.Group):

@@ -59,7 +59,7 @@ def schema() -> None:
 def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: bool) -> None:
     """Remove the checkpoints of a study that are not among the best, and files that belong to no trial.
 
-    A running study does this by itself. What a trial that has not ended needs to go on is never removed.
+    A running study does this by itself. What an unfinished trial needs to resume is never removed.
     """
     from hpsearch import api
     from hpsearch.cli import output
@@ -92,13 +92,13 @@ def retry(study: str, trials: tuple[int, ...], store: str | None) -> None:
 
 @click.command()
 @click.argument("study", required=False)
-@click.option("--repair", is_flag=True, help="Mend what can be mended without a guess.")
+@click.option("--repair", is_flag=True, help="Repair what needs no guess.")
 @store_option
 @json_option
 def doctor(study: str | None, repair: bool, store: str | None, as_json: bool) -> int:
     """Check that a store is whole: states, curves, ranking, files, leases, and what Optuna's tables say.
 
-    Looks at every study, or at one. Ends in 0 when there is nothing to say or everything was mended, else in 1.
+    Looks at every study, or at one. Ends in 0 when there is nothing to say or everything was repaired, else in 1.
     """
     from hpsearch import api
     from hpsearch.cli import output
@@ -110,10 +110,10 @@ def doctor(study: str | None, repair: bool, store: str | None, as_json: bool) ->
         for finding in findings:
             whose = finding.study + ("" if finding.trial is None else f", trial {finding.trial}")
             print(plain(f"{whose}: {finding.problem}"))
-            print(plain(f"    {'mended' if finding.repaired else 'remedy'}: {finding.remedy}"))
+            print(plain(f"    {'repaired' if finding.repaired else 'remedy'}: {finding.remedy}"))
         mendable = sum(finding.can_repair and not finding.repaired for finding in findings)
         if not findings:
             print("nothing is wrong")
         elif mendable:
-            print(f"{mendable} of {len(findings)} can be mended with --repair")
+            print(f"{mendable} of {len(findings)} can be repaired with --repair")
     return 0 if all(finding.repaired for finding in findings) else EXIT_FOUND

@@ -49,7 +49,7 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
 @click.argument("study")
 @store_option
 def watch(study: str, store: str | None) -> None:
-    """Look on while a study runs, on any machine that reaches its store; ends when it is finished."""
+    """Watch a study run, on any machine that reaches its store; ends when it is finished."""
     from hpsearch import api
     from hpsearch.cli import live
 
@@ -112,8 +112,8 @@ def compare(study: str, first: int, second: int, store: str | None, as_json: boo
 @click.command()
 @click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
 @store_option
-@click.option("--top", type=COUNT, help="Only the best so many.")
-@click.option("--mixed", is_flag=True, help="Rank scores together that are no like for like.")
+@click.option("--top", type=COUNT, help="Only the best n.")
+@click.option("--mixed", is_flag=True, help="Rank scores together that are not comparable.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @json_option

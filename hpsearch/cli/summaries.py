@@ -49,7 +49,7 @@ def status_report(found: dict[str, Any]) -> str:
             f"last sign of life {found['heartbeat_at']:%H:%M:%S}"
         )
     else:
-        lines.append("driver  none: " + ("it is finished" if found["is_finished"] else "launch it to go on"))
+        lines.append("driver  none: " + ("it is finished" if found["is_finished"] else "launch it to resume"))
     if left is not None:
         lines.append(f"left    about {left / 60:.0f} minutes" if left >= 90 else f"left    about {left:.0f} seconds")
     return "\n".join(plain(line) for line in lines)

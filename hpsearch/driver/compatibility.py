@@ -58,8 +58,8 @@ def _refuse_other_folder(store: Store, row: Row, spec: StudySpec) -> None:
     raise UsageError(
         f"study '{spec.name}' is in the store already: {lease['holder']} launched it at "
         f"{lease['acquired_at']:%Y-%m-%d %H:%M} UTC, and its files lie in {theirs}, not in {ours}.\n"
-        f"Give the new study a name of its own with --name. To go on with that one, give --folder {theirs} where this "
-        f"machine reaches it, or --folder {spec.folder} to train its unfinished trials anew"
+        f"Give the new study a name of its own with --name. To resume that one, give --folder {theirs} where this "
+        f"machine reaches it, or --folder {spec.folder} to train its unfinished trials from the start"
     )
 
 
@@ -83,12 +83,12 @@ def refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
         return
     heading = f"study '{spec.name}' is in the store already, from a file that says something else:\n{changed}\n"
     if not problems:
-        raise UsageError(f"{heading}This only widens it: give --extend to go on with it so")
+        raise UsageError(f"{heading}This only widens it: give --extend to accept that")
     if extend:
         raise UsageError(f"{heading}--extend takes a larger budget or a wider space only:\n" + "\n".join(problems))
     raise UsageError(
-        f"{heading}Undo the change to go on with it, give the new study a name of its own with --name, or put the old "
-        "one aside with --restart"
+        f"{heading}Undo the change to resume it, give the new study a name of its own with --name, or archive the "
+        "old one with --restart"
     )
 
 

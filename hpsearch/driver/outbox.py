@@ -111,7 +111,7 @@ class Outbox:
                     raise
                 if not noted and away_s > _SILENCE_S:
                     noted = True
-                    self._note(f"{error}. Trials go on, and what they report waits; trying again")
+                    self._note(f"{error}. Trials continue, and what they report waits; trying again")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             else:

@@ -352,7 +352,7 @@ class StudyRun:
             return
         if result.needed_bytes is not None and not self._disk.is_full:
             self._disk.begin(result.needed_bytes)
-            self._note(f"{result.reason}: no new trial starts until there is; make room, and the study goes on")
+            self._note(f"{result.reason}: no new trial starts until there is; make room, and the study resumes")
         asked = result.needed_bytes is None and self.stop_reason is not None
         self._requeue(number, self.stop_reason or "" if asked else result.reason)
 

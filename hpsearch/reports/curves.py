@@ -78,7 +78,7 @@ def curves(data: StudyData) -> Drawn:
     drawn = len([points for points in data.points.values() if points])
     return Drawn(
         title="Training against validation loss", figure=figure, n=f"{drawn} trials",
-        says="Dotted is training, solid validation: where the dotted line goes on falling and the solid one rises, the "
+        says="Dotted is training, solid validation: where the dotted line keeps falling and the solid one rises, the "
         "run overfits. A star marks the best checkpoint, a cross where the run was pruned. Click a trial to hide it.",
     )  # fmt: skip
 

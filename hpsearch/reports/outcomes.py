@@ -79,7 +79,7 @@ def timeline(data: StudyData) -> Drawn:
     )  # fmt: skip
     return Drawn(
         title="Trials over time", figure=figure, n=f"{len(rows)} trials",
-        says="Gaps are devices that waited; a trial that was taken up again spans its attempts.",
+        says="Gaps are devices that waited; a trial that was resumed spans its attempts.",
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def render_trial(data: StudyData, trial: Row) -> str:
     sections = [facts, _section(1, "Training", trial_figures(data, trial))]
     if trial["error"]:
         sections.append(_Section(id="error", title="Error", facts=[("traceback", trial["error"])]))
-    sections.append(_Section(id="on", title="Go on from here", facts=trial_commands(data.study, trial)))
+    sections.append(_Section(id="on", title="Next steps", facts=trial_commands(data.study, trial)))
     return _document(f"Trial {number} of {name}", sections, is_live=True)
 
 

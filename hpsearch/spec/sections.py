@@ -70,7 +70,7 @@ class DataSpec(Strict):
     target_language: str | None = Field(
         None, description="The language to translate to; it decides what BLEU takes for words, too."
     )
-    max_examples: int | None = Field(None, ge=10, le=MOST, description="Use at most so many examples of each split.")
+    max_examples: int | None = Field(None, ge=10, le=MOST, description="Use at most n examples of each split.")
     fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no validation split.")
     test_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no test split.")
@@ -139,7 +139,7 @@ class LimitSpec(Strict):
         description="A worker that makes no step for so long is ended; its trial is tried again.",
     )
     retries: int = Field(
-        2, ge=0, le=MOST, description="Times that a trial whose worker died goes on from its checkpoint."
+        2, ge=0, le=MOST, description="Times that a trial whose worker died resumes from its checkpoint."
     )
     keep_checkpoints: int = Field(
         5,
@@ -176,7 +176,7 @@ class UnpromisingSpec(Strict):
 
     rule: PrunerName = Field(
         "promote",
-        description="promote: a trial pauses, with its checkpoint, at parts of its run and goes on when it is among "
+        description="promote: a trial pauses, with its checkpoint, at parts of its run and resumes when it is among "
         "the best there. The others end trials for good.",
     )
     startup_trials: int = Field(
@@ -194,7 +194,7 @@ class UnpromisingSpec(Strict):
         3,
         ge=2,
         le=MOST,
-        description="One in so many goes on at each rung (promote, asha, hyperband); of promote more where the order "
+        description="One in n is promoted at each rung (promote, asha, hyperband); of promote more where the order "
         "at a rung is not the order later.",
     )
 

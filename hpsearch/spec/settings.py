@@ -35,7 +35,7 @@ class ModelSettings(Strict):
         ge=0,
         le=MOST,
         description="Transformer blocks; of an encoder-decoder, in each of its halves. By default 2; of a pretrained "
-        "model all, or the first so many.",
+        "model all, or the first n.",
     )
     num_encoder_layers: int | None = Field(None, ge=0, le=MOST, description="Blocks of an encoder-decoder's encoder.")
     num_decoder_layers: int | None = Field(None, ge=0, le=MOST, description="Blocks of an encoder-decoder's decoder.")
@@ -56,7 +56,7 @@ class ModelSettings(Strict):
         0,
         ge=0,
         le=MOST,
-        description="Leave so many of a pretrained model's first blocks as they are (at most all of them).",
+        description="Leave n of a pretrained model's first blocks as they are (at most all of them).",
     )
     lora_rank: int = Field(
         0,

@@ -96,7 +96,7 @@ class StudySpec(Strict):
     enqueue: list[dict[str, Any]] = Field(
         default_factory=list,
         description="Settings to try first, each a mapping from searched settings to values; the sampler fills in what "
-        "one leaves open. May grow while a study goes on.",
+        "one leaves open. May grow from launch to launch.",
     )
     transfer_from: list[str] = Field(
         default_factory=list,

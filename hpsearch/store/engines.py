@@ -29,8 +29,8 @@ CONNECT_S = 10
 ANSWER_S = 15.0
 """A server that says nothing for so long, connected as it is, is away."""
 LOCK_S = 6
-"""What the server waits for a lock. The second of two that wait for one row waits twice: for its turn, then for the row.
-Both together are less than ANSWER_S, so that it is the server that says what the matter is."""
+"""How long the server waits for a lock. The second of two waiters for one row waits twice: for its turn, then for the
+row. Both together are less than ANSWER_S, so that the server reports what is wrong."""
 _STATEMENT_S = 60
 """What the server works for an answer that nobody may be waiting for any more."""
 _GHOST_S = 30

@@ -404,13 +404,13 @@ class Trainer:
                 if self.micro_batch_size == 1:
                     raise OutOfMemoryError(str(error).splitlines()[0]) from error
             self.micro_batch_size = math.ceil(self.micro_batch_size / 2)
-            LOGGER.warning("out of memory; goes on in micro-batches of %d", self.micro_batch_size)
+            LOGGER.warning("out of memory; continues in micro-batches of %d", self.micro_batch_size)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _begin_smaller(self, error: BaseException, size: int) -> SmallerMicroBatchError:
         checkpoints.write_whole(self.folder / MICRO_BATCH, str(size).encode())
-        remedy = f"goes on in micro-batches of {size}" if size else "not even one example fits"
+        remedy = f"continues in micro-batches of {size}" if size else "not even one example fits"
         said = str(error).splitlines()[0]
         return SmallerMicroBatchError(f"out of memory in one of {self._ranks.size} processes; {remedy} ({said})")
 
@@ -538,7 +538,7 @@ class Trainer:
                 continue  # the state before this one may still have its best weights
             self._ranks.tell(str(file).encode())
             self._take_up(optimizers, tensors, facts, best[0] if best else {})
-            LOGGER.info("goes on from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
+            LOGGER.info("resumes from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
             return
         self._ranks.tell(b"")
 

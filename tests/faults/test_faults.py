@@ -111,7 +111,7 @@ def test_a_driver_is_asked_to_stop(suffer: Suffer, survive: Survive, number: sig
     watch = Stopwatch(study)
     first.send_signal(number)
     assert first.wait(60) == code
-    assert "To go on:" in study.errors().read_text() or study.events(0)
+    assert "To resume:" in study.errors().read_text() or study.events(0)
     assert "running" not in states(study)
     second = study.launch()
     row = Row(f"{number.name} of the driver", recovered_by="the same command")
@@ -269,7 +269,7 @@ def test_the_disk_is_full_for_the_store(suffer: Suffer, survive: Survive, tmp_pa
         with suppress(OSError), ballast.open("wb", buffering=0) as stream:
             while True:
                 stream.write(b"0" * 4096)
-        study.wait_for(lambda: any("Trials go on" in event.get("text", "") for event in study.events()), launch)
+        study.wait_for(lambda: any("Trials continue" in event.get("text", "") for event in study.events()), launch)
         row = Row("disk full while writing the store", seconds=Stopwatch(study).next_epoch(launch))
         ballast.unlink()
         survive(study.judge(row, launch.wait(240)))
@@ -315,7 +315,7 @@ def test_memory_runs_out(suffer: Suffer, survive: Survive, fits: int) -> None:
     if fits:
         assert (trial["state"], trial["micro_batch_size"]) == ("completed", 4)
         said = [line["message"] for line in hpsearch.logs("suffering", 1, store=study.store)]
-        assert "out of memory; goes on in micro-batches of 4" in said
+        assert "out of memory; continues in micro-batches of 4" in said
     else:
         assert trial["state"] == "infeasible"
         assert "micro-batch 1" in trial["reason"]

@@ -52,7 +52,7 @@ def test_the_link_to_the_store_hangs_and_a_signal_comes(suffer: Suffer, survive:
     read, seconds = ended_in(lambda: rank(study))
     assert (read, seconds < 30) == (69, True)
     study.wait_for_epochs(WHILE_AWAY, launch)
-    study.wait_for(lambda: noted(study, "Trials go on"), launch)
+    study.wait_for(lambda: noted(study, "Trials continue"), launch)
     launch.send_signal(signal.SIGINT)
     code, seconds = ended_in(lambda: launch.wait(60))
     assert code == 69, study.errors().read_text()
@@ -87,8 +87,8 @@ def test_somebody_locks_the_lease(suffer: Suffer, survive: Survive, postgres_sto
     study.wait_for_epochs(2, launch)
     with sa.create_engine(postgres_store).begin() as other:
         other.execute(sa.text("UPDATE hpsearch_leases SET holder = holder"))
-        study.wait_for(lambda: noted(study, "Trials go on"), launch)
-        assert noted(study, "lock timeout. Trials go on"), study.events()[-1]
+        study.wait_for(lambda: noted(study, "Trials continue"), launch)
+        assert noted(study, "lock timeout. Trials continue"), study.events()[-1]
         code, seconds = ended_in(lambda: study.launch().wait(60))
         assert (code, seconds < 40) == (69, True)
         assert "lock timeout" in study.errors().read_text()
@@ -115,4 +115,4 @@ def test_the_server_only_reads_for_a_while(suffer: Suffer, survive: Survive, pos
         server.close()
     survive(study.judge(row := Row("PostgreSQL only reads for 15 s"), launch.wait(240)))
     assert row.repeated == 0
-    assert noted(study, "read-only transaction. Trials go on")
+    assert noted(study, "read-only transaction. Trials continue")

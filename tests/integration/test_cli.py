@@ -209,7 +209,7 @@ def test_a_signal_ends_cleanly_and_tells_how_to_go_on(
             break
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, "".join(said) + err
-    assert f"stopped by {number.name}. To go on:" in err
+    assert f"stopped by {number.name}. To resume:" in err
     assert f"hpsearch launch {tiny} --backend {backend}" in err
     with sqlite3.connect(tiny.parent / "studies.db") as plain:
         states = {row[0] for row in plain.execute("SELECT state FROM hpsearch_trials")}
@@ -383,6 +383,6 @@ def test_gc_and_doctor_say_what_they_would_do(tiny: Path, tmp_path: Path, hpsear
     sick = hpsearch("doctor", "tiny", *store)
     assert sick.returncode == 1
     assert "its lease is held by" in sick.stdout
-    assert "1 of 1 can be mended with --repair" in sick.stdout
+    assert "1 of 1 can be repaired with --repair" in sick.stdout
     assert hpsearch("doctor", "--repair", *store).returncode == 0
     assert hpsearch("doctor", *store).stdout == "nothing is wrong\n"

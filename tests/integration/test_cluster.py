@@ -204,7 +204,7 @@ def test_a_job_is_listed_asked_after_and_stopped(cluster: Cluster, study: Path, 
     assert cluster.run("stop", "long").returncode == 0
     followed = cluster.run("logs", "long", "--follow")
     assert followed.returncode != 0
-    assert "stopped by SIGTERM. To go on:" in followed.stdout
+    assert "stopped by SIGTERM. To resume:" in followed.stdout
     opened = package.open_study("tiny", store=store)
     assert [trial["state"] for trial in opened.trials()] == ["interrupted"]
     missing = cluster.run("logs", "nope")

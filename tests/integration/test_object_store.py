@@ -136,7 +136,7 @@ def test_a_trial_resumes_from_an_object_store_to_the_bit(
     )
     rest, result = drain(run_trial(again))
     assert "is damaged" in caplog.text
-    assert "goes on from step" in caplog.text
+    assert "resumes from step" in caplog.text
     curve = {one.point.evaluation: (one.point.train_loss, one.point.valid_loss) for one in [*heard, *rest]}
     assert curve == {one.point.evaluation: (one.point.train_loss, one.point.valid_loss) for one in whole}
     assert result.scores == whole_result.scores
@@ -195,7 +195,7 @@ def test_a_killed_launch_goes_on_from_the_object_store(s3: ObjectStore, tmp_path
     resumed = hpsearch("launch", "study.yaml", "--trials", "1", *quiet)
     assert resumed.returncode == 0, resumed.stderr
     said = hpsearch("logs", "tiny", "0", "--store", f"sqlite:///{tmp_path}/studies.db").stdout
-    assert "goes on from step" in said
+    assert "resumes from step" in said
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_store_that_is_away_gets_every_write_when_it_is_back(monkeypatch: pyte
     box.put(lambda: done.append(1))
     box.close()
     assert done == [0, 1]
-    assert notes[0].startswith("the store cannot be used: database is locked. Trials go on")
+    assert notes[0].startswith("the store cannot be used: database is locked. Trials continue")
     assert notes[1].startswith("the store is back after")
     assert len(notes) == 2
 

@@ -270,7 +270,7 @@ def test_memory_trouble_of_one_process_makes_all_begin_again_smaller(
         config = config.model_copy(update={**update, "attempt": attempt + 1, "recorded": len(seen)})
     assert sizes == [3, 1], "a part of 16 examples is 6, then half of it, and half again"
     for words in said:
-        assert words.startswith("preempted: out of memory in one of 3 processes; goes on in ")
+        assert words.startswith("preempted: out of memory in one of 3 processes; continues in ")
     assert result.micro_batch_size == 1
     assert_equal(alone, (seen, result))
 

@@ -396,7 +396,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
             if dead := _dead_processes():
                 self._bridge.lose_cluster(dead, self._scratch)
                 raise ClusterError(
-                    f"Ray's {' and '.join(dead)} died, and the trials on it; they go on at the next launch"
+                    f"Ray's {' and '.join(dead)} died, and the trials on it; they resume at the next launch"
                 )
             for config in run.find_silent():
                 _end_silent(config)
