@@ -18,6 +18,7 @@ from transformers.utils import logging
 from hpsearch.data import pretrained
 from hpsearch.errors import UsageError
 from hpsearch.models.configuration import DROPOUT_NAMES, build_config
+from hpsearch.models.transformers_internals import forget_origin
 from hpsearch.spec.settings import ModelSettings
 
 _ONLY_OF_SAMPLING = (
@@ -64,7 +65,7 @@ def set_generation(model: PreTrainedModel, **values: Any) -> None:
     # What a pretrained model says of another kind of decoding means nothing, and transformers refuses to save it.
     for name, value in {**dict.fromkeys(unused), **values}.items():
         setattr(config, name, value)
-    config._from_model_config = False
+    forget_origin(config)
 
 
 def has_dropout(model: PreTrainedModel) -> bool:

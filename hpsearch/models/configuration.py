@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from hpsearch.data import pretrained
 from hpsearch.data.tokenizers import END_ID
 from hpsearch.errors import UsageError
+from hpsearch.models.transformers_internals import has_model
 from hpsearch.spec.settings import ModelSettings
 
 DROPOUT_NAMES = (
@@ -67,7 +68,7 @@ def build_config(auto_class: Any, settings: ModelSettings, **tokens: Any) -> Pre
         raise UsageError(f"model.architecture: transformers knows no architecture '{architecture}'") from None
     except Exception as error:  # some have no sizes of their own
         raise UsageError(f"model.architecture: '{architecture}' has no configuration to begin with: {error}") from error
-    if type(default) not in auto_class._model_mapping:
+    if not has_model(auto_class, default):
         raise UsageError(f"model.architecture: '{architecture}' has no {kind(auto_class)} model in transformers")
     values = {
         **_shape(auto_class, settings, default),
@@ -150,7 +151,7 @@ def _pretrained_config(
         raise UsageError(f"model.pretrained: {folder}/config.json cannot be used: {error}") from error
     # Names code that came with the model: transformers would ask whether to run it where its own class will do.
     vars(config).pop("auto_map", None)
-    if type(config) not in auto_class._model_mapping:
+    if not has_model(auto_class, config):
         raise UsageError(
             f"model.pretrained: {settings.pretrained} is a '{config.model_type}', which transformers has no "
             f"{kind(auto_class)} model of"
@@ -280,7 +281,7 @@ def _text_part(auto_class: Any, default: PretrainedConfig) -> str:
         part = default.get_text_config()
     except ValueError:  # it has several for text
         return ""
-    if part is default or type(part) not in auto_class._model_mapping:
+    if part is default or not has_model(auto_class, part):
         return ""
     return f"; its text model is an architecture of its own: '{part.model_type}'"
 

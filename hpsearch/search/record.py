@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.distributions import (
     BaseDistribution,
-    distribution_to_json,
-    json_to_distribution,
 )
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from hpsearch.errors import StoreAwayError, StoreError
+from hpsearch.search import optuna_internals
 from hpsearch.search.annotations import ARTIFACT, NOTE, Annotations, numbered, study_note
 from hpsearch.search.attributes import mirrored
 from hpsearch.spec.redaction import hide_secrets
@@ -45,46 +42,26 @@ class Record:
                 study_name=name, storage=self.storage, direction=direction, load_if_exists=True
             )
             self._study.set_metric_names([value_name])
+            self._study_id = self.storage.get_study_id_from_name(name)
         self._url = url
         self._ids: dict[int, int] = {}
 
     def history(self) -> list[FrozenTrial]:
         with away(self._url):
             trials = self._study.get_trials(deepcopy=False)
-        self._ids = {trial.number: trial._trial_id for trial in trials}
+        self._ids = optuna_internals.ids_of(trials)
         return trials
 
     def widen(self, distributions: dict[str, BaseDistribution]) -> None:
         """Record past trials as drawn from these distributions, which hold all their values: a study was extended."""
-        with away(self._url), self._session() as session:
-            rows: Any = (
-                session.query(models.TrialParamModel)
-                .join(models.TrialModel)
-                .filter(models.TrialModel.study_id == self._study._study_id)
-            )
-            for name, distribution in distributions.items():
-                wanted = distribution_to_json(distribution)
-                of_name = models.TrialParamModel.param_name == name
-                for row in rows.filter(of_name, models.TrialParamModel.distribution_json != wanted):
-                    value = json_to_distribution(row.distribution_json).to_external_repr(row.param_value)
-                    row.param_value = distribution.to_internal_repr(value)
-                    row.distribution_json = wanted
-            session.commit()
-
-    @contextmanager
-    def _session(self) -> Iterator[Any]:
-        """A session that is given back whatever happens: a later one would find the error of this."""
-        try:
-            yield self.storage.scoped_session()
-        finally:
-            self.storage.remove_session()
+        with away(self._url):
+            optuna_internals.widen(self.storage, self._study_id, distributions)
 
     def begin(self, trial: FrozenTrial) -> None:
         with away(self._url):
-            study_id = self._study._study_id
             try:
                 # A commit whose answer was lost has made the trial already.
-                trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+                trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
             except KeyError:
                 template = create_trial(
                     state=OptunaState.RUNNING,
@@ -92,7 +69,7 @@ class Record:
                     distributions=trial.distributions,
                     system_attrs=mirrored(trial),
                 )
-                trial_id = self.storage.create_new_trial(study_id, template)
+                trial_id = self.storage.create_new_trial(self._study_id, template)
             self._ids[trial.number] = trial_id
 
     def report(self, number: int, epoch: int, value: float) -> None:
@@ -102,12 +79,7 @@ class Record:
     def reopen(self, number: int) -> None:
         """Optuna lets nobody change a trial that has ended; its tables (of 5.0) do."""
         with away(self._url):
-            session = self.storage.scoped_session()
-            row: Any = models.TrialModel
-            changed = {"state": OptunaState.WAITING, "datetime_complete": None}
-            session.query(row).filter(row.trial_id == self._ids[number]).update(changed, synchronize_session=False)
-            session.commit()
-            self.storage.remove_session()
+            optuna_internals.reopen(self.storage, self._ids[number])
 
     def set_attribute(self, number: int, name: str, value: float) -> None:
         # A commit whose answer was lost may have ended the trial already.
@@ -133,7 +105,7 @@ class Record:
 
     def annotated(self) -> tuple[set[int], dict[int, set[str]]]:
         with away(self._url):
-            attributes = self.storage.get_study_system_attrs(self._study._study_id)
+            attributes = self.storage.get_study_system_attrs(self._study_id)
         artifacts: dict[int, set[str]] = {}
         numbers = self._numbers()
         for _, number, value in numbered(ARTIFACT, attributes, numbers):
@@ -147,7 +119,7 @@ class Record:
 
     def annotate(self, annotations: Annotations) -> None:
         with away(self._url):
-            there = self.storage.get_study_system_attrs(self._study._study_id)
+            there = self.storage.get_study_system_attrs(self._study_id)
             wanted = study_note(there, annotations.study_note, annotations.replaces)
             # A trial that Optuna's tables have lost, as `doctor` would find, has no place for a note.
             for number in annotations.notes.keys() & self._ids.keys():
@@ -161,21 +133,8 @@ class Record:
             for match, number, _ in numbered(ARTIFACT, there, self._numbers()):
                 if number in annotations.without:
                     wanted[match[0]] = "null"
-            self._write_attributes({key: value for key, value in wanted.items() if there.get(key) != value})
-
-    def _write_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """In one transaction: Optuna and its dashboard commit each piece, and a reader can see half a figure."""
-        row: Any = models.StudySystemAttributeModel
-        study_id = self._study._study_id
-        with self._session() as session:
-            known = session.query(row).filter(row.study_id == study_id, row.key.in_(attributes))
-            rows = {found.key: found for found in known}
-            for key, value in storable(attributes).items():
-                if key in rows:
-                    rows[key].value_json = json.dumps(value)
-                else:
-                    session.add(row(study_id=study_id, key=key, value_json=json.dumps(value)))
-            session.commit()
+            changed = {key: value for key, value in wanted.items() if there.get(key) != value}
+            optuna_internals.write_study_attributes(self.storage, self._study_id, changed)
 
 
 def away(url: str) -> AbstractContextManager[None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from hpsearch.search.optuna_internals import SearchStorage
 from hpsearch.spec.space import Choice, Dimension, Space, listed
 from hpsearch.spec.study import StudySpec
 
@@ -35,7 +37,7 @@ _PRIOR_WIDTH = 0.25
 _MODEL_BASED = ("tpe", "gp", "cmaes")
 
 
-def make_sampler(study: StudySpec, seed: int, expected: Expected) -> BaseSampler:
+def make_sampler(study: StudySpec, seed: int, storage: SearchStorage, expected: Expected) -> BaseSampler:
     """The sampler that a study names. The seed is one of the launch; that of the study decides the first trials."""
     spec, space = study.sampler, study.space
     has_conditions = any(dimension.when for dimension in space.dimensions.values())
@@ -49,16 +51,19 @@ def make_sampler(study: StudySpec, seed: int, expected: Expected) -> BaseSampler
                 constant_liar=True,
                 n_ei_candidates=EI_CANDIDATES,
             ),
+            storage,
             expected,
         ),
         "gp": lambda: _Clipped(
             optuna.samplers.GPSampler(n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False),
+            storage,
             expected,
         ),
         "cmaes": lambda: _Clipped(
             optuna.samplers.CmaEsSampler(
                 n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False
             ),
+            storage,
             expected,
         ),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
@@ -77,7 +82,7 @@ def make_sampler(study: StudySpec, seed: int, expected: Expected) -> BaseSampler
 
 
 class _Wrapper(BaseSampler):
-    """A sampler around another one, which does whatever a subclass leaves to it, on the study as `_view` shows it."""
+    """A sampler around another one, which does whatever a subclass leaves to it, while `_looking`."""
 
     def __init__(self, inner: BaseSampler) -> None:
         self._inner = inner
@@ -86,23 +91,34 @@ class _Wrapper(BaseSampler):
         self._inner.reseed_rng()
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._inner.before_trial(study, trial)
+        with self._looking(study):
+            self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._inner.infer_relative_search_space(self._view(study), trial)
+        with self._looking(study):
+            return self._inner.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._inner.sample_relative(self._view(study), trial, search_space)
+        with self._looking(study):
+            return self._inner.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+        with self._looking(study):
+            return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
-    def _view(self, study: optuna.Study) -> optuna.Study:
-        return study
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: OptunaState, values: Sequence[float] | None
+    ) -> None:
+        with self._looking(study):
+            self._inner.after_trial(study, trial, state, values)
+
+    def _looking(self, study: optuna.Study) -> AbstractContextManager[None]:
+        """While the inner sampler looks at the study."""
+        return nullcontext()
 
 
 class _Spread(_Wrapper):
@@ -171,6 +187,7 @@ class _Prior(_Wrapper):
         self._space = space
         self._seed = seed
         self._startup = startup
+        self._has_started = False
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -186,8 +203,10 @@ class _Prior(_Wrapper):
     def _is_early(self, study: optuna.Study) -> bool:
         if self._startup is None:
             return True
-        ended = study._get_trials(deepcopy=False, states=(OptunaState.COMPLETE, OptunaState.PRUNED), use_cache=True)
-        return len(ended) < self._startup
+        if not self._has_started:
+            ended = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE, OptunaState.PRUNED))
+            self._has_started = len(ended) >= self._startup
+        return not self._has_started
 
 
 def _around(dimension: Dimension, random: np.random.Generator, otherwise: Any) -> Any:
@@ -216,14 +235,21 @@ class _Clipped(_Wrapper):
     "not here". Winsorised targets for Bayesian optimisation: Eriksson & Poloczek, AISTATS 2021 (SCBO), appendix.
     """
 
-    def __init__(self, inner: BaseSampler, expected: Expected) -> None:
+    def __init__(self, inner: BaseSampler, storage: SearchStorage, expected: Expected) -> None:
         super().__init__(inner)
+        self._storage = storage
         self._history = _History()
         self._expected = expected
 
-    def _view(self, study: optuna.Study) -> optuna.Study:
-        # No study by its type; it answers all that samplers ask of one.
-        return _ClippedStudy(study, self._history, self._expected)  # type: ignore[return-value]
+    def _looking(self, study: optuna.Study) -> AbstractContextManager[None]:
+        maximise = study.direction is StudyDirection.MAXIMIZE
+        return self._storage.seen_as(partial(self._clipped, maximise=maximise))
+
+    def _clipped(self, trials: list[FrozenTrial], *, maximise: bool) -> list[FrozenTrial]:
+        seen = self._history.seen(trials, maximise=maximise)
+        values = [self._expected(trial) for trial in seen]
+        seen = [trial if value is None else _at(trial, value) for trial, value in zip(seen, values, strict=True)]
+        return clip_at_median(seen, maximise=maximise)
 
 
 class _History:
@@ -257,30 +283,6 @@ class _History:
         ]
         open_ones = [trial.number for trial in trials if not trial.state.is_finished()]
         return sorted([*open_ones, *(number for _, number in heapq.nsmallest(BEST_SEEN, ended))])
-
-
-class _ClippedStudy:
-    """A study whose trials read clipped; everything else is the study's."""
-
-    def __init__(self, study: optuna.Study, history: _History, expected: Expected) -> None:
-        self._inner_study = study
-        self._history = history
-        self._expected = expected
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner_study, name)
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Container[OptunaState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        maximise = self._inner_study.direction is StudyDirection.MAXIMIZE
-        every = self._inner_study._get_trials(deepcopy=False, use_cache=use_cache)
-        seen = self._history.seen(every, maximise=maximise)
-        values = [self._expected(trial) for trial in seen]
-        seen = [trial if value is None else _at(trial, value) for trial, value in zip(seen, values, strict=True)]
-        trials = clip_at_median(seen, maximise=maximise)
-        chosen = [trial for trial in trials if states is None or trial.state in states]
-        return copy.deepcopy(chosen) if deepcopy else chosen
 
 
 def clip_at_median(trials: Sequence[FrozenTrial], *, maximise: bool = False) -> list[FrozenTrial]:

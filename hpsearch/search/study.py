@@ -29,7 +29,7 @@ from hpsearch.records import TrialState
 from hpsearch.search.annotations import Annotations
 from hpsearch.search.attributes import REPEAT, RUNG, SEED, START, as_running, as_untold, mirrored
 from hpsearch.search.distributions import distribution_of, suggest
-from hpsearch.search.optuna_internals import RetractableStorage
+from hpsearch.search.optuna_internals import SearchStorage, SearchStudy
 from hpsearch.search.pruners import make_pruner
 from hpsearch.search.record import Record
 from hpsearch.search.samplers import make_sampler
@@ -114,13 +114,15 @@ class Search:
         )
         self._paused: set[int] = set()
         self._refused: dict[int, str] = {}
-        self._brain = optuna.create_study(
-            study_name=spec.name,
-            storage=RetractableStorage(),
-            direction=direction,
-            sampler=make_sampler(spec, _seed_after(spec.seed, len(history)), self._expected),
+        self._memory = SearchStorage()
+        optuna.create_study(study_name=spec.name, storage=self._memory, direction=direction)
+        self._brain = SearchStudy(
+            spec.name,
+            self._memory,
+            sampler=make_sampler(spec, _seed_after(spec.seed, len(history)), self._memory, self._expected),
             pruner=make_pruner(spec.prune.unpromising, spec.max_epochs),
         )
+        self._study_id = self._memory.get_study_id_from_name(spec.name)
         tried = {trial.system_attrs.get(START) for trial in history}
         self._starts = deque(start for start in starts if _start_key(start) not in tried)
         for trial in history:
@@ -168,7 +170,7 @@ class Search:
             self._brain.enqueue_trial(dict(given))
         trial = self._brain.ask()
         if given is not None and is_start:
-            self._brain._storage.set_trial_system_attr(trial._trial_id, START, _start_key(given))
+            self._memory.set_trial_system_attr(self._id(trial.number), START, _start_key(given))
         for name, dimension in self._space.dimensions.items():
             if self._space.is_active(name, trial.params):
                 suggest(trial, name, dimension)
@@ -176,9 +178,7 @@ class Search:
 
     def _withdraw(self, number: int) -> None:
         """Take back the last proposal, as if it had not been made."""
-        storage = self._brain._storage
-        assert isinstance(storage, RetractableStorage)
-        storage.withdraw(self._trial(number)._trial_id)
+        self._memory.withdraw(self._id(number))
 
     def _untried(self) -> dict[str, Any]:
         """A setting that was not tried yet, at random; of a space that has none left, any."""
@@ -225,7 +225,7 @@ class Search:
         suggestion = self._begin(self.size - 1)
         if REPEAT in attributes:
             self._repeats.add(suggestion.number)
-            self._brain._storage.set_trial_state_values(self._trial(suggestion.number)._trial_id, OptunaState.FAIL)
+            self._memory.set_trial_state_values(self._id(suggestion.number), OptunaState.FAIL)
         return suggestion
 
     def refuse(self, number: int, why: str) -> None:
@@ -239,7 +239,7 @@ class Search:
             self._write(lambda: record.report(number, epoch, value))
         if number in self._repeats:
             return False
-        self._brain._storage.set_trial_intermediate_value(self._trial(number)._trial_id, epoch, value)
+        self._memory.set_trial_intermediate_value(self._id(number), epoch, value)
         return bool(self._brain.pruner.prune(self._brain, self._trial(number)))
 
     def at_rung(self, number: int, rung: int, value: float) -> bool:
@@ -306,7 +306,9 @@ class Search:
             self._rungs.end(number, math.inf if value is None else self._sign * value)
         self._tell_record(number, optuna_state, values, notes)
         if number not in self._repeats and optuna_state.is_finished():
-            self._brain._storage.set_trial_state_values(self._trial(number)._trial_id, optuna_state, values)
+            # What `Study.tell` does, but a pruned trial without a value stays without one.
+            self._brain.sampler.after_trial(self._brain, self._trial(number), optuna_state, values)
+            self._memory.set_trial_state_values(self._id(number), optuna_state, values)
 
     def reopen(self, number: int) -> None:
         """Put a trial that failed back into the queue of Optuna's tables. Raises StoreAwayError."""
@@ -366,6 +368,9 @@ class Search:
             record, template = self._record, copy.deepcopy(trial)
             self._write(lambda: record.begin(template))
         return self.suggestion(number)
+
+    def _id(self, number: int) -> int:
+        return self._memory.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._brain.get_trials(deepcopy=False)

@@ -20,6 +20,7 @@ from hpsearch.data.shards import SPLITS, load_split, load_texts, read_card
 from hpsearch.data.tokenizers import END_ID, PADDING_ID, decode, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.metrics import bleu
+from hpsearch.metrics.sacrebleu_internals import sentence_statistics
 from hpsearch.models import architecture, probe
 from hpsearch.models.kernels import IGNORED, VocabularyLoss, can_decode, decode_greedily
 from hpsearch.records import Score, TrialConfig
@@ -119,7 +120,7 @@ class Translation:
         }
         metrics = {"bleu": self._bleu, "chrf": CHRF(word_order=2), "ter": TER()}
         scores = tuple(_score(name, metric, outputs, references, shared) for name, metric in metrics.items())
-        examples = {"bleu": np.array(metrics["bleu"]._extract_corpus_statistics(outputs, [references]))}
+        examples = {"bleu": sentence_statistics(metrics["bleu"], outputs, references)}
         shown = np.linspace(0, len(outputs) - 1, min(self._options.samples, len(outputs)), dtype=int)
         samples = [
             {"source": sources[index], "reference": references[index], "output": outputs[index]} for index in shown
@@ -197,6 +198,6 @@ def _tokens(settings: ModelSettings, vocab_size: int, target_vocab_size: int | N
 
 def _score(name: str, metric: Any, outputs: list[str], references: list[str], shared: dict[str, Any]) -> Score:
     value = float(metric.corpus_score(outputs, [references]).score)
-    counts = np.array(metric._extract_corpus_statistics(outputs, [references]), dtype=np.float64)
+    counts = sentence_statistics(metric, outputs, references).astype(np.float64)
     contract = {**shared, "signature": str(metric.get_signature())}
     return make_score(name, value, {name: counts}, contract)

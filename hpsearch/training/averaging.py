@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hpsearch.training import torch_internals
+
 
 class WeightAverage:
     """The average of the trained parameters; of width 0, none."""
@@ -29,7 +31,7 @@ class WeightAverage:
         """Take in the parameters after this step, counted from 1."""
         if self.tensors:
             share = 1.0 - (1.0 - 1.0 / step) ** (_power(self._width) + 1.0)
-            torch._foreach_lerp_(list(self.tensors.values()), list(self._trained.values()), share)
+            torch_internals.lerp_(list(self.tensors.values()), list(self._trained.values()), share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpsearch.training import torch_internals
+
 COEFFICIENTS = (
     (8.13772386717465, -22.713708635181533, 16.32543755560506),
     (3.965223820939575, -2.836400988165974, 0.522467436609286),
@@ -66,12 +68,12 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-        directions = torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"]))
+        torch_internals.lerp_(momentum, gradients, 1 - group["momentum"])
+        directions = torch.stack(torch_internals.lerp(gradients, momentum, group["momentum"]))
         updates = orthogonalised(directions, self._dtype).to(parameters[0].dtype)
         step = 0.2 * group["lr"] * math.sqrt(max(parameters[0].shape))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates), alpha=-step)
+        torch_internals.mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch_internals.add_(parameters, list(updates), alpha=-step)
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:

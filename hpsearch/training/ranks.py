@@ -17,8 +17,10 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
+
+from hpsearch.training import torch_internals
 
 
 class Ranks:
@@ -79,11 +81,8 @@ class ProcessRanks(Ranks):
         self.size = size
 
     def __exit__(self, *_: object) -> None:
-        # Whoever lets go of the process group last waits for its threads, and these for Python: a reducer would wait
-        # with Python's lock in its hand.
         for replica in self._replicas:
-            del replica.logger
-            del replica.reducer
+            torch_internals.release(replica)
         dist.destroy_process_group()
 
     def largest(self, number: int) -> int:

@@ -35,7 +35,7 @@ from hpsearch.models.kernels import CheapDropout
 from hpsearch.records import Point
 from hpsearch.spec.settings import Objective, RunSettings
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
-from hpsearch.training import checkpoints, random_states
+from hpsearch.training import checkpoints, random_states, torch_internals
 from hpsearch.training.averaging import WeightAverage
 from hpsearch.training.devices import has_bfloat16
 from hpsearch.training.evaluation import Evaluator, OutOfMemoryError, is_out_of_memory
@@ -431,7 +431,7 @@ class Trainer:
             total += loss.detach()
         parameters = list(self._model.parameters())
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_div_(gradients, count / self._ranks.size)
+        torch_internals.div_(gradients, count / self._ranks.size)
         if self.settings.gradient_clip:
             nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
         for optimizer in optimizers.values():

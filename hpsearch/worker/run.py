@@ -32,7 +32,7 @@ from hpsearch.metrics import statistics
 from hpsearch.pruning.overfitting import Judgement, Verdict, judge
 from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialState, judgement_dict
 from hpsearch.spec.sections import OverfitRule
-from hpsearch.training import checkpoints
+from hpsearch.training import checkpoints, torch_internals
 from hpsearch.training.devices import describe_cpu, device_name, peak_memory, pick_device
 from hpsearch.training.evaluation import OutOfMemoryError
 from hpsearch.training.ranks import Ranks
@@ -270,4 +270,4 @@ def _read_result(folder: Folder, origin: str) -> tuple[TrialResult, list[Progres
 
 def can_use_gpus() -> bool:
     """False in a fork of a process that has used one: CUDA does not survive that."""
-    return not torch.cuda._is_in_bad_fork()
+    return not torch_internals.is_in_bad_fork()

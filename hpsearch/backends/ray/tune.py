@@ -33,6 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from hpsearch.backends.fork_server import Fork, import_worker
 from hpsearch.backends.ray.metrics import StudyMetrics
+from hpsearch.backends.ray.ray_internals import dead_processes, end_processes
 from hpsearch.errors import ClusterError, HpsearchError
 from hpsearch.files.layout import LAST_WORDS, PULSE_FILE
 from hpsearch.files.storage import Folder, locate
@@ -272,7 +273,7 @@ class _Bridge:
             return
         self.numbers.clear()
         self.shares.clear()
-        _end_processes()
+        end_processes()
         shutil.rmtree(scratch.parent, ignore_errors=True)  # this process may not live to do it later
         self.run.on_cluster_lost(f"Ray's {' and '.join(dead)} died")
 
@@ -294,7 +295,7 @@ def _watching(bridge: _Bridge, scratch: Path) -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(LOOK_EVERY_S):
-            if (dead := _dead_processes()) and not done.wait(NODE_NOTICED_S):
+            if (dead := dead_processes()) and not done.wait(NODE_NOTICED_S):
                 bridge.lose_cluster(dead, scratch)
                 return
 
@@ -393,7 +394,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
         run.check_stop()
         if time.monotonic() > self._next_look:
             self._next_look = time.monotonic() + LOOK_EVERY_S
-            if dead := _dead_processes():
+            if dead := dead_processes():
                 self._bridge.lose_cluster(dead, self._scratch)
                 raise ClusterError(
                     f"Ray's {' and '.join(dead)} died, and the trials on it; they resume at the next launch"
@@ -554,17 +555,6 @@ def _end_silent(config: TrialConfig) -> None:
 
 def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-
-
-def _dead_processes() -> list[str]:
-    """Processes of our own Ray that have ended by themselves, without which it cannot go on."""
-    node = ray._private.worker._global_node
-    return [name for name, _ in node.dead_processes() if name in ("raylet", "gcs_server")] if node else []
-
-
-def _end_processes() -> None:
-    """End what is left of our own Ray, without asking a head that may be gone."""
-    ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _tune_storage(folder: Folder) -> dict[str, Any]:
