@@ -97,8 +97,10 @@ class StudyRun:
         listen: Listener,
         repeats: Sequence[Repeat] | None = None,
         on_cluster_lost: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
+        self._now = now
         self.stop_reason: str | None = None
         self.stop_code: int | None = None
         """Exit code of a launch that ended by itself before its budget was used."""
@@ -113,16 +115,16 @@ class StudyRun:
         self._threads = threads
         self._listeners = [listen]
         self._live: dict[int, LiveTrial] = {}
-        self._clock = Clock(60 * spec.budget.minutes, time.monotonic()) if spec.budget.minutes else None
+        self._clock = Clock(60 * spec.budget.minutes, self._now()) if spec.budget.minutes else None
         self._has_told_exhausted = False
-        self._failures = Failures()
+        self._failures = Failures(now)
         self._is_ending = False
         """Whether the time that is left goes to the leading trials alone."""
         self._grace_until = math.inf
         self._to_score: deque[WaitingTrial] | None = None
         """Trials that have not ended, whose best checkpoints are to be scored; known when none trains any more."""
         self._score_until = math.inf
-        self._disk = DiskWait(self._folder, data)
+        self._disk = DiskWait(self._folder, data, now)
         self._looked = -math.inf
         """When workers were last looked at."""
         self._on_cluster_lost = on_cluster_lost
@@ -194,7 +196,7 @@ class StudyRun:
         if self.stop_reason is not None:
             return
         self.stop_code = code
-        now = time.monotonic()
+        now = self._now()
         self._grace_until = now + grace_s
         self._score_until = now + (grace_s if score_s is None else score_s)
         self.stop_reason = reason
@@ -209,7 +211,7 @@ class StudyRun:
         self.settle()
         if self._outbox.error is not None:
             raise self._outbox.error
-        now = time.monotonic()
+        now = self._now()
         if self.stop_reason is None and self._clock is not None:
             if now > self._clock.deadline:
                 self._end_in_time()
@@ -230,7 +232,7 @@ class StudyRun:
         """Trials whose workers do not even run, so that they cannot end themselves after `limits.stall_minutes`."""
         if self.spec.limits.stall_minutes is None:
             return []
-        now = time.monotonic()
+        now = self._now()
         if now - self._looked < PULSE_EVERY_S:
             return []
         # A driver that was away itself has not watched anybody.
@@ -475,7 +477,7 @@ class StudyRun:
     def _next_to_finish(self) -> TrialConfig | None:
         """The best of the trials that wait, with a schedule that ends in time."""
         assert self._clock is not None
-        left = self._clock.left(time.monotonic())
+        left = self._clock.left(self._now())
         waiting = [trial for trial in (*self._paused.values(), *self._queue) if math.isfinite(self._merit(trial))]
         if left < LEAST_S or not waiting:
             if not self._live:
@@ -507,14 +509,14 @@ class StudyRun:
         """A trial that has not ended, to be scored as it is, once none trains any more."""
         if any(not live.config.scores_only for live in self._live.values()):
             return None
-        if not self._may_score(time.monotonic()) or not self._unscored():
+        if not self._may_score(self._now()) or not self._unscored():
             return None
         waiting = self._unscored().popleft()
         suggestion = self._search.suggestion(waiting.number)
         config = self._config(suggestion, waiting).model_copy(update={"scores_only": True, "rungs": ()})
         row_id = waiting.row_id
         self._live[config.number] = LiveTrial(
-            config=config, started=time.monotonic(), last=waiting.last, best=waiting.best, best_score=waiting.best_score
+            config=config, started=self._now(), last=waiting.last, best=waiting.best, best_score=waiting.best_score
         )
         self._outbox.put(lambda: self._store.begin_scoring(row_id(), config.attempt))
         self._row_ids[config.number] = row_id
@@ -648,7 +650,7 @@ class StudyRun:
         config = self._config(suggestion, waiting).model_copy(update={"finish_in_s": finish_in_s})
         live = LiveTrial(
             config=config,
-            started=time.monotonic(),
+            started=self._now(),
             last=waiting.last,
             best=waiting.best,
             best_score=waiting.best_score,
@@ -837,7 +839,7 @@ class StudyRun:
 
     def _last_known(self, live: LiveTrial) -> dict[str, Any]:
         """Device-seconds of a trial whose worker cannot tell them any more."""
-        return {"seconds": live.last.seconds if live.last else time.monotonic() - live.started}
+        return {"seconds": live.last.seconds if live.last else self._now() - live.started}
 
     def _count(self, state: TrialState) -> None:
         self.states[state.value] = self.states.get(state.value, 0) + 1
