@@ -315,11 +315,10 @@ class StudyRun:
             action = Decision.STOP if stops else Decision.CONTINUE
             self._decide(live, point, judgement.verdict, action, judgement.evidence.as_dict())
         unpromising = False
-        # A run is compared with others at the ends of its epochs; one that ends inside its first is noted there, too.
-        if point.ends_epoch or (stops and (live.last is None or live.last.epoch < 1)):
-            value = point.valid_loss if self.spec.objective == "loss" else point.valid_score
-            if value is not None:
-                unpromising = self._search.report(number, epoch=math.ceil(point.epoch), value=value)
+        value = point.valid_loss if self.spec.objective == "loss" else point.valid_score
+        if value is not None:
+            step = max(1, round(point.epoch * self.spec.evaluations_per_epoch))
+            unpromising = self._search.report(number, step=step, value=value)
         live.last = point
         if self._clock is not None:
             self._clock.learn(number, settings_of(live.config), epochs=point.epoch, seconds=point.seconds)

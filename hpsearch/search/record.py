@@ -72,9 +72,9 @@ class Record:
                 trial_id = self.storage.create_new_trial(self._study_id, template)
             self._ids[trial.number] = trial_id
 
-    def report(self, number: int, epoch: int, value: float) -> None:
+    def report(self, number: int, step: int, value: float) -> None:
         with away(self._url):
-            self.storage.set_trial_intermediate_value(self._ids[number], epoch, value)
+            self.storage.set_trial_intermediate_value(self._ids[number], step, value)
 
     def reopen(self, number: int) -> None:
         """Optuna lets nobody change a trial that has ended; its tables (of 5.0) do."""

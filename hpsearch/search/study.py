@@ -120,7 +120,7 @@ class Search:
             spec.name,
             self._memory,
             sampler=make_sampler(spec, _seed_after(spec.seed, len(history)), self._memory, self._expected),
-            pruner=make_pruner(spec.prune.unpromising, spec.max_epochs),
+            pruner=make_pruner(spec.prune.unpromising, spec.max_epochs, spec.evaluations_per_epoch),
         )
         self._study_id = self._memory.get_study_id_from_name(spec.name)
         tried = {trial.system_attrs.get(START) for trial in history}
@@ -232,14 +232,17 @@ class Search:
         """From here on, a trial is on record as failed, whatever it is told. For the thread that writes."""
         self._refused[number] = why
 
-    def report(self, number: int, *, epoch: int, value: float) -> bool:
-        """Record the objective at the end of an epoch; True when the trial is unpromising and should stop."""
+    def report(self, number: int, *, step: int, value: float) -> bool:
+        """Record the objective at an evaluation; True when the trial is unpromising and should stop.
+
+        Steps count the evaluations that a run has in an epoch, so that equal steps are equal parts of equal runs.
+        """
         if self._record:
             record = self._record
-            self._write(lambda: record.report(number, epoch, value))
+            self._write(lambda: record.report(number, step, value))
         if number in self._repeats:
             return False
-        self._memory.set_trial_intermediate_value(self._id(number), epoch, value)
+        self._memory.set_trial_intermediate_value(self._id(number), step, value)
         return bool(self._brain.pruner.prune(self._brain, self._trial(number)))
 
     def at_rung(self, number: int, rung: int, value: float) -> bool:

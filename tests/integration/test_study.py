@@ -78,7 +78,8 @@ def test_optuna_alone_reads_what_happened(tiny: Path, tmp_path: Path) -> None:
     for trial, row in zip(loaded.trials, ours, strict=True):
         assert trial.state.name == table[row["state"]]
         assert trial.params == row["params"]
-        assert trial.intermediate_values
+        points = study.trial(row["number"])["points"]
+        assert list(trial.intermediate_values) == [point["evaluation"] for point in points], "every evaluation is there"
         if trial.state.name == "COMPLETE":
             assert trial.value == row["best_valid_loss"]
     ranked = [row for row in ours if row["state"] in ("completed", "overfit", "plateau")]

@@ -115,7 +115,7 @@ def test_the_record_says_what_the_table_says(
     suggestion = search.ask()
     assert optuna.load_study(study_name="s", storage=url).trials[0].state is OptunaState.RUNNING
     for epoch, loss in enumerate([4.0, 2.5, 3.0], start=1):
-        search.report(suggestion.number, epoch=epoch, value=loss)
+        search.report(suggestion.number, step=epoch, value=loss)
     search.tell(suggestion.number, state, value=2.5, notes={"outcome": state.value})
     trial = optuna.load_study(study_name="s", storage=url).trials[0]
     assert trial.state is optuna_state
@@ -131,18 +131,22 @@ def test_every_state_has_its_optuna_state() -> None:
 
 @pytest.mark.parametrize("rule", ["median", "percentile", "asha", "hyperband"])
 def test_a_hopeless_trial_is_stopped_after_the_warm_up(tmp_path: Path, rule: str) -> None:
-    search = Search(spec(tmp_path, f"prune.unpromising={rule}"), None)
+    chosen = spec(tmp_path, f"prune.unpromising={rule}")
+    per_epoch = chosen.evaluations_per_epoch
+    assert per_epoch > 1
+    search = Search(chosen, None)
+    steps = range(1, 9 * per_epoch + 1)
     for _ in range(12):
         number = search.ask().number
-        for epoch in range(1, 10):
-            search.report(number, epoch=epoch, value=3.0 / epoch)
+        for step in steps:
+            search.report(number, step=step, value=3.0 * per_epoch / step)
         search.tell(number, TrialState.COMPLETED, value=1 / 3, notes={})
     stopped = []
     for _ in range(6):
         number = search.ask().number
-        epoch = next((epoch for epoch in range(1, 10) if search.report(number, epoch=epoch, value=9.0)), 99)
+        step = next((step for step in steps if search.report(number, step=step, value=99.0)), 99 * per_epoch)
         search.tell(number, TrialState.UNPROMISING, value=None, notes={})
-        stopped.append(epoch)
+        stopped.append(step / per_epoch)
     assert min(stopped) < 9
     if rule in ("median", "percentile"):
         assert stopped == [3] * 6, "a fifth of the longest run is 2 epochs"
@@ -152,7 +156,7 @@ def test_no_rule_stops_nothing(tmp_path: Path) -> None:
     search = Search(spec(tmp_path, "prune.unpromising=none"), None)
     optimise(search, 12)
     number = search.ask().number
-    assert not any(search.report(number, epoch=epoch, value=99.0) for epoch in range(1, 10))
+    assert not any(search.report(number, step=epoch, value=99.0) for epoch in range(1, 10))
 
 
 def trial(value: float | None, state: OptunaState = OptunaState.COMPLETE) -> optuna.trial.FrozenTrial:
@@ -207,7 +211,7 @@ def test_an_interrupted_trial_keeps_its_number_settings_and_curve(tmp_path: Path
     url = f"sqlite:///{tmp_path}/s.db"
     search = Search(spec(tmp_path), url)
     first = search.ask()
-    search.report(first.number, epoch=1, value=4.0)
+    search.report(first.number, step=1, value=4.0)
     search.tell(first.number, TrialState.INTERRUPTED, value=None, notes={})
     again = Search(spec(tmp_path), url)
     assert again.unfinished == [first.number]
