@@ -17,7 +17,7 @@ from hpsearch.results.study import Study
 from hpsearch.spec.environment import environment_store
 from hpsearch.spec.load import LaunchOptions, load_study
 from hpsearch.spec.study import DEFAULT_STORE
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import opened_store
 
 if TYPE_CHECKING:

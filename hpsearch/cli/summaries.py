@@ -21,7 +21,7 @@ from hpsearch.reports.text import (
     trial_facts,
 )
 from hpsearch.spec.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 
 def log_line(line: dict[str, Any]) -> str:

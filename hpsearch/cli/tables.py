@@ -18,7 +18,7 @@ from hpsearch.reports.text import (
     valid_text,
 )
 from hpsearch.results.leaderboard import Leaderboard, param_names
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 _LEADERBOARD_WIDTH = 80
 """Columns of the leaderboard before the settings, with room for the longest state."""

@@ -12,7 +12,7 @@ from hpsearch.files.storage import locate
 from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.space import narrowed
 from hpsearch.spec.study import DEFAULT_STORE, StudySpec, recorded_space, recorded_study
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store, opened_store
 
 

@@ -31,7 +31,7 @@ from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.study import StudySpec
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store, opened_store
 from hpsearch.store.studies import NewStudy
 from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC

@@ -61,7 +61,7 @@ from hpsearch.records import (
 from hpsearch.search.study import Search, Suggestion
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 from hpsearch.training.memory import PeakMemory
 from hpsearch.upkeep.retention import CheckpointKeeper, begun
@@ -133,7 +133,7 @@ class StudyRun:
         self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints, self._folder, remove=owner.remove)
         self._queue: deque[WaitingTrial] = deque()
         self._paused: dict[int, WaitingTrial] = {}
-        self._losses: dict[int, int] = {}
+        self._worker_deaths: dict[int, int] = {}
         self._memory = PeakMemory()
         self._refused: deque[TrialState] = deque()
         """Ends that the store did not take, counted as what they are not."""
@@ -405,10 +405,10 @@ class StudyRun:
 
     def _lose(self, number: int, reason: str, failed: TrialResult) -> None:
         """Try a trial again whose worker, or whose files, were lost; let it fail when that has happened too often."""
-        losses = self._losses[number] = self._losses.get(number, 0) + 1
+        deaths = self._worker_deaths[number] = self._worker_deaths.get(number, 0) + 1
         if self.stop_reason is not None:
             self._requeue(number, self.stop_reason)
-        elif losses <= self.spec.limits.retries:
+        elif deaths <= self.spec.limits.retries:
             wait_s = self._failures.lost()
             later = f" in {wait_s:.0f} s" if wait_s else ""
             self._note(f"trial {number}: {reason}; trying again from its checkpoint{later}")
@@ -578,7 +578,7 @@ class StudyRun:
             if state is TrialState.RUNNING:
                 self.states[state.value] -= 1
                 self._count(_INTERRUPTED)
-            self._losses[row["number"]] = row["losses"]
+            self._worker_deaths[row["number"]] = row["worker_deaths"]
             points = self._store.points(row["id"])
             losses = [point["valid_loss"] for point in points if point["valid_loss"] is not None]
             scores = [point["valid_score"] for point in points if point["valid_score"] is not None]

@@ -13,7 +13,7 @@ from hpsearch.records import (
     TrialResult,
     TrialState,
 )
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 
 @dataclass

@@ -34,7 +34,7 @@ from hpsearch.reports.text import (
 )
 from hpsearch.search.annotations import Annotations, Artifact, artifact_not_found
 from hpsearch.search.study import Search
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 
 EVERY_S = 20.0

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from hpsearch.errors import RunFolderError, UsageError
 from hpsearch.files.storage import Folder, is_remote
 from hpsearch.records import UNFINISHED, Event, Listener, Point, TrialResult, TrialState
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 _ENDS_S = 60.0
 """What a tracker gets to send what is left when a launch ends."""

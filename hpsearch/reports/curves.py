@@ -13,7 +13,7 @@ from hpsearch.records import PRUNED
 from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import short
 from hpsearch.reports.theme import CURVE_COLOURS, Drawn, escaped, hover
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 _CURVES = 8
 """Trials whose curves are drawn in colour; of the others the validation loss alone, in grey."""

@@ -11,7 +11,7 @@ from hpsearch.records import PRUNED
 from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import score_text, short
 from hpsearch.reports.theme import BLACK, BLUE, SKY, STATES, Drawn, escaped, hover
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 _TOP = 25
 

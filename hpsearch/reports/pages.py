@@ -34,7 +34,7 @@ from hpsearch.spec.parse_space import readable
 from hpsearch.spec.settings import Strict
 from hpsearch.spec.yaml_file import read_study_file
 from hpsearch.store.leases import is_held
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 _PLACES = (Path(__file__).parents[2] / "dashboards", Path(sys.prefix) / "share" / "hpsearch" / "dashboards")
 """In a checkout, and where a wheel puts them."""

@@ -24,7 +24,7 @@ from hpsearch.reports.theme import (
     log_axis,
     value_axis,
 )
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 FEW_TRIALS = 20
 """Below so many finished trials an importance is a guess."""

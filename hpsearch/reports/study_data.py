@@ -12,7 +12,7 @@ from hpsearch.records import UNFINISHED
 from hpsearch.results.leaderboard import Leaderboard, leaderboard, param_names
 from hpsearch.spec.space import Range, Space
 from hpsearch.spec.study import recorded_space
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 
 

@@ -14,7 +14,7 @@ from hpsearch.errors import plain
 from hpsearch.metrics.intervals import doubt
 from hpsearch.records import PRUNED, RANKED, STOPPED
 from hpsearch.results.leaderboard import Choice, Leaderboard, param_names
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 
 def score_text(metric: str, value: float) -> str:
@@ -60,7 +60,7 @@ def trial_facts(trial: Row) -> list[tuple[str, str]]:
     if trial["repeat_of"] is not None:
         facts.append(("repeats", f"trial {trial['repeat_of']}, from seed {trial['seed']}"))
     where = f"{trial['host'] or 'an unknown host'} ({trial['device'] or 'unknown device'})"
-    died = f", its worker died {trial['losses']} times" if trial["losses"] else ""
+    died = f", its worker died {trial['worker_deaths']} times" if trial["worker_deaths"] else ""
     took = f"{trial['device_seconds'] or 0:.1f} device-seconds, attempt {trial['attempt']}{died}"
     facts.append(("ran on", f"{where}, {took}"))
     return facts

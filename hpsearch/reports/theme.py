@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import short
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#777777", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7",

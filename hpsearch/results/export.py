@@ -10,7 +10,7 @@ import pandas as pd
 
 from hpsearch.errors import RunFolderError
 from hpsearch.results.leaderboard import param_names
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 
 _POINT = (
@@ -26,8 +26,8 @@ _POINT = (
 )
 _SCORE = ("metric", "value", "low", "high", "n")
 _TRIAL = (
-    "state", "reason", "repeat_of", "seed", "attempt", "losses", "started_at", "ended_at", "device_seconds", "host",
-    "device", "last_epoch", "best_epoch", "best_valid_loss", "best_valid_score", "num_parameters", "checkpoint",
+    "state", "reason", "repeat_of", "seed", "attempt", "worker_deaths", "started_at", "ended_at", "device_seconds",
+    "host", "device", "last_epoch", "best_epoch", "best_valid_loss", "best_valid_score", "num_parameters", "checkpoint",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from hpsearch.errors import UsageError
 from hpsearch.metrics import statistics, ties
 from hpsearch.records import RANKED
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 from hpsearch.tasks import HIGHER_IS_BETTER
 

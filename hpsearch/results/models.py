@@ -15,7 +15,7 @@ from hpsearch.results.leaderboard import Choice
 from hpsearch.results.study import Study
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import recorded_study
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import opened_store
 
 

@@ -9,7 +9,7 @@ from hpsearch.errors import (
     EXIT_FINISHED,
 )
 from hpsearch.results.leaderboard import Choice, Leaderboard, compare, frame, leaderboard
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import opened_store
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from hpsearch.store.schema import storable
+from hpsearch.store.schema.tables import storable
 
 View = Callable[[list[FrozenTrial]], list[FrozenTrial]]
 

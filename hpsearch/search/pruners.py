@@ -18,9 +18,7 @@ def make_pruner(spec: UnpromisingSpec, max_epochs: int, per_epoch: int) -> optun
         "promote": optuna.pruners.NopPruner,
         "none": optuna.pruners.NopPruner,
         "median": lambda: optuna.pruners.MedianPruner(spec.startup_trials, warmup, per_epoch),
-        "percentile": lambda: optuna.pruners.PercentilePruner(
-            spec.percentile, spec.startup_trials, warmup, per_epoch
-        ),
+        "percentile": lambda: optuna.pruners.PercentilePruner(spec.percentile, spec.startup_trials, warmup, per_epoch),
         "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(
             min_resource=spec.min_epochs * per_epoch, reduction_factor=spec.reduction_factor
         ),

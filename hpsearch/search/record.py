@@ -25,7 +25,7 @@ from hpsearch.spec.redaction import hide_secrets
 from hpsearch.store.addresses import parse_url
 from hpsearch.store.engines import engine_options, guarded, set_limits
 from hpsearch.store.fence import fence
-from hpsearch.store.schema import storable
+from hpsearch.store.schema.tables import storable
 
 
 class Record:

@@ -12,11 +12,11 @@ from hpsearch.errors import (
     StoreError,
 )
 from hpsearch.spec.redaction import hide_secrets
-from hpsearch.store import migrations
 from hpsearch.store.addresses import parse_url, sqlite_file
 from hpsearch.store.engines import guarded, make_engine
 from hpsearch.store.fence import fence
-from hpsearch.store.schema import Row
+from hpsearch.store.schema import migrations
+from hpsearch.store.schema.tables import Row
 
 
 class Connection:
@@ -29,13 +29,14 @@ class Connection:
         with self._guarded():
             with self._engine.connect() as connection:
                 found = migrations.version(connection)
-            _refuse_newer(found, self.shown_url)
-            if create and found < len(migrations.STEPS):
+                _refuse_other(found, self.shown_url)
+                is_current = found is not None and migrations.is_current(connection)
+            if create and not is_current:
                 with self._engine.begin() as connection:
                     migrations.migrate(connection)
-            elif found == 0:
+            elif found is None:
                 raise StoreError(f"{self.shown_url} holds no studies: nothing has been launched into it yet")
-            elif found < len(migrations.STEPS):
+            elif found != migrations.REVISIONS[-1]:
                 raise StoreError(
                     f"the store {self.shown_url} has the older schema version {found}; "
                     "the next launch into it upgrades it"
@@ -63,10 +64,10 @@ class Connection:
                 found = migrations.version(connection)
         finally:
             engine.dispose()
-        _refuse_newer(found, hide_secrets(url))
-        if found == 0:
+        _refuse_other(found, hide_secrets(url))
+        if found is None:
             return "new"
-        return "current" if found == len(migrations.STEPS) else "old"
+        return "current" if found == migrations.REVISIONS[-1] else "old"
 
     @staticmethod
     def holds_other_study(url: str, name: str) -> bool:
@@ -139,9 +140,15 @@ class Connection:
         return guarded(self.url)
 
 
-def _refuse_newer(version: int, shown_url: str) -> None:
-    if version > len(migrations.STEPS):
+def _refuse_other(version: str | None, shown_url: str) -> None:
+    """Raise StoreError for a store of a version that this hpsearch does not know."""
+    if version == migrations.UNRELEASED:
+        raise StoreError(
+            f"the store {shown_url} was made by a development version from before 0.1.0, which this one does not read. "
+            "It stays as it is; name another store with --store, or read it with the version that made it"
+        )
+    if version is not None and version not in migrations.REVISIONS:
         raise StoreError(
             f"the store {shown_url} has schema version {version}, written by a newer hpsearch; this one knows version "
-            f"{len(migrations.STEPS)}. Upgrade hpsearch, or name another store with --store"
+            f"{migrations.REVISIONS[-1]}. Upgrade hpsearch, or name another store with --store"
         )

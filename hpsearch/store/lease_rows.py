@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from hpsearch.store.connection import Connection
-from hpsearch.store.schema import LEASES, STUDIES, Row, insert, now
+from hpsearch.store.schema.tables import LEASES, STUDIES, Row, insert, now
 
 
 class LeaseRows(Connection):

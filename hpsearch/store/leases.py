@@ -18,7 +18,7 @@ from hpsearch.errors import HpsearchError, StudyBusyError
 from hpsearch.files.layout import run_name
 from hpsearch.files.ownership import Owner
 from hpsearch.files.scratch import is_gone, this_process
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 
 TIMEOUT_S = 30.0

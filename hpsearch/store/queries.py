@@ -11,7 +11,7 @@ from hpsearch.errors import (
     UnknownStudyError,
 )
 from hpsearch.store.connection import Connection
-from hpsearch.store.schema import (
+from hpsearch.store.schema.tables import (
     DECISIONS,
     DETAILS,
     EXAMPLES,

@@ -12,7 +12,7 @@ from hpsearch.errors import (
     UnknownStudyError,
 )
 from hpsearch.store.connection import Connection
-from hpsearch.store.schema import LEADERBOARD, LEASES, SPECS, STUDIES, TRIALS, Row, insert, now
+from hpsearch.store.schema.tables import LEADERBOARD, LEASES, SPECS, STUDIES, TRIALS, Row, insert, now
 
 
 class Studies(Connection):

@@ -12,7 +12,7 @@ from hpsearch.errors import (
 )
 from hpsearch.records import Point, TrialConfig, TrialResult, TrialState
 from hpsearch.store.connection import Connection
-from hpsearch.store.schema import (
+from hpsearch.store.schema.tables import (
     DECISIONS,
     DETAILS,
     EXAMPLES,
@@ -37,7 +37,7 @@ class TrialEvents(Connection):
                 "params": config.params,
                 "settings": {"model": config.model.model_dump(), "training": config.training.model_dump()},
                 "seed": config.seed,
-                "losses": 0,
+                "worker_deaths": 0,
                 "repeat_of": config.repeat_of,
                 "started_at": now(),
                 "provenance": {},
@@ -83,7 +83,11 @@ class TrialEvents(Connection):
             connection.execute(
                 sa.update(TRIALS)
                 .where(TRIALS.c.id == trial_id, TRIALS.c.state.in_(UNFINISHED_STATES))
-                .values(state=TrialState.INTERRUPTED.value, reason=reason, losses=TRIALS.c.losses + (1 if lost else 0))
+                .values(
+                    state=TrialState.INTERRUPTED.value,
+                    reason=reason,
+                    worker_deaths=TRIALS.c.worker_deaths + (1 if lost else 0),
+                )
             )
 
     def pause_trial(self, trial_id: int, reason: str) -> None:
@@ -101,7 +105,7 @@ class TrialEvents(Connection):
             connection.execute(
                 sa.update(TRIALS)
                 .where(TRIALS.c.id == trial_id, TRIALS.c.state == TrialState.FAILED.value)
-                .values(state=TrialState.INTERRUPTED.value, reason=reason, losses=0, ended_at=None, error=None)
+                .values(state=TrialState.INTERRUPTED.value, reason=reason, worker_deaths=0, ended_at=None, error=None)
             )
 
     def finish_trial(self, trial_id: int, result: TrialResult, *, last_epoch: float | None) -> None:

@@ -21,7 +21,7 @@ from hpsearch.search.study import OPTUNA_STATE, Search
 from hpsearch.spec.study import recorded_study
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 from hpsearch.training import checkpoints
 from hpsearch.upkeep.retention import collect, find_garbage

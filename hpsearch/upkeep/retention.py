@@ -13,7 +13,7 @@ from hpsearch.files import storage
 from hpsearch.files.layout import TRIAL, run_folder, trial_folders, trial_of
 from hpsearch.files.storage import Folder, locate
 from hpsearch.records import RANKED, UNFINISHED, TrialConfig, TrialResult, TrialState
-from hpsearch.store.schema import Row
+from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 
 

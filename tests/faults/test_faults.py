@@ -39,7 +39,7 @@ def test_a_worker_is_killed(suffer: Suffer, survive: Survive) -> None:
     row = Row("SIGKILL of a worker", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 2, 1)
+    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 2, 1)
     said = f"trial {victim['trial']}: the trial's process was ended by SIGKILL; trying again from its checkpoint"
     assert said in [event.get("text") for event in study.events()]
     assert row.repeated <= 1
@@ -55,7 +55,7 @@ def test_a_worker_is_preempted(suffer: Suffer, survive: Survive) -> None:
     row = Row("SIGTERM of a worker", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["attempt"], trial["losses"]) == (2, 0), "a preemption is nobody's fault"
+    assert (trial["attempt"], trial["worker_deaths"]) == (2, 0), "a preemption is nobody's fault"
     assert row.repeated == 0
 
 
@@ -72,7 +72,7 @@ def test_a_preemption_uses_up_no_retry(suffer: Suffer, survive: Survive) -> None
     row = Row("SIGTERM, then SIGKILL of a worker", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 3, 1)
+    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 3, 1)
 
 
 @long
@@ -85,7 +85,7 @@ def test_a_worker_is_frozen(suffer: Suffer, survive: Survive) -> None:
     row = Row("SIGSTOP of a worker for ever", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 2, 1)
+    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 2, 1)
     assert not psutil.pid_exists(victim["pid"])
     assert row.repeated <= 1
 

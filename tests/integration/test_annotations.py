@@ -139,7 +139,7 @@ def test_a_note_is_text_whatever_a_study_is_called() -> None:
     trial = {
         "number": 0, "state": "failed", "reason": evil, "scores": [], "best_valid_loss": None, "best_valid_score": None,
         "best_epoch": None, "best_evaluation": None, "decisions": [], "repeat_of": None, "host": evil, "device": evil,
-        "device_seconds": 1.0, "attempt": 1, "losses": 0, "points": [], "params": {"architecture": f"{evil}\n```\n# heading"}, "seed": 0,
+        "device_seconds": 1.0, "attempt": 1, "worker_deaths": 0, "points": [], "params": {"architecture": f"{evil}\n```\n# heading"}, "seed": 0,
     }  # fmt: skip
     note = trial_note({"name": evil, "overrides": []}, trial)
     inside, fence = [], None

@@ -247,7 +247,7 @@ def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tm
     trials = package.open_study("tiny", store=store).trials()
     assert [(trial["number"], trial["state"]) for trial in trials] == [(n, "completed") for n in range(6)]
     for number in victims:
-        assert (trials[number]["attempt"], trials[number]["losses"]) == (2, 0), "no fault of the trial"
+        assert (trials[number]["attempt"], trials[number]["worker_deaths"]) == (2, 0), "no fault of the trial"
     assert package.doctor(store=store) == []
     cluster.wait_for(lambda: cluster.count() == 3)
 
@@ -331,7 +331,7 @@ def test_a_trial_that_loses_one_of_its_processes_goes_on(cluster: Cluster, study
     assert launched.returncode == 0, said
     assert "process 1 of 2 ended" in said
     (trial,) = package.open_study("loses", store=store).trials()
-    assert (trial["state"], trial["attempt"], trial["losses"]) == ("completed", 2, 1)
+    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 2, 1)
 
 
 @pytest.mark.parametrize(

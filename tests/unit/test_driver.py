@@ -115,7 +115,7 @@ def test_a_trial_ends_in_every_state_from_everywhere(backend: Make, state: str, 
     assert played.states() == {0: state}
     (row,) = played.rows()
     assert row["attempt"] == 1 + before.count("lose 0")
-    assert row["losses"] == before.count("lose 0")
+    assert row["worker_deaths"] == before.count("lose 0")
 
 
 def test_a_retried_trial_resumes_its_curve_and_repeats_nothing(backend: Make) -> None:
@@ -291,7 +291,7 @@ def test_a_launch_that_was_killed_leaves_running_rows_which_the_next_takes(backe
     assert after.run.resumed == 2
     after.play("start 2", "point 0 3.0", "end 0", "point 1 3.0", "end 1", "start", "point 2", "end 2", "idle")
     assert after.states() == {0: "completed", 1: "completed", 2: "completed"}
-    assert [row["losses"] for row in after.rows()] == [0, 0, 0], "a killed driver costs no retry"
+    assert [row["worker_deaths"] for row in after.rows()] == [0, 0, 0], "a killed driver costs no retry"
 
 
 def test_finals_repeat_settings_from_new_seeds_and_tell_the_sampler_nothing(backend: Make) -> None:
@@ -354,9 +354,9 @@ def test_whatever_the_order_of_events_the_rows_are_right(backend: Make, seed: in
     for row in rows:
         points = [point["evaluation"] for point in played.store.points(row["id"])]
         assert points == list(range(1, len(played.curves.get(row["number"], [])) + 1)), "each point once, in order"
-        assert row["losses"] <= retries + 1
+        assert row["worker_deaths"] <= retries + 1
         if row["state"] == "failed" and "worker" in (row["reason"] or ""):
-            assert row["losses"] == retries, "a retry is used up before the trial fails"
+            assert row["worker_deaths"] == retries, "a retry is used up before the trial fails"
         is_ranked = TrialState(row["state"]) in (TrialState.COMPLETED, TrialState.OVERFIT)
         assert is_ranked == (row["number"] in played.store.study_scores(played.row["id"]))
         assert (row["ended_at"] is None) == (row["state"] in ("interrupted", "paused"))

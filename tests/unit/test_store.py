@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ import numpy as np
 import optuna
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from hpsearch.errors import LeaseLostError, StoreError, StudyBusyError, UnknownStudyError, UsageError
 from hpsearch.files.scratch import _started, is_gone, this_process
@@ -29,8 +35,9 @@ from hpsearch.search.record import recorded_trials
 from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
 from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.store import leases, migrations
-from hpsearch.store.schema import metadata
+from hpsearch.store import leases
+from hpsearch.store.schema import migrations, views
+from hpsearch.store.schema.tables import metadata
 from hpsearch.store.store import Store
 from hpsearch.store.studies import NewStudy
 
@@ -127,7 +134,12 @@ def test_a_trial_that_goes_on_keeps_its_row_and_its_newest_points(store: Store) 
     store.add_point(trial, POINT)
     store.requeue_trial(trial, "its worker died", lost=True)
     row = store.trial(store.study("s"), 0)
-    assert (row["state"], row["reason"], row["losses"], row["ended_at"]) == ("interrupted", "its worker died", 1, None)
+    assert (row["state"], row["reason"], row["worker_deaths"], row["ended_at"]) == (
+        "interrupted",
+        "its worker died",
+        1,
+        None,
+    )
     again = config(0, learning_rate=0.1).model_copy(update={"attempt": 2})
     assert store.start_trial(store.study("s")["id"], again) == trial
     store.add_point(trial, replace(POINT, valid_loss=1.9))
@@ -339,41 +351,74 @@ def test_an_archived_study_frees_its_name_and_keeps_everything(store: Store) -> 
         assert connection.execute(sa.text("SELECT study_name FROM studies")).scalars().all() == [name]
 
 
-def test_the_tables_are_what_the_migrations_make(store: Store) -> None:
-    found = sa.inspect(store._engine)
-    for name, table in metadata.tables.items():
-        assert [column["name"] for column in found.get_columns(name)] == [column.name for column in table.columns]
+def test_the_tables_are_what_the_schema_says(store: Store) -> None:
+    with store._engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
 
 
-def test_every_step_migrates_from_the_one_before(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    today, views = migrations.STEPS, migrations.VIEWS
-    steps = [*today, lambda dialect: ["ALTER TABLE hpsearch_trials ADD COLUMN later INTEGER"]]
-    for count in range(1, len(steps) + 1):
-        # An older hpsearch had older views; whatever they were, the newest ones take their place.
-        older = {"hpsearch_leaderboard": "SELECT name FROM hpsearch_studies"}
-        monkeypatch.setattr(migrations, "VIEWS", older if count < len(today) else views)
-        monkeypatch.setattr(migrations, "STEPS", steps[:count])
-        opened = Store(store_url, create=True)
-        if count == 1:
-            with opened._engine.begin() as connection:
-                columns = "name, task, metric, higher_is_better, spec, fingerprint, overrides, budget_trials, data"
-                connection.execute(
-                    sa.text(
-                        f"INSERT INTO hpsearch_studies ({columns}, created_at) VALUES "
-                        "('old', 'causal_lm', 'perplexity', false, '{}', 'f', '[]', 3, '{}', '2026-11-23 10:00:00')"
-                    )
-                )
-        if count >= len(today):
-            row = opened.study("old")
-            assert (row["objective"], row["placement"]) == ("loss", None)
-            assert opened.leaderboard("old") == []
-            assert [version["version"] for version in opened.spec_versions(row["id"])] == [1]
-        opened.close()
-    monkeypatch.setattr(migrations, "STEPS", steps[:1])
-    with pytest.raises(StoreError, match=f"schema version {len(steps)}, written by a newer hpsearch"):
-        Store(store_url)
-    with pytest.raises(StoreError, match="newer hpsearch"):
-        Store.preflight(store_url)
+def test_reading_commands_know_alembics_revisions() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(migrations.SCRIPTS))
+    found = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    assert tuple(reversed(found)) == migrations.REVISIONS
+
+
+def test_an_older_store_is_upgraded_by_a_launch_and_by_nothing_else(
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Store(store_url, create=True)
+    first.add_study(STUDY)
+    first.close()
+    scripts = tmp_path / "alembic"
+    shutil.copytree(migrations.SCRIPTS, scripts)
+    last = migrations.REVISIONS[-1]
+    (scripts / "versions" / "later.py").write_text(
+        f"import sqlalchemy as sa\nfrom alembic import op\nrevision = 'later'\ndown_revision = {last!r}\n\n"
+        "def upgrade():\n    with op.batch_alter_table('hpsearch_trials') as table:\n"
+        "        table.add_column(sa.Column('later', sa.Integer))\n"
+    )
+    with monkeypatch.context() as newer:
+        newer.setattr(migrations, "SCRIPTS", scripts)
+        newer.setattr(migrations, "REVISIONS", (*migrations.REVISIONS, "later"))
+        assert Store.preflight(store_url) == "old"
+        with pytest.raises(StoreError, match=f"the older schema version {last}; the next launch into it upgrades it"):
+            Store(store_url)
+        upgraded = Store(store_url, create=True)
+        columns = [column["name"] for column in sa.inspect(upgraded._engine).get_columns("hpsearch_trials")]
+        assert columns[-1] == "later"
+        assert upgraded.study("s")["name"] == "s"
+        upgraded.close()
+    for look in (Store, Store.preflight):
+        with pytest.raises(StoreError, match="schema version later, written by a newer hpsearch"):
+            look(store_url)
+
+
+def test_a_store_from_before_the_first_release_is_refused_with_a_clear_message(store_url: str) -> None:
+    engine = sa.create_engine(store_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE hpsearch_schema (version INTEGER PRIMARY KEY)"))
+    engine.dispose()
+    for look in (Store, Store.preflight, partial(Store, create=True)):
+        with pytest.raises(
+            StoreError, match=r"a development version from before 0\.1\.0, which this one does not read"
+        ):
+            look(store_url)
+
+
+def test_views_are_made_anew_when_their_definition_changes(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(views, "VIEWS", {"hpsearch_leaderboard": "SELECT name FROM hpsearch_studies"})
+        older.setattr(views, "FINGERPRINT", "older")
+        Store(store_url, create=True).close()
+    reading = Store(store_url)
+    assert reading.leaderboard("s") == [], "commands do not depend on the views that there are"
+    reading.close()
+    launched = Store(store_url, create=True)
+    with launched._engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT test_rank, score FROM hpsearch_leaderboard")).all() == []
+        assert connection.execute(sa.text("SELECT epoch FROM hpsearch_curves")).all() == []
+    launched.close()
 
 
 def test_reading_makes_nothing(tmp_path: Path) -> None:
@@ -419,5 +464,5 @@ def test_many_first_launches_make_the_tables_once(store_url: str) -> None:
         for first in [pool.submit(launch) for _ in range(8)]:
             first.result()
     with Store(store_url)._engine.connect() as connection:
-        steps = connection.execute(sa.text("SELECT version FROM hpsearch_schema ORDER BY version")).scalars().all()
-    assert steps == list(range(1, len(migrations.STEPS) + 1))
+        versions = connection.execute(sa.text("SELECT version_num FROM hpsearch_version")).scalars().all()
+    assert versions == [migrations.REVISIONS[-1]]

@@ -1,0 +1,1 @@
+"""The tables and views of a store, and how an older store is upgraded."""
