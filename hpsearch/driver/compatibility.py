@@ -102,19 +102,13 @@ def _completed(row: Row) -> dict[str, Any]:
 
 
 def as_begun(spec: StudySpec, row: Row) -> StudySpec:
-    """The study with the optimizer that it was begun with, where its file names none.
-
-    Of a study that an earlier hpsearch began, the store says what was the default then.
-    """
-    recorded = row["spec"].get("training", {})
-    defaults = {
-        name: recorded[name]
-        for name in ("optimizer", "weight_average")
-        if getattr(spec.training, name) is None and recorded.get(name) is not None
-    }
-    if not defaults:
-        return spec
-    begun = spec.model_copy(update={"training": spec.training.model_copy(update=defaults)})
+    """The study with the defaults that it was begun with, where its file says nothing: today's may be others."""
+    update = {}
+    for section, defaults in spec.defaults.items():
+        recorded = row["spec"].get(section, {})
+        values = {name: recorded[name] for name in defaults if recorded.get(name) is not None}
+        update[section] = getattr(spec, section).model_copy(update=values)
+    begun = spec.model_copy(update=update)
     begun._space = spec.space
     return begun
 

@@ -165,27 +165,45 @@ class StudySpec(Strict):
     def max_epochs(self) -> int:
         return int(self.space.largest("num_epochs", self.training.num_epochs))
 
+    @property
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Values of settings whose default depends on the rest of the file, by section, where it names none."""
+        # Weights that AdamW has trained gain nothing from Muon (Liu et al., arXiv 2502.16982, section 3.5), and an
+        # average lags behind in the few epochs of fine-tuning.
+        is_fresh = self.model.pretrained is None
+        training: dict[str, Any] = {
+            "optimizer": "muon" if is_fresh else "adamw",
+            "weight_average": 0.1 if is_fresh else 0.0,
+            "evaluations_per_epoch": self.evaluations_per_epoch,
+        }
+        model = {"architecture": DEFAULT_ARCHITECTURE[self.task]} if is_fresh else {}
+        searched = {*self.space.fixed, *self.space.dimensions}
+        return {
+            section: {
+                name: value
+                for name, value in values.items()
+                if getattr(getattr(self, section), name) is None and name not in searched
+            }
+            for section, values in (("training", training), ("model", model))
+        }
+
     def settings_for(self, params: dict[str, Any]) -> tuple[ModelSettings, RunSettings]:
         """The full settings of a trial: the file's, with the fixed and the sampled values of `search` over them."""
         model, training = split_settings({**self.space.fixed, **params})
         model["config"] = {**self.model.config, **model.get("config", {})}
-        settings = {**self.model.model_dump(), **model}
-        if self.model.pretrained is None:
-            settings["architecture"] = settings["architecture"] or DEFAULT_ARCHITECTURE[self.task]
-        run = {**self.training.model_dump(), **training, "evaluations_per_epoch": self.evaluations_per_epoch}
-        # Weights that AdamW has trained gain nothing from Muon (Liu et al., arXiv 2502.16982, section 3.5), and an
-        # average lags behind in the few epochs of fine-tuning.
-        is_fresh = self.model.pretrained is None
-        defaults = {"optimizer": "muon" if is_fresh else "adamw", "weight_average": 0.1 if is_fresh else 0.0}
-        run |= {name: value for name, value in defaults.items() if run[name] is None}
+        defaults = self.defaults
+        settings = {**self.model.model_dump(), **defaults["model"], **model}
+        run = {**self.training.model_dump(), **defaults["training"], **training}
         return ModelSettings(**settings), RunSettings(**run)
 
     def record(self) -> dict[str, Any]:
-        """What identifies the study, as JSON: everything but where it runs and where it is kept.
+        """What identifies the study, as JSON: everything but where it runs and where it is kept, defaults filled in.
 
         Of local files there are names only. What is in the data is told by its fingerprint.
         """
         record = self.model_dump(mode="json", exclude={"store", "budget", *_PLACEMENT})
+        for section, values in self.defaults.items():
+            record[section] |= values
         if self.data.files is not None:
             record["data"]["files"] = _names(record["data"]["files"])
         if Path(record["model"]["pretrained"] or "").is_absolute():

@@ -319,3 +319,15 @@ def test_languages_and_rare_labels_belong_to_a_task(tmp_path: Path) -> None:
         "s.yaml:3:50: data.target_language: only a translation has languages",
         "s.yaml:3:71: data.rare_labels: only a classification has labels",
     ]
+
+
+def test_defaults_that_depend_on_the_file_are_recorded_with_the_study(tmp_path: Path) -> None:
+    record = load(tmp_path, BASE).record()
+    assert record["model"]["architecture"] == "gpt2"
+    assert (record["training"]["optimizer"], record["training"]["weight_average"]) == ("muon", 0.1)
+    assert record["training"]["evaluations_per_epoch"] >= 1
+    searched = load(tmp_path, BASE + "search: {optimizer: [muon, adamw], architecture: [gpt2, llama]}\n").record()
+    assert searched["training"]["optimizer"] is None
+    assert searched["model"]["architecture"] is None
+    named = load(tmp_path, BASE + "training: {optimizer: adamw, evaluations_per_epoch: 3}\n").record()
+    assert (named["training"]["optimizer"], named["training"]["evaluations_per_epoch"]) == ("adamw", 3)
