@@ -20,7 +20,8 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from hpsearch.metrics.intervals import interval
-from hpsearch.metrics.statistics import Examples, score, summands
+from hpsearch.metrics.metric import Examples
+from hpsearch.metrics.statistics import score, summands
 
 Draw = Callable[[np.random.Generator], tuple[Examples, np.ndarray | None]]
 """Examples of one test split and the expected sums, if they differ from split to split."""

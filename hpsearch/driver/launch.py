@@ -24,6 +24,7 @@ from hpsearch.errors import (
 )
 from hpsearch.files.layout import run_folder
 from hpsearch.files.storage import locate
+from hpsearch.metrics.statistics import METRICS
 from hpsearch.records import RANKED, Event, Listener, TrialState
 from hpsearch.results.study import Study
 from hpsearch.spec.load import LaunchOptions
@@ -34,7 +35,7 @@ from hpsearch.store.leases import owner_of
 from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store, opened_store
 from hpsearch.store.studies import NewStudy
-from hpsearch.tasks import HIGHER_IS_BETTER, RANKING_METRIC
+from hpsearch.tasks import RANKING_METRIC
 
 if TYPE_CHECKING:
     from hpsearch.data.shards import DataCard
@@ -161,7 +162,7 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
                 name=spec.name,
                 task=spec.task,
                 metric=metric,
-                higher_is_better=HIGHER_IS_BETTER[metric],
+                higher_is_better=METRICS[metric].higher_is_better,
                 spec=spec.record(),
                 fingerprint=spec.fingerprint,
                 overrides=overrides,

@@ -9,17 +9,17 @@ much it moved the score. `benchmarks/intervals.py` shows the coverage by simulat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.metrics.statistics import LABEL_METRICS, Examples, Floats, score, summands
+from hpsearch.metrics.metric import Examples, Floats
+from hpsearch.metrics.statistics import METRICS, score, summands
 
 NORMAL_95 = 1.959964
-_LOSSES = ("perplexity", "bits_per_byte")
-_PERCENTAGES = ("bleu", "chrf", "ter")
 _POOLED = 1.0
 """Examples of average quality that are added to each class, so that classes of one example show a spread, too."""
 _POOLED_FOR_BIAS = 5.0
@@ -35,34 +35,37 @@ def interval(metric: str, examples: Examples, contract: Mapping[str, Any]) -> tu
     """95 % interval of a score: around it, within the metric's range, with a width at 0 and 1, too."""
     added = summands(metric, examples)
     value = float(score(metric, added.sum(axis=0), contract))
-    if metric in LABEL_METRICS:
+    kind = METRICS[metric]
+    if kind.estimate == "labels":
         low, high = _label_interval(value, _Ratios(metric, examples, contract))
-    elif metric in _LOSSES:
-        # The logarithm of perplexity is a mean loss, whose errors are nearer to normal.
-        mean = math.log(value) if metric == "perplexity" else value
-        low, high = _around(mean, _jackknife("bits_per_byte", added, contract), added, top=math.inf, seen=True)
-        low, high = (math.exp(low), math.exp(min(high, 700.0))) if metric == "perplexity" else (low, high)
+    elif kind.estimate == "log":
+        # The logarithm of a perplexity is a mean loss, whose errors are nearer to normal.
+        logs = partial(_log_score, metric)
+        low, high = _around(math.log(value), _jackknife(logs, added, contract), added, top=math.inf, seen=True)
+        low, high = math.exp(low), math.exp(min(high, 700.0))
     else:
-        top = math.inf if metric == "ter" else 1.0
-        low, high = _around(value / 100, _jackknife(metric, added, contract) / 100, added, top=top, seen=False)
-        low, high = 100 * low, 100 * high
+        influences = _jackknife(kind.score_from_sums, added, contract) / kind.unit
+        top = kind.top / kind.unit
+        low, high = _around(value / kind.unit, influences, added, top=top, seen=kind.is_relative)
+        low, high = kind.unit * low, kind.unit * high
     return min(low, value), max(high, value)
 
 
 def influence(metric: str, examples: Examples, contract: Mapping[str, Any]) -> Floats:
     """By how much each example moved the score; the sum of squares is the score's variance. Shape (examples,)."""
-    if metric in LABEL_METRICS:
+    kind = METRICS[metric]
+    if kind.estimate == "labels":
         return _Ratios(metric, examples, contract).influence()
-    return _jackknife(metric, summands(metric, examples), contract)
+    return _jackknife(kind.score_from_sums, kind.sums(examples), contract)
 
 
 def doubt(metric: str, count: int, low: float, high: float) -> str | None:
     """Why a score on so many examples tells little, in a sentence; None where it tells enough."""
-    top = 100.0 if metric in _PERCENTAGES else 1.0
-    is_wide = high > (1 + _WIDE) * low if metric in _LOSSES else high - low > _WIDE * top
+    kind = METRICS[metric]
+    is_wide = high > (1 + _WIDE) * low if kind.is_relative else high - low > _WIDE * kind.unit
     if count >= _FEW and not is_wide:
         return None
-    digits = 2 if top == 100.0 or metric == "perplexity" else 3
+    digits = kind.digits
     return (
         f"the test split has {count} examples, too few to tell: {metric} is {low:.{digits}f} to {high:.{digits}f} with "
         "95 % confidence, and models that differ by less than that may be equally good"
@@ -97,12 +100,18 @@ def _around(value: float, influences: Floats, added: Floats, *, top: float, seen
     return _score_interval(value, variance, math.inf if seen else equal, quantile, top)
 
 
-def _jackknife(metric: str, added: Floats, contract: Mapping[str, Any]) -> Floats:
+def _jackknife(
+    score_from_sums: Callable[[Floats, Mapping[str, Any]], Floats], added: Floats, contract: Mapping[str, Any]
+) -> Floats:
     """The score less that without each example (Tukey's jackknife; Efron & Stein, Annals of Statistics 1981)."""
     if len(added) < 2:
         return np.zeros(len(added))
     total = added.sum(axis=0)
-    return np.asarray(score(metric, total, contract) - score(metric, total - added, contract))
+    return np.asarray(score_from_sums(total, contract) - score_from_sums(total - added, contract))
+
+
+def _log_score(metric: str, sums: Floats, contract: Mapping[str, Any]) -> Floats:
+    return np.asarray(np.log(score(metric, sums, contract)))
 
 
 def _equal_weights(weights: Floats) -> float:

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Examples = Mapping[str, NDArray[Any]]
-"""Arrays whose first axis is test examples: `nats`, `tokens` and `bytes`; or `bleu` of shape (examples, 10): length of
-the output and of the reference, then matching and all n-grams of order 1 to 4; or `truth` and `predicted` of shape
-(examples, labels), 1 where an example has a label."""
+from hpsearch.metrics.metric import Examples, Floats, Metric
 
 ZERO_DIVISION = 0.0
 """Precision, recall and F1 of a class that nothing was predicted as, or that does not occur."""
-LABEL_METRICS = ("f1", "f1_macro", "f1_micro", "f1_weighted", "precision", "recall", "accuracy")
 
 
 def pack(examples: Examples) -> bytes:
@@ -39,50 +34,70 @@ def unpack(content: bytes) -> dict[str, NDArray[Any]]:
 
 def metrics_of(examples: Examples) -> tuple[str, ...]:
     """The metrics that these arrays can be summed up to."""
-    if "nats" in examples:
-        return ("perplexity", "bits_per_byte")
-    return ("bleu",) if "bleu" in examples else LABEL_METRICS
+    return tuple(name for name, metric in METRICS.items() if set(metric.needs) <= set(examples))
 
 
 def summands(metric: str, examples: Examples) -> Floats:
     """What each example adds: shape (examples, columns). `score` takes sums of these over examples."""
-    if metric == "perplexity":
-        return np.stack([examples["nats"], examples["tokens"]], axis=1).astype(np.float64)
-    if metric == "bits_per_byte":
-        return np.stack([examples["nats"] / math.log(2), examples["bytes"]], axis=1).astype(np.float64)
-    if metric in ("bleu", "chrf", "ter"):
-        return np.asarray(examples[metric], dtype=np.float64)
-    truth, predicted = (np.asarray(examples[name], dtype=np.float64) for name in ("truth", "predicted"))
-    if metric == "accuracy":
-        right = (truth == predicted).all(axis=1).astype(np.float64)
-        return np.stack([right, np.ones_like(right)], axis=1)
-    return np.concatenate([truth * predicted, predicted, truth], axis=1)
+    return METRICS[metric].sums(examples)
 
 
 def score(metric: str, sums: Floats, contract: Mapping[str, Any]) -> Floats:
-    """Scores of sums of shape (..., columns). F1 takes its averaging and labels from the score's contract."""
-    if metric == "perplexity":
-        return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
-    if metric in ("bits_per_byte", "accuracy"):
-        return np.asarray(sums[..., 0] / sums[..., 1])
-    if metric == "bleu":
-        return _bleu(sums, only_there="eff:yes" in str(contract.get("signature", "")))
-    if metric == "chrf":
-        return _chrf(sums)
-    if metric == "ter":
-        return np.asarray(100 * sums[..., 0] / sums[..., 1])
-    labels = contract["labels"]
-    hits, guesses, actual = (sums[..., part * len(labels) : (part + 1) * len(labels)] for part in range(3))
-    positive = contract.get("positive_label")
-    index = labels.index(positive) if positive is not None else None
-    return _label_score(metric, contract["average"], hits, guesses, actual, index)
+    """Scores of sums of shape (..., columns)."""
+    return METRICS[metric].score_from_sums(sums, contract)
 
 
-def _bleu(sums: Floats, *, only_there: bool) -> Floats:
+def ratio(upper: str, lower: str, unit: float = 1.0) -> Callable[[Examples], Floats]:
+    """Sums of a metric that is a ratio of two: `upper`, in such units, and `lower`."""
+    return lambda examples: np.stack([examples[upper] / unit, examples[lower]], axis=1).astype(np.float64)
+
+
+def as_kept(name: str) -> Callable[[Examples], Floats]:
+    """Sums that are kept as they are, in an array of this name."""
+    return lambda examples: np.asarray(examples[name], dtype=np.float64)
+
+
+def of_sums(factor: float = 1.0) -> Callable[[Floats, Mapping[str, Any]], Floats]:
+    """The score of a ratio."""
+    return lambda sums, contract: np.asarray(factor * sums[..., 0] / sums[..., 1])
+
+
+def _perplexity(sums: Floats, contract: Mapping[str, Any]) -> Floats:
+    return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
+
+
+def _right(examples: Examples) -> Floats:
+    truth, predicted = (np.asarray(examples[name], dtype=np.float64) for name in ("truth", "predicted"))
+    right = (truth == predicted).all(axis=1).astype(np.float64)
+    return np.stack([right, np.ones_like(right)], axis=1)
+
+
+def _label_counts(examples: Examples) -> Floats:
+    """Of each label: hits, predictions, true labels."""
+    truth, predicted = (np.asarray(examples[name], dtype=np.float64) for name in ("truth", "predicted"))
+    return np.concatenate([truth * predicted, predicted, truth], axis=1)
+
+
+def _of_labels(metric: str) -> Callable[[Floats, Mapping[str, Any]], Floats]:
+    """A score of label counts; its averaging and labels come from the contract."""
+
+    def score_from_sums(sums: Floats, contract: Mapping[str, Any]) -> Floats:
+        labels = contract["labels"]
+        hits, guesses, actual = (sums[..., part * len(labels) : (part + 1) * len(labels)] for part in range(3))
+        positive = contract.get("positive_label")
+        index = labels.index(positive) if positive is not None else None
+        return _label_score(metric, contract["average"], hits, guesses, actual, index)
+
+    return score_from_sums
+
+
+def _bleu(sums: Floats, contract: Mapping[str, Any]) -> Floats:
     """Corpus BLEU with exponential smoothing, as sacrebleu's default (Post, WMT 2018; Chen & Cherry, WMT 2014).
 
-    With `only_there`, sacrebleu's effective order, orders without n-grams are left out of the mean.
+    Columns: length of the output and of the reference, then matching and all n-grams of order 1 to 4. With sacrebleu's
+    effective order, as the contract's signature says, orders without n-grams are left out of the mean.
     """
+    only_there = "eff:yes" in str(contract.get("signature", ""))
     length, reference = sums[..., 0], sums[..., 1]
     correct, total = sums[..., 2:6], sums[..., 6:10]
     counts = total > 0
@@ -114,7 +129,7 @@ def _label_score(
     return np.asarray(each.mean(axis=-1))
 
 
-def _chrf(sums: Floats) -> Floats:
+def _chrf(sums: Floats, contract: Mapping[str, Any]) -> Floats:
     """Corpus chrF with beta 2 (Popovic, WMT 2015), as sacrebleu's: n-grams of outputs, of references, and in both."""
     output, reference, matches = (sums[..., part::3] for part in range(3))
     there = (output > 0) & (reference > 0)
@@ -125,3 +140,43 @@ def _chrf(sums: Floats) -> Floats:
     )
     lower = 4 * precision + recall
     return np.asarray(np.divide(500 * precision * recall, lower, out=np.zeros(lower.shape), where=lower > 0))
+
+
+def _label_metric(name: str) -> Metric:
+    return Metric(
+        name=name, higher_is_better=True, digits=3, needs=("truth", "predicted"), sums=_label_counts,
+        score_from_sums=_of_labels(name), top=1.0, estimate="labels",
+    )  # fmt: skip
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="perplexity", higher_is_better=False, needs=("nats", "tokens"), sums=ratio("nats", "tokens"),
+            score_from_sums=_perplexity, estimate="log",
+        ),
+        Metric(
+            name="bits_per_byte", higher_is_better=False, digits=3, needs=("nats", "bytes"),
+            sums=ratio("nats", "bytes", math.log(2)), score_from_sums=of_sums(),
+        ),
+        Metric(
+            name="bleu", higher_is_better=True, needs=("bleu",), sums=as_kept("bleu"), score_from_sums=_bleu,
+            top=100.0, unit=100.0,
+        ),
+        Metric(
+            name="chrf", higher_is_better=True, needs=("chrf",), sums=as_kept("chrf"), score_from_sums=_chrf,
+            top=100.0, unit=100.0,
+        ),
+        Metric(
+            name="ter", higher_is_better=False, needs=("ter",), sums=as_kept("ter"), score_from_sums=of_sums(100.0),
+            unit=100.0,
+        ),
+        *map(_label_metric, ("f1", "f1_macro", "f1_micro", "f1_weighted", "precision", "recall")),
+        Metric(
+            name="accuracy", higher_is_better=True, digits=3, needs=("truth", "predicted"), sums=_right,
+            score_from_sums=of_sums(), top=1.0, estimate="labels",
+        ),
+    )
+}  # fmt: skip
+"""Every metric, by the name that scores carry. A new one is added here, or by the task that has it."""

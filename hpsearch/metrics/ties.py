@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.metrics.intervals import NORMAL_95, influence
-from hpsearch.metrics.statistics import Examples, Floats, score, summands
+from hpsearch.metrics.metric import Examples, Floats
+from hpsearch.metrics.statistics import score, summands
 
 RESAMPLES = 2000
 MOST_PAIRED = 1000

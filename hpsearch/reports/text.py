@@ -12,14 +12,15 @@ from typing import Any
 
 from hpsearch.errors import plain
 from hpsearch.metrics.intervals import doubt
+from hpsearch.metrics.statistics import METRICS
 from hpsearch.records import PRUNED, RANKED, STOPPED
 from hpsearch.results.leaderboard import Choice, Leaderboard, param_names
 from hpsearch.store.schema.tables import Row
 
 
 def score_text(metric: str, value: float) -> str:
-    """A score with the digits that a person compares: 3 behind the point of a fraction, 2 of anything else."""
-    return f"{value:.3f}" if metric.startswith(("f1", "precision", "recall", "accuracy", "bits")) else f"{value:.2f}"
+    """A score with the digits that a person compares."""
+    return f"{value:.{METRICS[metric].digits}f}"
 
 
 def short(value: Any) -> str:

@@ -16,10 +16,11 @@ import numpy as np
 
 from hpsearch.errors import UsageError
 from hpsearch.metrics import statistics, ties
+from hpsearch.metrics.metric import Examples
+from hpsearch.metrics.statistics import METRICS
 from hpsearch.records import RANKED
 from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
-from hpsearch.tasks import HIGHER_IS_BETTER
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -184,7 +185,7 @@ def compare(store: Store, study: str, first: int, second: int) -> dict[str, Any]
         low, high, p_value = ties.difference(observed, resampled, pair[0]["n"])
         better = None
         if p_value <= SIGNIFICANCE:
-            better = numbers[int((observed[0] > observed[1]) != HIGHER_IS_BETTER[metric])]
+            better = numbers[int((observed[0] > observed[1]) != METRICS[metric].higher_is_better)]
         metrics.append(
             {
                 "metric": metric,
@@ -274,7 +275,7 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 def _rated(metric: str, entries: Sequence[_Entry]) -> list[_Entry]:
     """The entries with their scores in this metric, best first."""
-    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    sign = -1 if METRICS[metric].higher_is_better else 1
     rated = [replace(entry, row={**entry.row, **_rating(metric, entry)}) for entry in entries]
 
     def place(entry: _Entry) -> tuple[Any, ...]:
@@ -319,7 +320,7 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[in
     if len(rated) > _MANY_TRIALS:
         columns = ("score", "score_low", "score_high")
         values, low, high = (np.array([entry.row[name] for entry in rated]) for name in columns)
-        found = ties.clearly_worse(values, low, high, higher_is_better=HIGHER_IS_BETTER[metric])
+        found = ties.clearly_worse(values, low, high, higher_is_better=METRICS[metric].higher_is_better)
         bounds = {entry.id: float(bound) for entry, bound in zip(rated, found, strict=True) if bound <= SIGNIFICANCE}
         rated = [entry for entry in rated if entry.id not in bounds]
     there = store.with_examples([entry.id for entry in rated])
@@ -331,14 +332,18 @@ def _p_values(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[in
         # Each is held against the winner alone then, whoever else is.
         tested = [entry for entry in tested if entry.id in wanted or entry is tested[0]]
     kept = store.examples([entry.id for entry in tested])
-    examples: list[statistics.Examples] = [statistics.unpack(kept[entry.id]) for entry in tested]
+    examples: list[Examples] = [statistics.unpack(kept[entry.id]) for entry in tested]
     contract = tested[0].scores[metric]["contract"]
     observed = np.array([entry.row["score"] for entry in tested])
     # The test compares each with each; in a large study fewer resamples keep the answer within seconds.
     resamples = ties.RESAMPLES if compared <= _MANY_TRIALS else 500
     resampled = ties.resample(metric, examples, contract, resamples=resamples)
     p_values = ties.tie_p_values(
-        observed, resampled, tested[0].row["score_n"], higher_is_better=HIGHER_IS_BETTER[metric], compared=compared
+        observed,
+        resampled,
+        tested[0].row["score_n"],
+        higher_is_better=METRICS[metric].higher_is_better,
+        compared=compared,
     )
     return bounds | {entry.id: float(p_value) for entry, p_value in zip(tested, p_values, strict=True)}
 

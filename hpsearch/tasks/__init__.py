@@ -20,21 +20,6 @@ TASKS = {
 RANKING_METRIC = {"causal_lm": "perplexity", "translation": "bleu", "classification": "f1"}
 """The test metric that each task is ranked by."""
 
-HIGHER_IS_BETTER = {
-    "perplexity": False,
-    "bits_per_byte": False,
-    "bleu": True,
-    "chrf": True,
-    "ter": False,
-    "f1": True,
-    "f1_macro": True,
-    "f1_micro": True,
-    "f1_weighted": True,
-    "precision": True,
-    "recall": True,
-    "accuracy": True,
-}
-
 
 def build_task(config: TrialConfig) -> Task:
     """The task of a trial, with its data opened and its model built (weights drawn from torch's current seed)."""

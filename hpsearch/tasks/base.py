@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hpsearch.data.shards import TokenSplit
 from hpsearch.metrics.intervals import interval
-from hpsearch.metrics.statistics import Examples
+from hpsearch.metrics.metric import Examples
 from hpsearch.records import Score
 
 Indices = NDArray[np.int64]

@@ -11,6 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 
 from hpsearch.metrics import intervals, statistics
 from hpsearch.metrics import ties as ties_module
+from hpsearch.metrics.metric import Examples
 
 REFERENCES = ["the cat sat on the mat", "a file was not found", "save all changes now", "open", "close the window"]
 
@@ -70,7 +71,7 @@ def test_arrays_come_back_as_they_were_packed() -> None:
     assert all((again[name] == array).all() for name, array in arrays.items())
 
 
-def likelihoods(rng: np.random.Generator, shifts: list[float], count: int = 120) -> list[statistics.Examples]:
+def likelihoods(rng: np.random.Generator, shifts: list[float], count: int = 120) -> list[Examples]:
     """Trials that differ in mean loss per document by `shifts`, each in units of a difference's standard error."""
     tokens = rng.integers(20, 60, count)
     hard = rng.normal(3.0, 0.4, count)
@@ -83,7 +84,7 @@ def likelihoods(rng: np.random.Generator, shifts: list[float], count: int = 120)
     ]
 
 
-def ties(trials: list[statistics.Examples], resamples: int = 400) -> tuple[np.ndarray, np.ndarray]:
+def ties(trials: list[Examples], resamples: int = 400) -> tuple[np.ndarray, np.ndarray]:
     sums = [statistics.summands("perplexity", trial).sum(axis=0) for trial in trials]
     observed = np.array([statistics.score("perplexity", each, {}) for each in sums])
     resampled = ties_module.resample("perplexity", trials, {}, resamples=resamples)
