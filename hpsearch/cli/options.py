@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from hpsearch.registry import TRACKERS
 from hpsearch.spec.redaction import has_secret
 from hpsearch.spec.settings import MOST
 
@@ -70,12 +71,21 @@ def study_options(command: Command) -> Command:
     return command
 
 
+def _known_tracker(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if (problem := TRACKERS.problem(name)) is not None:
+            raise click.BadParameter(problem)
+    return value
+
+
 def track_option(command: Command) -> Command:
     return click.option(
         "--track",
         multiple=True,
-        type=click.Choice(["tensorboard", "mlflow", "wandb"]),
-        help="Copy curves and results live to this tool, too; each is an extra.",
+        metavar="NAME",
+        callback=_known_tracker,
+        help="Copy curves and results live to this tool, too: tensorboard, mlflow, wandb (each is an extra), or "
+        "package.module:Tracker.",
     )(command)
 
 

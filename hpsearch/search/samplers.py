@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from hpsearch.errors import UsageError
+from hpsearch.registry import SAMPLERS
 from hpsearch.search.optuna_internals import SearchStorage
 from hpsearch.spec.space import Choice, Dimension, Space, listed
 from hpsearch.spec.study import StudySpec
@@ -34,51 +37,76 @@ _PRIOR_SHARE = 2 / 3
 _PRIOR_WIDTH = 0.25
 """See `_Prior`."""
 
-_MODEL_BASED = ("tpe", "gp", "cmaes")
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerKind:
+    """A sampler as studies name it."""
+
+    make: Callable[[StudySpec, int], BaseSampler]
+    """From the study, and the seed of this launch."""
+    is_model_based: bool = False
+    """Whether it learns from values: then its first trials are spread evenly, and it sees bad values clipped."""
+    startup: Callable[[StudySpec], int | None] = lambda study: study.sampler.startup_trials
+    """Trials before it knows anything, None when it never does: as long as that, draws gather around priors."""
+
+
+TPE = SamplerKind(
+    make=lambda study, seed: optuna.samplers.TPESampler(
+        n_startup_trials=study.sampler.startup_trials,
+        seed=seed,
+        multivariate=True,
+        group=any(dimension.when for dimension in study.space.dimensions.values()),
+        constant_liar=True,
+        n_ei_candidates=EI_CANDIDATES,
+    ),
+    is_model_based=True,
+)
+GP = SamplerKind(
+    make=lambda study, seed: optuna.samplers.GPSampler(
+        n_startup_trials=study.sampler.startup_trials, seed=seed, warn_independent_sampling=False
+    ),
+    is_model_based=True,
+)
+CMAES = SamplerKind(
+    make=lambda study, seed: optuna.samplers.CmaEsSampler(
+        n_startup_trials=study.sampler.startup_trials, seed=seed, warn_independent_sampling=False
+    ),
+    is_model_based=True,
+)
+RANDOM = SamplerKind(make=lambda study, seed: optuna.samplers.RandomSampler(seed=seed), startup=lambda study: None)
+QMC = SamplerKind(
+    make=lambda study, seed: optuna.samplers.QMCSampler(
+        scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
+    )
+)
+GRID = SamplerKind(
+    make=lambda study, seed: optuna.samplers.GridSampler(
+        {name: listed(dimension) for name, dimension in study.space.dimensions.items()}, seed=seed
+    )
+)
 
 
 def make_sampler(study: StudySpec, seed: int, storage: SearchStorage, expected: Expected) -> BaseSampler:
-    """The sampler that a study names. The seed is one of the launch; that of the study decides the first trials."""
-    spec, space = study.sampler, study.space
-    has_conditions = any(dimension.when for dimension in space.dimensions.values())
-    samplers: dict[str, Callable[[], BaseSampler]] = {
-        "tpe": lambda: _Clipped(
-            optuna.samplers.TPESampler(
-                n_startup_trials=spec.startup_trials,
-                seed=seed,
-                multivariate=True,
-                group=has_conditions,
-                constant_liar=True,
-                n_ei_candidates=EI_CANDIDATES,
-            ),
-            storage,
-            expected,
-        ),
-        "gp": lambda: _Clipped(
-            optuna.samplers.GPSampler(n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False),
-            storage,
-            expected,
-        ),
-        "cmaes": lambda: _Clipped(
-            optuna.samplers.CmaEsSampler(
-                n_startup_trials=spec.startup_trials, seed=seed, warn_independent_sampling=False
-            ),
-            storage,
-            expected,
-        ),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "qmc": lambda: optuna.samplers.QMCSampler(
-            scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
-        ),
-        "grid": lambda: optuna.samplers.GridSampler(
-            {name: listed(dimension) for name, dimension in space.dimensions.items()}, seed=seed
-        ),
-    }
-    sampler = samplers[spec.name]()
-    if spec.name in _MODEL_BASED and spec.startup_trials:
-        sampler = _Spread(sampler, space, study.seed, spec.startup_trials)
-    startup = None if spec.name == "random" else spec.startup_trials
-    return _Prior(sampler, space, seed, startup) if space.priors else sampler
+    """The sampler that a study names. The seed is one of the launch; that of the study decides the first trials.
+
+    One of a person's own is a SamplerKind, or a function of study and seed that makes a sampler. Raises UsageError.
+    """
+    found = SAMPLERS.load(study.sampler.name)
+    kind = found if isinstance(found, SamplerKind) else SamplerKind(make=found)
+    try:
+        sampler = kind.make(study, seed)
+    except Exception as error:
+        if study.sampler.name in SAMPLERS.built_in:
+            raise
+        raise UsageError(f"sampler {study.sampler.name}: {type(error).__name__}: {error}") from error
+    if not isinstance(sampler, BaseSampler):
+        raise UsageError(f"sampler {study.sampler.name}: expected a sampler of Optuna's, got {type(sampler).__name__}")
+    startup = kind.startup(study)
+    if kind.is_model_based:
+        sampler = _Clipped(sampler, storage, expected)
+        if startup:
+            sampler = _Spread(sampler, study.space, study.seed, startup)
+    return _Prior(sampler, study.space, seed, startup) if study.space.priors else sampler
 
 
 class _Wrapper(BaseSampler):

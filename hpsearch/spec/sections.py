@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic.json_schema import WithJsonSchema
 
+from hpsearch.registry import SAMPLERS
 from hpsearch.spec.settings import MOST, Objective, Strict
 
 MOST_MINUTES = 10_000_000.0
@@ -155,20 +157,32 @@ class LimitSpec(Strict):
     )
 
 
-SamplerName = Literal["tpe", "gp", "random", "cmaes", "grid", "qmc"]
+_SAMPLER_SCHEMA = {
+    "anyOf": [{"enum": list(SAMPLERS.built_in)}, {"type": "string", "pattern": "^[\\w.-]+(:\\w+)?$"}],
+    "default": "tpe",
+}
 PrunerName = Literal["promote", "median", "percentile", "asha", "hyperband", "none"]
 
 
 class SamplerSpec(Strict):
     """How Optuna proposes settings."""
 
-    name: SamplerName = "tpe"
+    name: Annotated[str, WithJsonSchema(_SAMPLER_SCHEMA)] = Field(
+        "tpe", description="One of these, of an installed package, or package.module:name of your own."
+    )
     startup_trials: int = Field(
         10,
         ge=0,
         le=MOST,
         description="Trials, spread evenly over the space, before a model is trusted (tpe, gp, cmaes).",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if (problem := SAMPLERS.problem(name)) is not None:
+            raise ValueError(problem)
+        return name
 
 
 class UnpromisingSpec(Strict):

@@ -15,9 +15,10 @@ from wandb.proto import wandb_internal_pb2
 
 import hpsearch as package
 from hpsearch.errors import UsageError
-from hpsearch.integrations import trackers
+from hpsearch.integrations import mlflow as mlflow_tracker
 from hpsearch.integrations.trackers import check_trackers, tracked
 from hpsearch.records import Event, Point, Score, TrialResult, TrialState
+from hpsearch.registry import TRACKERS
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -140,18 +141,21 @@ def test_a_trial_that_waits_and_never_goes_on_is_ended_there_too(tmp_path: Path)
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "unpromising")
 
 
+class Broken:
+    """A tracker whose service does not answer."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def begin(self, *_: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    log = end = begin
+
+    def close(self) -> None: ...
+
+
 def test_a_tracker_that_fails_is_left_alone_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def __init__(self, *_: Any) -> None: ...
-
-        def begin(self, *_: Any) -> None:
-            raise ConnectionError("no route to host")
-
-        log = end = begin
-
-        def close(self) -> None: ...
-
-    monkeypatch.setitem(trackers._TRACKERS, "mlflow", ("mlflow", Broken))
+    monkeypatch.setitem(TRACKERS.built_in, "mlflow", f"{__name__}:Broken")  # type: ignore[arg-type]
     said: list[str] = []
     with tracked(["mlflow"], STUDY, tmp_path, said.append) as (hear,):
         for trial in range(50):
@@ -169,8 +173,8 @@ def test_what_cannot_be_tracked_is_said_before_anything_starts(
     assert refused.returncode == 2
     assert "finds no API key: `wandb login`" in refused.stderr
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(UsageError, match="no tracker 'aim'; there are tensorboard, mlflow, wandb"):
+    with pytest.raises(UsageError, match="unknown tracker 'aim'; expected tensorboard, mlflow, wandb"):
         check_trackers(["aim"], tmp_path)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(mlflow_tracker, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'hpsearch\[mlflow\]'"):
         check_trackers(["mlflow"], tmp_path)

@@ -66,7 +66,7 @@ def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
         pytest.param("budget: {trials: -1}", "s.yaml:4:18: budget.trials: expected at least 1, got -1", id="negative budget"),
         pytest.param("budget: {minutes: 0}", "s.yaml:4:19: budget.minutes: expected more than 0.0, got 0", id="no time"),
         pytest.param("seed: yes", "s.yaml:4:7: seed: expected a whole number, got 'yes'", id="text for a number"),
-        pytest.param("sampler: tpee", "s.yaml:4:10: sampler.name: expected 'tpe', 'gp', 'random', 'cmaes', 'grid' or 'qmc', got 'tpee'", id="sampler"),
+        pytest.param("sampler: tpee", "s.yaml:4:10: sampler.name: unknown sampler 'tpee'; expected tpe, gp, random, cmaes, grid, qmc, or package.module:name of your own", id="sampler"),
         pytest.param("sampler: grid\nsearch: {learning_rate: {min: 0.1, max: 1.0}}", "s.yaml:5:25: search.learning_rate: the grid sampler needs a list of values, or a range with step", id="endless grid"),
         pytest.param("prune: {overfit: {patince: 3}}", "s.yaml:4:19: prune.overfit.patince: unknown key 'patince'; did you mean 'patience'?", id="rule"),
         pytest.param("model: {dropout: 0.1}\nsearch: {dropout: [0.1, 0.2]}", "s.yaml:4:9: model.dropout: 'dropout' stands under 'search' as well; keep one", id="fixed and searched"),
