@@ -13,6 +13,8 @@ from typing import Any
 
 RESERVED = 0.35
 """Part of the whole time that the end of the leading trial may take at most."""
+MOST_RESERVED = 0.6
+"""The same part of a budget of seconds."""
 SCORING = 0.1
 """Part of the time of a shortened run, or SCORING_S if that is less, that is kept for scoring it."""
 SCORING_S = 30.0
@@ -46,7 +48,13 @@ class Clock:
     def is_short(self, now: float, leader: Mapping[str, Any] | None, epoch: float) -> bool:
         """Whether the leading trial, which is at this epoch, needs all the time that is left."""
         needed = None if leader is None else self.needed(leader, epoch)
-        return needed is not None and self.deadline - now <= min(needed, RESERVED * self._budget_s)
+        # Of a budget of seconds the usual part is less than what a trial is worth starting for.
+        reserved = max(RESERVED * self._budget_s, min(2 * LEAST_S, MOST_RESERVED * self._budget_s))
+        return needed is not None and self.is_worth_a_start(now) and self.deadline - now <= min(needed, reserved)
+
+    def is_worth_a_start(self, now: float) -> bool:
+        """Whether enough time is left for a run that begins now."""
+        return self.left(now) >= LEAST_S
 
     def left(self, now: float) -> float:
         """Seconds that a run that begins now may train."""

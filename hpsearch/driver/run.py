@@ -19,7 +19,7 @@ from typing import Any
 
 from hpsearch.backends import GRACE_S
 from hpsearch.driver.disk import DISK_PATIENCE_S, DiskWait
-from hpsearch.driver.endgame import LEAST_S, Clock
+from hpsearch.driver.endgame import Clock
 from hpsearch.driver.failures import MOST_BACK_OFF_S, Consequence, Failures
 from hpsearch.driver.liveness import ask_to_leave, cause_in, last_words_of, pulse_of
 from hpsearch.driver.outbox import Outbox
@@ -476,13 +476,14 @@ class StudyRun:
     def _next_to_finish(self) -> TrialConfig | None:
         """The best of the trials that wait, with a schedule that ends in time."""
         assert self._clock is not None
-        left = self._clock.left(self._now())
+        now = self._now()
         waiting = [trial for trial in (*self._paused.values(), *self._queue) if math.isfinite(self._merit(trial))]
-        if left < LEAST_S or not waiting:
+        if not self._clock.is_worth_a_start(now) or not waiting:
             if not self._live:
                 self._end_in_time()
                 return self._next_to_score()
             return None
+        left = self._clock.left(now)
         chosen = min(waiting, key=self._merit)
         if chosen.number in self._paused:
             self._search.resume(chosen.number)
