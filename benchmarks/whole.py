@@ -82,7 +82,7 @@ import json, os, signal, sys, time, hpsearch
 began, study, folder, trials, goal, limit = json.loads(sys.argv[1])
 def hear(event):
     if event.kind == "point":
-        point = event.facts["point"]
+        point = event.point
         line = {"at": time.time() - began, "trial": event.trial, "loss": point.valid_loss, "seconds": point.seconds}
         open(folder + "/reports.jsonl", "a").write(json.dumps(line) + "\\n")
         if point.valid_loss <= goal or line["at"] > limit:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from hpsearch.pruning.overfitting import Evidence, Judgement, Verdict
 from hpsearch.spec.sections import OverfitRule
@@ -226,15 +226,69 @@ class TrialConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Event:
-    """What a person watching wants to know.
+class StudyOpened:
+    """A launch has its study, its data and its backend, and begins."""
 
-    `study`, `trial_started`, `point`, `trial_ended` (also of a trial that goes back to the queue) or `note`.
-    """
+    kind: ClassVar = "study"
+    name: str
+    store: str
+    """Its URL without secrets."""
+    where: str
+    """The backend, in words."""
+    budget: int
+    finished: int
+    """Trials that earlier launches have finished."""
+    resumed: int
+    """Trials that wait to be resumed."""
+    data: dict[str, Any]
+    """The fields of the DataCard."""
 
-    kind: str
-    trial: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStarted:
+    """A trial runs, for the first time or again."""
+
+    kind: ClassVar = "trial_started"
+    trial: int
+    params: dict[str, Any]
+    epochs: int
+    repeat_of: int | None
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointReported:
+    """A trial has been evaluated."""
+
+    kind: ClassVar = "point"
+    trial: int
+    point: Point
+    verdict: str
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEnded:
+    """A trial has ended, has paused, or is back in the queue: see the state of its result."""
+
+    kind: ClassVar = "trial_ended"
+    trial: int
+    result: TrialResult
+    last_epoch: float | None
+    epochs: int
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something that a person should know, in a sentence."""
+
+    kind: ClassVar = "note"
+    text: str
+
+
+Event = StudyOpened | TrialStarted | PointReported | TrialEnded | Note
+"""What a person watching wants to know."""
 
 
 Listener = Callable[[Event], None]

@@ -221,4 +221,4 @@ class FakeBackend:
 
     def _hear(self, event: Event) -> None:
         if event.kind == "note":
-            self.notes.append(event.facts["text"])
+            self.notes.append(event.text)

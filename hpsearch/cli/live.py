@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import IO, Any
 
 from rich.console import Console, Group
@@ -16,7 +17,19 @@ from rich.text import Text
 from hpsearch.cli.output import STATE_COLOURS, jsonable, new_table
 from hpsearch.cli.summaries import status_report
 from hpsearch.errors import plain
-from hpsearch.records import LIVE, PRUNED, UNFINISHED, Event, Listener, TrialState
+from hpsearch.records import (
+    LIVE,
+    PRUNED,
+    UNFINISHED,
+    Event,
+    Listener,
+    Note,
+    PointReported,
+    StudyOpened,
+    TrialEnded,
+    TrialStarted,
+    TrialState,
+)
 from hpsearch.reports.text import (
     counts,
     curve_plot,
@@ -99,8 +112,8 @@ def json_lines(stream: IO[str]) -> Listener:
     """A listener that writes each event as one line of JSON."""
 
     def hear(event: Event) -> None:
-        facts = {key: jsonable(value) for key, value in event.facts.items()}
-        print(json.dumps({"event": event.kind, "trial": event.trial, **facts}), file=stream, flush=True)
+        facts = {field.name: jsonable(getattr(event, field.name)) for field in fields(event)}
+        print(json.dumps({"event": event.kind, "trial": None, **facts}), file=stream, flush=True)
 
     return hear
 
@@ -110,43 +123,47 @@ class _Lines:
         self._console = console
 
     def hear(self, event: Event) -> None:
-        if event.kind == "point":
-            point = event.facts["point"]
-            if not point.ends_epoch:
-                return
+        if isinstance(event, PointReported) and not event.point.ends_epoch:
+            return
         self._console.print(Text(describe(event)), soft_wrap=True)
 
 
 def describe(event: Event) -> str:
     """One line on an event."""
-    facts = event.facts
-    if event.kind == "study":
-        data = facts["data"]
-        again = f", {facts['finished']} done before" if facts["finished"] else ""
-        again += f", {facts['resumed']} to be resumed" if facts["resumed"] else ""
-        return (
-            f"study {facts['name']}: {facts['budget']} trials{again} on {facts['where']}; "
-            f"{data['tokens']['train']:,} training tokens; store {facts['store']}"
-        )
-    if event.kind == "trial_started":
-        params = ", ".join(f"{name}={short(value)}" for name, value in facts["params"].items())
-        again = f", trial {facts['repeat_of']} with a new seed" if facts["repeat_of"] is not None else ""
-        again += f", attempt {facts['attempt']}" if facts["attempt"] > 1 else ""
-        verb = "started" if facts["attempt"] == 1 else "resumes"
-        return f"trial {event.trial} {verb}{again}: {plain(params)}"
-    if event.kind == "point":
-        point = facts["point"]
-        return (
-            f"trial {event.trial} epoch {point.epoch:g}/{facts['epochs']}: train {point.train_loss:.3f}, "
-            f"valid {point.valid_loss:.3f}, {facts['verdict']}"
-        )
-    if event.kind == "trial_ended":
-        result = facts["result"]
-        first = result.scores[0] if result.scores else None
-        score = f", test {first.metric} {score_text(first.metric, first.value)}" if first else ""
-        pruned = " (pruned)" if result.state in PRUNED else ""
-        return f"trial {event.trial} {result.state}{pruned}: {plain(result.reason)}{score}"
-    return plain(facts.get("text", event.kind))
+    match event:
+        case StudyOpened():
+            again = f", {event.finished} done before" if event.finished else ""
+            again += f", {event.resumed} to be resumed" if event.resumed else ""
+            return (
+                f"study {event.name}: {event.budget} trials{again} on {event.where}; "
+                f"{event.data['tokens']['train']:,} training tokens; store {event.store}"
+            )
+        case TrialStarted():
+            params = ", ".join(f"{name}={short(value)}" for name, value in event.params.items())
+            again = f", trial {event.repeat_of} with a new seed" if event.repeat_of is not None else ""
+            again += f", attempt {event.attempt}" if event.attempt > 1 else ""
+            verb = "started" if event.attempt == 1 else "resumes"
+            return f"trial {event.trial} {verb}{again}: {plain(params)}"
+        case PointReported():
+            point = event.point
+            return (
+                f"trial {event.trial} epoch {point.epoch:g}/{event.epochs}: train {point.train_loss:.3f}, "
+                f"valid {point.valid_loss:.3f}, {event.verdict}"
+            )
+        case TrialEnded():
+            result = event.result
+            first = result.scores[0] if result.scores else None
+            score = f", test {first.metric} {score_text(first.metric, first.value)}" if first else ""
+            pruned = " (pruned)" if result.state in PRUNED else ""
+            return f"trial {event.trial} {result.state}{pruned}: {plain(result.reason)}{score}"
+        case Note():
+            return plain(event.text)
+
+
+@dataclass
+class _Running:
+    started: TrialStarted
+    last: PointReported | None = None
 
 
 class _LiveView:
@@ -154,62 +171,64 @@ class _LiveView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._opening: dict[str, Any] = {}
-        self._running: dict[int, dict[str, Any]] = {}
+        self._opening: StudyOpened | None = None
+        self._running: dict[int, _Running] = {}
         self._states: dict[str, int] = {}
         self._best: tuple[float, int] | None = None
         self._ended = 0
         self._started = time.monotonic()
 
     def hear(self, event: Event) -> None:
-        facts = event.facts
-        if event.kind == "study":
-            self._opening = facts
-            self._started = time.monotonic()
-        elif event.kind == "trial_started":
-            assert event.trial is not None
-            self._running[event.trial] = {**facts, "point": None, "verdict": ""}
-        elif event.kind == "point":
-            assert event.trial is not None
-            self._running[event.trial].update(facts)
+        match event:
+            case StudyOpened():
+                self._opening = event
+                self._started = time.monotonic()
+                self._say(event)
+            case TrialStarted():
+                self._running[event.trial] = _Running(event)
+            case PointReported():
+                self._running[event.trial].last = event
+            case TrialEnded():
+                self._end(event)
+            case Note():
+                self._say(event)
+
+    def _end(self, event: TrialEnded) -> None:
+        self._running.pop(event.trial, None)
+        result = event.result
+        if result.state in UNFINISHED:
+            self._say(event)
             return
-        elif event.kind == "trial_ended":
-            assert event.trial is not None
-            self._running.pop(event.trial, None)
-            result = facts["result"]
-            if result.state in UNFINISHED:
-                self._console.print(Text(describe(event)), highlight=False)
-                return
-            self._states[result.state] = self._states.get(result.state, 0) + 1
-            self._ended += 1
-            if result.best_valid_loss is not None and result.scores:
-                self._best = min(self._best or (math.inf, 0), (result.best_valid_loss, event.trial))
-            self._console.print(Text(describe(event), style=STATE_COLOURS.get(result.state, "")), highlight=False)
-            return
-        if event.kind in ("study", "note"):
-            self._console.print(Text(describe(event)), highlight=False)
+        self._states[result.state] = self._states.get(result.state, 0) + 1
+        self._ended += 1
+        if result.best_valid_loss is not None and result.scores:
+            self._best = min(self._best or (math.inf, 0), (result.best_valid_loss, event.trial))
+        self._say(event, style=STATE_COLOURS.get(result.state, ""))
+
+    def _say(self, event: Event, *, style: str = "") -> None:
+        self._console.print(Text(describe(event), style=style), highlight=False)
 
     def render(self) -> Group:
         table = new_table("trial", "epoch", "train", "valid", "verdict", "settings")
-        for trial, facts in sorted(self._running.items()):
-            point = facts["point"]
+        for trial, running in sorted(self._running.items()):
+            point, epochs = running.last.point if running.last else None, running.started.epochs
             table.add_row(
                 str(trial),
-                f"{point.epoch:.2f}/{facts['epochs']}" if point else f"-/{facts['epochs']}",
+                f"{point.epoch:.2f}/{epochs}" if point else f"-/{epochs}",
                 f"{point.train_loss:.3f}" if point else "-",
                 f"{point.valid_loss:.3f}" if point else "-",
-                facts["verdict"],
-                plain(", ".join(f"{name}={short(value)}" for name, value in facts.get("params", {}).items())),
+                running.last.verdict if running.last else "",
+                plain(", ".join(f"{name}={short(value)}" for name, value in running.started.params.items())),
             )
         return Group(table, Text(self._summary(), style="bold"))
 
     def _summary(self) -> str:
-        if not self._opening:
+        if self._opening is None:
             return "starting"
         parts = [counts({str(state): count for state, count in self._states.items()}) or "no trial has ended yet"]
         if self._best:
             parts.append(f"best validation loss {self._best[0]:.4f} (trial {self._best[1]})")
-        left = self._opening["budget"] - self._opening["finished"] - self._ended
+        left = self._opening.budget - self._opening.finished - self._ended
         if self._ended and left > 0:
             seconds = (time.monotonic() - self._started) / self._ended * left
             parts.append(f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left")

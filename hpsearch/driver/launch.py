@@ -25,7 +25,7 @@ from hpsearch.errors import (
 from hpsearch.files.layout import run_folder
 from hpsearch.files.storage import locate
 from hpsearch.metrics.statistics import METRICS
-from hpsearch.records import RANKED, Event, Listener, TrialState
+from hpsearch.records import RANKED, Event, Listener, Note, StudyOpened, TrialState
 from hpsearch.results.study import Study
 from hpsearch.spec.load import LaunchOptions
 from hpsearch.spec.redaction import hide_secrets
@@ -70,7 +70,7 @@ def launch_spec(
     listen = listen or _silent
 
     def note(text: str) -> None:
-        listen(Event(kind="note", facts={"text": text}))
+        listen(Note(text=text))
 
     spec = with_its_defaults(spec)
     existing_trials(spec, extend=extend, moves=moves)
@@ -232,17 +232,16 @@ def _verdict(run: StudyRun) -> int:
     return EXIT_FINISHED
 
 
-def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, run: StudyRun) -> Event:
-    facts = {
-        "name": spec.name,
-        "store": store.shown_url,
-        "where": where,
-        "budget": run.budget,
-        "finished": run.num_finished,
-        "resumed": run.resumed,
-        "data": card.__dict__,
-    }
-    return Event(kind="study", facts=facts)
+def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, run: StudyRun) -> StudyOpened:
+    return StudyOpened(
+        name=spec.name,
+        store=store.shown_url,
+        where=where,
+        budget=run.budget,
+        finished=run.num_finished,
+        resumed=run.resumed,
+        data=card.__dict__,
+    )
 
 
 def _counted(examples: dict[str, int]) -> str:

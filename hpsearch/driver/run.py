@@ -52,10 +52,14 @@ from hpsearch.records import (
     Decision,
     Event,
     Listener,
+    Note,
     Point,
+    PointReported,
     Progress,
     TrialConfig,
+    TrialEnded,
     TrialResult,
+    TrialStarted,
     TrialState,
 )
 from hpsearch.search.study import Search, Suggestion
@@ -322,8 +326,11 @@ class StudyRun:
         live.last = point
         if self._clock is not None:
             self._clock.learn(number, settings_of(live.config), epochs=point.epoch, seconds=point.seconds)
-        facts = {"point": point, "verdict": judgement.verdict.value, "epochs": live.config.training.num_epochs}
-        self._listen(Event(kind="point", trial=number, facts=facts))
+        self._listen(
+            PointReported(
+                trial=number, point=point, verdict=judgement.verdict.value, epochs=live.config.training.num_epochs
+            )
+        )
         is_pausable = live.config.repeat_of is None and live.config.finish_in_s is None
         if progress.rung is not None and not stops and is_pausable:
             # Most trials come no further: how much of a GPU they take is learned here.
@@ -661,13 +668,15 @@ class StudyRun:
             live.row_id = self._store.start_trial(self._study["id"], config)
 
         self._put(live, write)
-        facts = {
-            "params": config.params,
-            "epochs": config.training.num_epochs,
-            "repeat_of": config.repeat_of,
-            "attempt": config.attempt,
-        }
-        self._listen(Event(kind="trial_started", trial=config.number, facts=facts))
+        self._listen(
+            TrialStarted(
+                trial=config.number,
+                params=config.params,
+                epochs=config.training.num_epochs,
+                repeat_of=config.repeat_of,
+                attempt=config.attempt,
+            )
+        )
         if self.stop_reason is not None:
             ask_to_leave(config)  # a signal came while the trial was being made
         return config
@@ -765,13 +774,15 @@ class StudyRun:
             lambda: self._keeper.trial_ended(waiting.row_id(), number, result, self._folder, is_repeat=False)
         )
         self._count(result.state)
-        facts = {
-            "result": result,
-            "last_epoch": last.epoch,
-            "epochs": waiting.settings["training"]["num_epochs"],
-            "params": self._search.params(number),
-        }
-        self._listen(Event(kind="trial_ended", trial=number, facts=facts))
+        self._listen(
+            TrialEnded(
+                trial=number,
+                result=result,
+                last_epoch=last.epoch,
+                epochs=waiting.settings["training"]["num_epochs"],
+                params=self._search.params(number),
+            )
+        )
 
     def _requeue(self, number: int, reason: str, *, lost: bool = False) -> None:
         live = self._live.pop(number)
@@ -783,13 +794,15 @@ class StudyRun:
         self._tell_end(live.config, live.last, result)
 
     def _tell_end(self, config: TrialConfig, last: Point | None, result: TrialResult) -> None:
-        facts = {
-            "result": result,
-            "last_epoch": last.epoch if last else None,
-            "epochs": config.training.num_epochs,
-            "params": config.params,
-        }
-        self._listen(Event(kind="trial_ended", trial=config.number, facts=facts))
+        self._listen(
+            TrialEnded(
+                trial=config.number,
+                result=result,
+                last_epoch=last.epoch if last else None,
+                epochs=config.training.num_epochs,
+                params=config.params,
+            )
+        )
 
     def _decide(self, live: LiveTrial, point: Point, verdict: str, action: Decision, evidence: dict[str, Any]) -> None:
         self._put(
@@ -832,7 +845,7 @@ class StudyRun:
             listener(event)
 
     def _note(self, text: str) -> None:
-        self._listen(Event(kind="note", facts={"text": text}))
+        self._listen(Note(text=text))
 
     def _objective(self, best_loss: float | None, best_score: float | None) -> float | None:
         return best_loss if self.spec.objective == "loss" else best_score

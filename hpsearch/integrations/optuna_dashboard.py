@@ -20,7 +20,7 @@ from hpsearch.files import storage
 from hpsearch.files.layout import run_folder
 from hpsearch.files.storage import Folder, locate
 from hpsearch.files.trial_log import log_file
-from hpsearch.records import PRUNED, RANKED, UNFINISHED, Event
+from hpsearch.records import PRUNED, RANKED, UNFINISHED, Event, PointReported, TrialEnded
 from hpsearch.reports.figures import FIGURES
 from hpsearch.reports.study_data import StudyData, read_study
 from hpsearch.reports.text import (
@@ -203,7 +203,7 @@ class Annotator:
 
     def hear(self, event: Event) -> None:
         """A listener of the launch."""
-        if event.kind in ("trial_ended", "point"):
+        if isinstance(event, PointReported | TrialEnded):
             self._dirty.set()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from hpsearch.errors import RunFolderError, UsageError
 from hpsearch.files.storage import Folder
-from hpsearch.records import Event, Listener, Point, TrialResult
+from hpsearch.records import Event, Listener, Point, PointReported, TrialEnded, TrialResult, TrialStarted
 from hpsearch.registry import TRACKERS
 from hpsearch.store.schema.tables import Row
 
@@ -24,6 +24,9 @@ _ENDS_S = 60.0
 """What a tracker gets to send what is left when a launch ends."""
 _MOST_WAITING = 100_000
 """Events that wait for a tracker; more would be a leak."""
+
+
+_OfTrial = TrialStarted | PointReported | TrialEnded
 
 
 class Tracker(Protocol):
@@ -78,14 +81,14 @@ class _Told:
         self._name = name
         self._tracker = tracker
         self._note = note
-        self._events: queue.Queue[Event | None] = queue.Queue()
+        self._events: queue.Queue[_OfTrial | None] = queue.Queue()
         self._open: set[int] = set()
         self._has_failed = False
         self._thread = threading.Thread(target=self._work, name=f"hpsearch-{name}", daemon=True)
         self._thread.start()
 
     def hear(self, event: Event) -> None:
-        if self._has_failed or event.kind not in ("trial_started", "point", "trial_ended"):
+        if self._has_failed or not isinstance(event, TrialStarted | PointReported | TrialEnded):
             return
         if self._events.qsize() >= _MOST_WAITING:
             self._fail(f"it is {_MOST_WAITING:,} events behind")
@@ -109,20 +112,21 @@ class _Told:
         with suppress(Exception):
             self._tracker.close()
 
-    def _tell(self, event: Event) -> None:
-        assert event.trial is not None
-        facts = event.facts
-        if event.kind == "trial_started" or (event.kind == "trial_ended" and event.trial not in self._open):
-            # A trial that paused was closed, and ends without having run again.
-            self._tracker.begin(event.trial, facts["params"])
-            self._open.add(event.trial)
-        if event.kind == "trial_started":
-            return
-        if event.kind == "point":
-            self._tracker.log(event.trial, facts["point"])
-        else:
-            self._tracker.end(event.trial, facts["result"])
-            self._open.discard(event.trial)
+    def _tell(self, event: _OfTrial) -> None:
+        match event:
+            case TrialStarted():
+                self._begin(event)
+            case PointReported():
+                self._tracker.log(event.trial, event.point)
+            case TrialEnded():
+                if event.trial not in self._open:
+                    self._begin(event)  # one that paused was closed, and ends without having run again
+                self._tracker.end(event.trial, event.result)
+                self._open.discard(event.trial)
+
+    def _begin(self, event: TrialStarted | TrialEnded) -> None:
+        self._tracker.begin(event.trial, event.params)
+        self._open.add(event.trial)
 
     def _fail(self, why: str) -> None:
         self._has_failed = True

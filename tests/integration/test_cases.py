@@ -105,7 +105,7 @@ def test_a_small_space_is_tried_through_once_and_the_study_says_so(tiny: Path) -
     overrides = ["search={batch_size: [16, 32], num_epochs: 1}"]
     study = package.launch(
         tiny, trials=5, overrides=overrides,
-        listen=lambda event: notes.append(event.facts["text"]) if event.kind == "note" else None,
+        listen=lambda event: notes.append(event.text) if event.kind == "note" else None,
     )  # fmt: skip
     assert study.exit_code == 0
     assert sorted(trial["params"]["batch_size"] for trial in study.trials()) == [16, 32]
@@ -143,8 +143,8 @@ def test_a_run_folder_that_is_away_for_a_while_costs_a_trial_nothing(
             away.extend((tmp_path / "runs" / "data").glob("[0-9a-f]*"))
             away[0].rename(tmp_path / "away")
         if event.kind == "note":
-            notes.append(event.facts["text"])
-            if "trying again" in event.facts["text"]:
+            notes.append(event.text)
+            if "trying again" in event.text:
                 (tmp_path / "away").rename(away[0])
 
     study = package.launch(tiny, trials=3, listen=listen)

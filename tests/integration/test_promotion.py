@@ -42,10 +42,8 @@ def test_most_trials_wait_at_a_rung_and_the_best_of_each_go_on(tiny: Path) -> No
     first = {number: study.trial(number)["points"][0]["valid_loss"] for number in epochs}
     best = min(first, key=lambda number: first[number])
     assert epochs[best] > min(epochs.values()), "the best of the lowest rung has gone on"
-    paused = [
-        event.trial for event in events if event.kind == "trial_ended" and event.facts["result"].state == "paused"
-    ]
-    again = [event.trial for event in events if event.kind == "trial_started" and event.facts["attempt"] > 1]
+    paused = [event.trial for event in events if event.kind == "trial_ended" and event.result.state == "paused"]
+    again = [event.trial for event in events if event.kind == "trial_started" and event.attempt > 1]
     assert paused
     assert again
     assert set(again) <= set(paused)
@@ -73,7 +71,7 @@ def test_a_study_that_stops_while_trials_wait_takes_them_up(tiny: Path) -> None:
 
     def stop_when_some_wait(event: Event) -> None:
         nonlocal seen
-        if event.kind == "trial_ended" and event.facts["result"].state == "paused":
+        if event.kind == "trial_ended" and event.result.state == "paused":
             seen += 1
             if seen == 4:
                 raise KeyboardInterrupt

@@ -32,7 +32,7 @@ def test_an_end_that_the_store_refuses_fails_its_trial(
     notes: list[str] = []
     options = ["prune={overfit: false, unpromising: none}"]
     study = hpsearch.launch(
-        tiny, store=store_url, overrides=options, listen=lambda event: notes.append(event.facts.get("text", ""))
+        tiny, store=store_url, overrides=options, listen=lambda event: notes.append(getattr(event, "text", ""))
     )
     assert study.exit_code == 0
     assert [trial["state"] for trial in study.trials()] == ["completed", "failed", "completed", "completed"]

@@ -86,7 +86,7 @@ def test_a_time_budget_ends_with_the_best_brought_to_their_ends_and_the_rest_sco
 
     def listen(event: Event) -> None:
         if event.kind == "note":
-            notes.append(event.facts["text"])
+            notes.append(event.text)
 
     overrides = [*PAUSING, "search.num_epochs=300", "budget.minutes=0.3"]
     study = hpsearch.launch(tiny, overrides=overrides, trials=1000, listen=listen)

@@ -160,9 +160,9 @@ def test_ray_runs_trials_side_by_side_and_leaves_no_litter(
 
     def listen(event: Event) -> None:
         if event.kind == "trial_started":
-            running.add(event.trial or 0)
+            running.add(event.trial)
         elif event.kind == "trial_ended":
-            running.discard(event.trial or 0)
+            running.discard(event.trial)
         at_once.append(len(running))
 
     study = hpsearch.launch(tiny, backend="ray", trials=5, listen=listen, overrides=["resources.parallel=2"])

@@ -17,7 +17,7 @@ import hpsearch as package
 from hpsearch.errors import UsageError
 from hpsearch.integrations import mlflow as mlflow_tracker
 from hpsearch.integrations.trackers import check_trackers, tracked
-from hpsearch.records import Event, Point, Score, TrialResult, TrialState
+from hpsearch.records import Point, PointReported, Score, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpsearch.registry import TRACKERS
 from tests.conftest import Run
 
@@ -112,13 +112,13 @@ def test_a_launch_is_copied_to_all_three(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_trial_that_is_resumed_goes_on_in_its_run(tmp_path: Path) -> None:
-    begun = Event(kind="trial_started", trial=3, facts={"params": {"learning_rate": 0.1, "odd name!": "x"}})
+    begun = TrialStarted(trial=3, params={"learning_rate": 0.1, "odd name!": "x"}, epochs=9, repeat_of=None, attempt=1)
     for evaluation, state in ((1, TrialState.INTERRUPTED), (2, TrialState.COMPLETED)):
         with tracked(["tensorboard", "mlflow"], STUDY, tmp_path, lambda text: pytest.fail(text)) as listeners:
             for hear in listeners:
                 hear(begun)
-                hear(Event(kind="point", trial=3, facts={"point": point(evaluation, float("nan"))}))
-                hear(Event(kind="trial_ended", trial=3, facts={"result": result(state)}))
+                hear(PointReported(trial=3, point=point(evaluation, float("nan")), verdict="", epochs=9))
+                hear(TrialEnded(trial=3, result=result(state), last_epoch=2.0, epochs=9, params={}))
     scalars = tensorboard(tmp_path / "tensorboard" / "trial-00003")
     assert list(scalars["valid_loss"]) == [10, 20]
     assert "train_loss" not in scalars, "what is no number is left out"
@@ -131,11 +131,11 @@ def test_a_trial_that_is_resumed_goes_on_in_its_run(tmp_path: Path) -> None:
 def test_a_trial_that_waits_and_never_goes_on_is_ended_there_too(tmp_path: Path) -> None:
     with tracked(["tensorboard", "mlflow"], STUDY, tmp_path, lambda text: pytest.fail(text)) as listeners:
         for hear in listeners:
-            hear(Event(kind="trial_started", trial=0, facts={"params": {"learning_rate": 0.1}}))
-            hear(Event(kind="point", trial=0, facts={"point": point(1)}))
+            hear(TrialStarted(trial=0, params={"learning_rate": 0.1}, epochs=9, repeat_of=None, attempt=1))
+            hear(PointReported(trial=0, point=point(1), verdict="", epochs=9))
             for state in (TrialState.PAUSED, TrialState.UNPROMISING):
-                facts = {"params": {"learning_rate": 0.1}, "result": result(state)}
-                hear(Event(kind="trial_ended", trial=0, facts=facts))
+                params = {"learning_rate": 0.1}
+                hear(TrialEnded(trial=0, result=result(state), last_epoch=2.0, epochs=9, params=params))
     client = MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("a study").experiment_id])
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "unpromising")
@@ -159,8 +159,8 @@ def test_a_tracker_that_fails_is_left_alone_and_said_once(tmp_path: Path, monkey
     said: list[str] = []
     with tracked(["mlflow"], STUDY, tmp_path, said.append) as (hear,):
         for trial in range(50):
-            hear(Event(kind="trial_started", trial=trial, facts={"params": {}}))
-            hear(Event(kind="point", trial=trial, facts={"point": point(1)}))
+            hear(TrialStarted(trial=trial, params={}, epochs=9, repeat_of=None, attempt=1))
+            hear(PointReported(trial=trial, point=point(1), verdict="", epochs=9))
     assert len(said) == 1
     assert "mlflow: no route to host. Nothing more is logged there" in said[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from hpsearch.records import Event, Point
+from hpsearch.records import Event, Point, PointReported, TrialEnded, TrialStarted
 
 NAMES = {
     "hpsearch_trials": "Trials that ended, by state; interrupted ones count each time.",
@@ -42,17 +42,18 @@ class StudyMetrics:
         self._best_loss = self._gauge("hpsearch_best_valid_loss")
 
     def __call__(self, event: Event) -> None:
-        if event.trial is None:
-            return
-        if event.kind == "trial_started":
-            self._running.add(event.trial)
-            if event.facts["attempt"] > 1 and event.trial not in self._points:
-                self._taken_up.add(event.trial)
-        elif event.kind == "point":
-            self._hear_point(event.trial, event.facts["point"], event.facts["verdict"])
-        elif event.kind == "trial_ended":
-            self._running.discard(event.trial)
-            self._trials.inc(1, {**self._tags, "state": event.facts["result"].state.value})
+        match event:
+            case TrialStarted():
+                self._running.add(event.trial)
+                if event.attempt > 1 and event.trial not in self._points:
+                    self._taken_up.add(event.trial)
+            case PointReported():
+                self._hear_point(event.trial, event.point, event.verdict)
+            case TrialEnded():
+                self._running.discard(event.trial)
+                self._trials.inc(1, {**self._tags, "state": event.result.state.value})
+            case _:
+                return
         self._now_running.set(len(self._running), self._tags)
 
     def _hear_point(self, trial: int, point: Point, verdict: str) -> None:
