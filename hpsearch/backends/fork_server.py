@@ -71,9 +71,14 @@ def fork_server(folder: Path) -> Iterator[str | None]:
             "OMP_NUM_THREADS": "1",  # a trial sets its own number
         }
         server = subprocess.Popen(
-            command, env=environment, pass_fds=(listener.fileno(), lifeline), start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command,
+            env=environment,
+            pass_fds=(listener.fileno(), lifeline),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     os.close(lifeline)
     try:
         yield address

@@ -24,9 +24,27 @@ BY_SPACES = ("13a", "intl", "none")
 """Tokenizers that find words between spaces."""
 _CHINESE = {"zh", "zho", "chi", "cmn", "yue", "wuu", "lzh", "hans", "hant"}
 _OTHERS = {
-    "ja", "jpn", "jpan", "th", "tha", "thai", "lo", "lao", "laoo", "km", "khm", "khmr", "my", "mya", "mymr", "bo",
-    "bod", "tibt", "dz", "dzo",
-}  # fmt: skip
+    "ja",
+    "jpn",
+    "jpan",
+    "th",
+    "tha",
+    "thai",
+    "lo",
+    "lao",
+    "laoo",
+    "km",
+    "khm",
+    "khmr",
+    "my",
+    "mya",
+    "mymr",
+    "bo",
+    "bod",
+    "tibt",
+    "dz",
+    "dzo",
+}
 """Further languages and scripts that are written without spaces between words."""
 _KANA = {"HIRAGANA", "KATAKANA"}
 _SCRIPTS = {"CJK", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI", *_KANA}

@@ -144,39 +144,73 @@ def _chrf(sums: Floats, contract: Mapping[str, Any]) -> Floats:
 
 def _label_metric(name: str) -> Metric:
     return Metric(
-        name=name, higher_is_better=True, digits=3, needs=("truth", "predicted"), sums=_label_counts,
-        score_from_sums=_of_labels(name), top=1.0, estimate="labels",
-    )  # fmt: skip
+        name=name,
+        higher_is_better=True,
+        digits=3,
+        needs=("truth", "predicted"),
+        sums=_label_counts,
+        score_from_sums=_of_labels(name),
+        top=1.0,
+        estimate="labels",
+    )
 
 
 METRICS = {
     metric.name: metric
     for metric in (
         Metric(
-            name="perplexity", higher_is_better=False, needs=("nats", "tokens"), sums=ratio("nats", "tokens"),
-            score_from_sums=_perplexity, estimate="log",
+            name="perplexity",
+            higher_is_better=False,
+            needs=("nats", "tokens"),
+            sums=ratio("nats", "tokens"),
+            score_from_sums=_perplexity,
+            estimate="log",
         ),
         Metric(
-            name="bits_per_byte", higher_is_better=False, digits=3, needs=("nats", "bytes"),
-            sums=ratio("nats", "bytes", math.log(2)), score_from_sums=of_sums(),
+            name="bits_per_byte",
+            higher_is_better=False,
+            digits=3,
+            needs=("nats", "bytes"),
+            sums=ratio("nats", "bytes", math.log(2)),
+            score_from_sums=of_sums(),
         ),
         Metric(
-            name="bleu", higher_is_better=True, needs=("bleu",), sums=as_kept("bleu"), score_from_sums=_bleu,
-            top=100.0, unit=100.0,
+            name="bleu",
+            higher_is_better=True,
+            needs=("bleu",),
+            sums=as_kept("bleu"),
+            score_from_sums=_bleu,
+            top=100.0,
+            unit=100.0,
         ),
         Metric(
-            name="chrf", higher_is_better=True, needs=("chrf",), sums=as_kept("chrf"), score_from_sums=_chrf,
-            top=100.0, unit=100.0,
+            name="chrf",
+            higher_is_better=True,
+            needs=("chrf",),
+            sums=as_kept("chrf"),
+            score_from_sums=_chrf,
+            top=100.0,
+            unit=100.0,
         ),
         Metric(
-            name="ter", higher_is_better=False, needs=("ter",), sums=as_kept("ter"), score_from_sums=of_sums(100.0),
+            name="ter",
+            higher_is_better=False,
+            needs=("ter",),
+            sums=as_kept("ter"),
+            score_from_sums=of_sums(100.0),
             unit=100.0,
         ),
         *map(_label_metric, ("f1", "f1_macro", "f1_micro", "f1_weighted", "precision", "recall")),
         Metric(
-            name="accuracy", higher_is_better=True, digits=3, needs=("truth", "predicted"), sums=_right,
-            score_from_sums=of_sums(), top=1.0, estimate="labels",
+            name="accuracy",
+            higher_is_better=True,
+            digits=3,
+            needs=("truth", "predicted"),
+            sums=_right,
+            score_from_sums=of_sums(),
+            top=1.0,
+            estimate="labels",
         ),
     )
-}  # fmt: skip
+}
 """Every metric, by the name that scores carry. A new one is added here, or by the task that has it."""

@@ -22,8 +22,15 @@ from hpsearch.models.transformers_internals import forget_origin
 from hpsearch.spec.settings import ModelSettings
 
 _ONLY_OF_SAMPLING = (
-    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-)  # fmt: skip
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
 _ONLY_OF_BEAMS = ("early_stopping", "length_penalty")
 
 

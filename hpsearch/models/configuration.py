@@ -24,23 +24,49 @@ from hpsearch.models.transformers_internals import has_model
 from hpsearch.spec.settings import ModelSettings
 
 DROPOUT_NAMES = (
-    "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "hidden_dropout", "attention_dropout", "resid_dropout",
-    "embd_dropout", "embed_dropout", "activation_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "residual_dropout", "embedding_dropout", "dropout_rate", "seq_classif_dropout",
-)  # fmt: skip
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout",
+    "hidden_dropout",
+    "attention_dropout",
+    "resid_dropout",
+    "embd_dropout",
+    "embed_dropout",
+    "activation_dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "residual_dropout",
+    "embedding_dropout",
+    "dropout_rate",
+    "seq_classif_dropout",
+)
 _FEED_FORWARD_NAMES = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim")
 _HEAD_NAMES = (
-    "num_key_value_heads", "num_kv_heads", "encoder_attention_heads", "decoder_attention_heads",
-    "num_encoder_attention_heads", "num_decoder_attention_heads",
-)  # fmt: skip
+    "num_key_value_heads",
+    "num_kv_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "num_encoder_attention_heads",
+    "num_decoder_attention_heads",
+)
 _WIDTH_NAMES = (
-    "moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
-    "expert_ffn_hidden_size", "q_lora_rank", "kv_lora_rank",
-)  # fmt: skip
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "expert_ffn_hidden_size",
+    "q_lora_rank",
+    "kv_lora_rank",
+)
 """Keys that keep their published proportion to the width, in steps that grouped matrix products can read."""
 _HEAD_WIDTH_NAMES = (
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "attention_head_dim", "rotary_dim", "d_head",
-)  # fmt: skip
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "attention_head_dim",
+    "rotary_dim",
+    "d_head",
+)
 """Keys that keep their published proportion to the width of a head; even, as rotations need."""
 _STATE_HEADS = (
     ("mamba_n_heads", "mamba_d_head", "mamba_expand"),

@@ -248,10 +248,19 @@ def can_decode(model: PreTrainedModel) -> bool:
     """Whether greedy decoding of this model is the largest logit at each step and nothing else."""
     config = model.generation_config
     special = (
-        "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "no_repeat_ngram_size",
-        "min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty", "sequence_bias",
-        "exponential_decay_length_penalty", "forced_decoder_ids", "encoder_no_repeat_ngram_size",
-    )  # fmt: skip
+        "bad_words_ids",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "no_repeat_ngram_size",
+        "min_length",
+        "min_new_tokens",
+        "repetition_penalty",
+        "encoder_repetition_penalty",
+        "sequence_bias",
+        "exponential_decay_length_penalty",
+        "forced_decoder_ids",
+        "encoder_no_repeat_ngram_size",
+    )
     if type(model).generate is not GenerationMixin.generate:
         return False
     return isinstance(config.eos_token_id, int) and all(

@@ -36,39 +36,58 @@ def curves(data: StudyData) -> Drawn:
         ys += [point["valid_loss"] for point in kept] + [None]
     if xs:
         figure.add_scattergl(
-            x=xs, y=ys, mode="lines", name="other trials", line={"color": "rgba(128,128,128,0.35)", "width": 1},
+            x=xs,
+            y=ys,
+            mode="lines",
+            name="other trials",
+            line={"color": "rgba(128,128,128,0.35)", "width": 1},
             hoverinfo="skip",
-        )  # fmt: skip
+        )
     rows = {row["number"]: row for row in data.trials}
     for place, number in enumerate(shown):
         points, row = data.points[number], rows[number]
         colour = CURVE_COLOURS[place % len(CURVE_COLOURS)]
         common = {"legendgroup": str(number), "x": [point["epoch"] for point in points]}
         figure.add_scatter(
-            **common, y=[point["train_loss"] for point in points], mode="lines", showlegend=False,
-            line={"color": colour, "dash": "dot", "width": 1.5}, name=f"trial {number} training",
+            **common,
+            y=[point["train_loss"] for point in points],
+            mode="lines",
+            showlegend=False,
+            line={"color": colour, "dash": "dot", "width": 1.5},
+            name=f"trial {number} training",
             hovertemplate=f"training, trial {number}<br>epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>",
-        )  # fmt: skip
+        )
         figure.add_scatter(
-            **common, y=[point["valid_loss"] for point in points], mode="lines",
-            line={"color": colour, "width": 2}, name=f"trial {number} ({row['state']})",
+            **common,
+            y=[point["valid_loss"] for point in points],
+            mode="lines",
+            line={"color": colour, "width": 2},
+            name=f"trial {number} ({row['state']})",
             hovertemplate=f"validation, {hover(row)}<br>epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>",
-        )  # fmt: skip
+        )
         best = row["best_evaluation"]
         if best is not None and best <= len(points):
             figure.add_scatter(
-                x=[points[best - 1]["epoch"]], y=[points[best - 1]["valid_loss"]], mode="markers", showlegend=False,
-                legendgroup=str(number), marker={"symbol": "star", "size": 12, "color": colour},
+                x=[points[best - 1]["epoch"]],
+                y=[points[best - 1]["valid_loss"]],
+                mode="markers",
+                showlegend=False,
+                legendgroup=str(number),
+                marker={"symbol": "star", "size": 12, "color": colour},
                 name=f"trial {number} best",
                 hovertemplate=f"best checkpoint of trial {number}<br>epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>",
-            )  # fmt: skip
+            )
         if row["state"] in PRUNED:
             figure.add_scatter(
-                x=[points[-1]["epoch"]], y=[points[-1]["valid_loss"]], mode="markers", showlegend=False,
-                legendgroup=str(number), name=f"trial {number} pruned",
+                x=[points[-1]["epoch"]],
+                y=[points[-1]["valid_loss"]],
+                mode="markers",
+                showlegend=False,
+                legendgroup=str(number),
+                name=f"trial {number} pruned",
                 marker={"symbol": "x", "size": 10, "color": colour},
                 hovertemplate=f"pruned: {escaped(row['reason'] or row['state'])}<extra></extra>",
-            )  # fmt: skip
+            )
     figure.update_layout(xaxis_title="epoch", yaxis_title="loss (nats per token)", hovermode="closest")
     if data.study["task"] == "classification":
         figure.update_yaxes(title="loss (nats per text)")
@@ -77,10 +96,12 @@ def curves(data: StudyData) -> Drawn:
         figure.update_yaxes(range=[low, high])
     drawn = len([points for points in data.points.values() if points])
     return Drawn(
-        title="Training against validation loss", figure=figure, n=f"{drawn} trials",
+        title="Training against validation loss",
+        figure=figure,
+        n=f"{drawn} trials",
         says="Dotted is training, solid validation: where the dotted line keeps falling and the solid one rises, the "
         "run overfits. A star marks the best checkpoint, a cross where the run was pruned. Click a trial to hide it.",
-    )  # fmt: skip
+    )
 
 
 def _usual_range(points: Sequence[Row]) -> tuple[float, float]:
@@ -114,19 +135,22 @@ def trial_figures(data: StudyData, trial: Row) -> list[Drawn]:
     drawn = [replace(figure, title=title) for figure, title in found if figure is not None]
     verdicts = [
         [
-            str(one["evaluation"]), one["verdict"], one["action"],
+            str(one["evaluation"]),
+            one["verdict"],
+            one["action"],
             ", ".join(f"{name} {short(it)}" for name, it in one["evidence"].items() if it is not None),
         ]
         for one in trial["decisions"]
-    ]  # fmt: skip
+    ]
     if verdicts:
         drawn.append(
             Drawn(
-                title="Verdicts on its curve", n=f"{len(verdicts)} verdicts, each where it changed",
+                title="Verdicts on its curve",
+                n=f"{len(verdicts)} verdicts, each where it changed",
                 table=(("evaluation", "verdict", "action", "evidence"), verdicts),
                 says="What the overfitting rule saw after an evaluation, and what was done.",
             )
-        )  # fmt: skip
+        )
     return drawn
 
 
@@ -139,16 +163,25 @@ def confusion(data: StudyData) -> Drawn | None:
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     figure = go.Figure()
     figure.add_heatmap(
-        x=labels, y=labels, z=shares.tolist(), colorscale="Cividis", reversescale=True, zmin=0, zmax=1,
-        customdata=counts.tolist(), name="share", colorbar={"title": "share"},
+        x=labels,
+        y=labels,
+        z=shares.tolist(),
+        colorscale="Cividis",
+        reversescale=True,
+        zmin=0,
+        zmax=1,
+        customdata=counts.tolist(),
+        name="share",
+        colorbar={"title": "share"},
         hovertemplate="%{y} taken for %{x}: %{customdata}<extra></extra>",
-    )  # fmt: skip
+    )
     figure.update_layout(xaxis_title="predicted", yaxis_title="true", yaxis_autorange="reversed", height=520)
     return Drawn(
-        title="What the best trial takes for what", figure=figure,
+        title="What the best trial takes for what",
+        figure=figure,
         n=f"{int(counts.sum())} test texts",
         says="Each row is a true label and adds up to one; what is off the diagonal is a mistake.",
-    )  # fmt: skip
+    )
 
 
 def samples(data: StudyData) -> Drawn | None:
@@ -157,7 +190,8 @@ def samples(data: StudyData) -> Drawn | None:
         return None
     rows = [[sample["source"], sample["output"], sample["reference"]] for sample in samples]
     return Drawn(
-        title="What the best trial says", n=f"{len(rows)} test sentences",
+        title="What the best trial says",
+        n=f"{len(rows)} test sentences",
         table=(("source", "its translation", "reference"), rows),
         says="Sentences of the test split at even distances, not chosen by how well they went.",
-    )  # fmt: skip
+    )

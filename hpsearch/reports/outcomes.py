@@ -22,9 +22,13 @@ def leaderboard_figure(data: StudyData) -> Drawn:
     for is_tied, name, symbol in ((True, "not told from the winner", "circle"), (False, "worse", "circle-open")):
         part = [row for row in rows if (row["tie"] in ("1", "1=")) == is_tied]
         figure.add_scatter(
-            x=[row["score"] for row in part], y=[f"trial {row['trial']}" for row in part], mode="markers", name=name,
+            x=[row["score"] for row in part],
+            y=[f"trial {row['trial']}" for row in part],
+            mode="markers",
+            name=name,
             error_x={
-                "type": "data", "symmetric": False,
+                "type": "data",
+                "symmetric": False,
                 "array": [row["score_high"] - row["score"] for row in part],
                 "arrayminus": [row["score"] - row["score_low"] for row in part],
             },
@@ -32,7 +36,7 @@ def leaderboard_figure(data: StudyData) -> Drawn:
             customdata=[[row["tie"], row["state"], row["score_n"]] for row in part],
             hovertemplate="%{y}, rank %{customdata[0]}, %{customdata[1]}<br>%{x:.4g} on %{customdata[2]} test "
             "examples<extra></extra>",
-        )  # fmt: skip
+        )
     figure.update_yaxes(categoryorder="array", categoryarray=[f"trial {row['trial']}" for row in rows][::-1])
     metric = data.board.metric
     figure.update_layout(
@@ -40,10 +44,11 @@ def leaderboard_figure(data: StudyData) -> Drawn:
     )
     count = len(data.board.rows)
     return Drawn(
-        title="Leaderboard", figure=figure,
+        title="Leaderboard",
+        figure=figure,
         n=f"{len(rows)} of {count} ranked trials" if count > len(rows) else f"{count} ranked trials",
         says="Best on top; a filled dot is a trial that the test split cannot tell from the winner (paired bootstrap).",
-    )  # fmt: skip
+    )
 
 
 def timeline(data: StudyData) -> Drawn:
@@ -69,18 +74,27 @@ def timeline(data: StudyData) -> Drawn:
             figure.add_bar(
                 base=[rows[place]["started_at"].isoformat() for place in part],
                 x=[1000 * took[place] for place in part],
-                y=[lanes[place] for place in part], orientation="h", name=state,
+                y=[lanes[place] for place in part],
+                orientation="h",
+                name=state,
                 marker={"color": colour, "line": {"width": 1, "color": "#fff"}},
-                text=[str(rows[place]["number"]) for place in part], textposition="inside",
-                customdata=[hover(rows[place]) for place in part], hovertemplate="%{customdata}<extra></extra>",
-            )  # fmt: skip
+                text=[str(rows[place]["number"]) for place in part],
+                textposition="inside",
+                customdata=[hover(rows[place]) for place in part],
+                hovertemplate="%{customdata}<extra></extra>",
+            )
     figure.update_layout(
-        barmode="overlay", xaxis_type="date", xaxis_title="time (UTC)", height=180 + 26 * len(set(lanes)),
-    )  # fmt: skip
+        barmode="overlay",
+        xaxis_type="date",
+        xaxis_title="time (UTC)",
+        height=180 + 26 * len(set(lanes)),
+    )
     return Drawn(
-        title="Trials over time", figure=figure, n=f"{len(rows)} trials",
+        title="Trials over time",
+        figure=figure,
+        n=f"{len(rows)} trials",
         says="Gaps are devices that waited; a trial that was resumed spans its attempts.",
-    )  # fmt: skip
+    )
 
 
 def compute(data: StudyData) -> Drawn:
@@ -96,22 +110,29 @@ def compute(data: StudyData) -> Drawn:
     states = [state for state in STATES if state in spent]
     figure = go.Figure()
     figure.add_bar(
-        x=states, y=[spent[state] for state in states], name="spent", marker={"color": BLUE},
+        x=states,
+        y=[spent[state] for state in states],
+        name="spent",
+        marker={"color": BLUE},
         hovertemplate="%{x}: %{y:.3f} device-hours spent<extra></extra>",
-    )  # fmt: skip
+    )
     figure.add_bar(
-        x=states, y=[spared.get(state, 0.0) for state in states], name="spared by pruning",
+        x=states,
+        y=[spared.get(state, 0.0) for state in states],
+        name="spared by pruning",
         marker={"color": SKY, "pattern": {"shape": "/"}},
         hovertemplate="%{x}: %{y:.3f} device-hours spared<extra></extra>",
-    )  # fmt: skip
+    )
     figure.update_layout(barmode="stack", yaxis_title="device-hours")
     total, saved = sum(spent.values()), sum(spared.values())
     share = 100 * saved / (total + saved) if total + saved else 0.0
     return Drawn(
-        title="Compute spent and spared", figure=figure, n=f"{len(data.ended)} finished trials",
+        title="Compute spent and spared",
+        figure=figure,
+        n=f"{len(data.ended)} finished trials",
         says=f"Pruning spared {share:.0f} % of what the planned epochs of these trials would have cost, reckoned at "
         "each trial's own pace.",
-    )  # fmt: skip
+    )
 
 
 def optimism(data: StudyData) -> Drawn:
@@ -121,15 +142,21 @@ def optimism(data: StudyData) -> Drawn:
     figure = go.Figure()
     xs = [value for row in rows if (value := _shown_validation(row, is_perplexity)) is not None]
     figure.add_scatter(
-        x=xs, y=[row["score"] for row in rows], mode="markers", name="ranked trials",
+        x=xs,
+        y=[row["score"] for row in rows],
+        mode="markers",
+        name="ranked trials",
         error_y={
-            "type": "data", "symmetric": False, "thickness": 1,
+            "type": "data",
+            "symmetric": False,
+            "thickness": 1,
             "array": [row["score_high"] - row["score"] for row in rows],
             "arrayminus": [row["score"] - row["score_low"] for row in rows],
         },
-        marker={"color": BLUE, "size": 8}, customdata=[row["trial"] for row in rows],
+        marker={"color": BLUE, "size": 8},
+        customdata=[row["trial"] for row in rows],
         hovertemplate="trial %{customdata}<br>validation %{x:.4g}, test %{y:.4g}<extra></extra>",
-    )  # fmt: skip
+    )
     is_same_unit = is_perplexity or (not data.minimises and data.board.metric == data.study["objective"])
     if rows and is_same_unit:
         ends = [min(xs), max(xs)]
@@ -137,9 +164,11 @@ def optimism(data: StudyData) -> Drawn:
     unit = "validation perplexity" if is_perplexity else data.objective
     figure.update_layout(xaxis_title=unit, yaxis_title=f"test {data.board.metric.replace('_', ' ')}")
     return Drawn(
-        title="Validation against test", figure=figure, n=f"{len(rows)} ranked trials",
+        title="Validation against test",
+        figure=figure,
+        n=f"{len(rows)} ranked trials",
         says="The search saw the validation split only: trials that look better there than on the test split had luck.",
-    )  # fmt: skip
+    )
 
 
 def _shown_validation(row: Row, is_perplexity: bool) -> float | None:
@@ -170,7 +199,9 @@ def every_trial(data: StudyData) -> Drawn:
             ]
         )
     return Drawn(
-        title="Every trial", n=f"{len(rows)} trials", lists_trials=True,
+        title="Every trial",
+        n=f"{len(rows)} trials",
+        lists_trials=True,
         table=(("trial", "state", f"test {metric}", data.objective, "epochs", "settings", "why it ended"), rows),
         says="Pruned are the trials that were ended before their last epoch, each with its reason.",
-    )  # fmt: skip
+    )

@@ -157,9 +157,15 @@ def leaderboard_markdown(board: Leaderboard) -> str:
     lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
     for row in board.rows:
         cells = [
-            row["tie"], row["trial"], score_text(board.metric, row["score"]), interval(row), valid_text(board, row),
-            f"{row['best_epoch']:.3g}", row["state"], *(short(row["params"].get(name)) for name in names),
-        ]  # fmt: skip
+            row["tie"],
+            row["trial"],
+            score_text(board.metric, row["score"]),
+            interval(row),
+            valid_text(board, row),
+            f"{row['best_epoch']:.3g}",
+            row["state"],
+            *(short(row["params"].get(name)) for name in names),
+        ]
         lines.append("| " + " | ".join(markdown(cell) for cell in cells) + " |")
     return "\n".join(lines)
 

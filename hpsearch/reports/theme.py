@@ -16,8 +16,15 @@ from hpsearch.reports.text import short
 from hpsearch.store.schema.tables import Row
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
-    "#777777", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
+    "#777777",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#B8A800",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 
 
 STATES: dict[str, tuple[str, str]] = {

@@ -26,9 +26,24 @@ _POINT = (
 )
 _SCORE = ("metric", "value", "low", "high", "n")
 _TRIAL = (
-    "state", "reason", "repeat_of", "seed", "attempt", "worker_deaths", "started_at", "ended_at", "device_seconds",
-    "host", "device", "last_epoch", "best_epoch", "best_valid_loss", "best_valid_score", "num_parameters", "checkpoint",
-)  # fmt: skip
+    "state",
+    "reason",
+    "repeat_of",
+    "seed",
+    "attempt",
+    "worker_deaths",
+    "started_at",
+    "ended_at",
+    "device_seconds",
+    "host",
+    "device",
+    "last_epoch",
+    "best_epoch",
+    "best_valid_loss",
+    "best_valid_score",
+    "num_parameters",
+    "checkpoint",
+)
 
 
 def study_tables(store: Store, name: str) -> dict[str, pd.DataFrame]:

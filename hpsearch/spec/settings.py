@@ -156,8 +156,13 @@ NOT_SEARCHABLE = frozenset({"context_length", "config", "pretrained", "revision"
 """Model settings that decide what a perplexity means, or that are containers."""
 
 FIXED_BY_PRETRAINED = (
-    "architecture", "num_encoder_layers", "num_decoder_layers", "hidden_size", "num_heads", "init_std",
-)  # fmt: skip
+    "architecture",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "hidden_size",
+    "num_heads",
+    "init_std",
+)
 """Model settings that a pretrained model brings along."""
 FOR_PRETRAINED = ("revision", "freeze_embeddings", "freeze_layers", "lora_rank", "lora_alpha")
 """Model settings that mean nothing without a pretrained model."""

@@ -155,9 +155,16 @@ class TrialEvents(Connection):
 def _measured(result: TrialResult, last_epoch: float | None) -> dict[str, Any]:
     """What a worker has measured of a trial, by column."""
     names = (
-        "host", "device", "best_evaluation", "best_epoch", "best_valid_loss", "best_valid_score", "num_parameters",
-        "micro_batch_size", "provenance",
-    )  # fmt: skip
+        "host",
+        "device",
+        "best_evaluation",
+        "best_epoch",
+        "best_valid_loss",
+        "best_valid_score",
+        "num_parameters",
+        "micro_batch_size",
+        "provenance",
+    )
     values = {name: getattr(result, name) for name in names}
     return {"device_seconds": result.seconds, "last_epoch": last_epoch, **values}
 

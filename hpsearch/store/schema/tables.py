@@ -205,15 +205,35 @@ LEADERBOARD = (
         *(
             sa.column(name)
             for name in (
-                "study", "task", "test_rank", "valid_rank", "trial", "state", "metric", "score", "score_low",
-                "score_high", "score_n", "test_perplexity", "test_bits_per_byte", "test_bleu", "test_f1", "valid_loss",
-                "valid_score", "best_epoch", "last_epoch", "num_parameters", "device_seconds", "reason", "checkpoint",
+                "study",
+                "task",
+                "test_rank",
+                "valid_rank",
+                "trial",
+                "state",
+                "metric",
+                "score",
+                "score_low",
+                "score_high",
+                "score_n",
+                "test_perplexity",
+                "test_bits_per_byte",
+                "test_bleu",
+                "test_f1",
+                "valid_loss",
+                "valid_score",
+                "best_epoch",
+                "last_epoch",
+                "num_parameters",
+                "device_seconds",
+                "reason",
+                "checkpoint",
             )
         ),
         sa.column("params", _Json),
     )
     .subquery("leaderboard")
-)  # fmt: skip
+)
 
 Row = dict[str, Any]
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
