@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -16,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from hpsearch.records import Progress, TrialResult
+from tests.commands import run_command
 
 # Before torch is imported anywhere: spinning threads make tests beside other load ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -118,13 +118,6 @@ def hpsearch(tmp_path: Path) -> Run:
     """Run the command in a child process, in the test's folder."""
 
     def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "hpsearch", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "COLUMNS": "160", **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return run_command(arguments, folder=tmp_path, environment={**os.environ, "COLUMNS": "160", **(env or {})})
 
     return run

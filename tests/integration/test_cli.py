@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 import hpsearch as package
+from tests.commands import run_command
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -29,14 +30,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 
     folder = tmp_path_factory.mktemp("launched")
     (folder / "tiny.yaml").write_text(TINY)
-    done = subprocess.run(
-        [sys.executable, "-m", "hpsearch", "launch", "tiny.yaml"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return folder, done
+    return folder, run_command(["launch", "tiny.yaml"], folder=folder, environment=dict(os.environ))
 
 
 def test_launch_prints_the_leaderboard_and_tells_its_progress_aside(
@@ -56,10 +50,7 @@ def test_launch_prints_the_leaderboard_and_tells_its_progress_aside(
 
 
 def read(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hpsearch", *arguments],
-        cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    return run_command(arguments, folder=folder, environment={**os.environ, **env}, timeout_s=60)
 
 
 def test_rank_in_every_form(launched: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

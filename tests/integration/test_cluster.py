@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 import hpsearch as package
+from tests.commands import run_command
 from tests.conftest import TINY, command_of
 from tests.object_store import BUCKET, ObjectStore
 
@@ -79,10 +80,7 @@ class Cluster:
     def run(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """The command, as somebody who has the token and the cluster's address."""
         given = {"RAY_API_SERVER_ADDRESS": self.url, **environment}
-        return subprocess.run(
-            [sys.executable, "-m", "hpsearch", *arguments], env={**self.environment, **given}, cwd=cwd,
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+        return run_command(arguments, folder=cwd or Path.cwd(), environment={**self.environment, **given})
 
     def count(self) -> int:
         listed = subprocess.run(
