@@ -77,7 +77,7 @@ def gc(study: str, keep: int | None, dry_run: bool, store: str | None, as_json: 
 
 @click.command()
 @click.argument("study")
-@click.argument("trials", type=TRIAL_NUMBER, nargs=-1, metavar="[TRIAL_NUMBER]...")
+@click.argument("trials", type=TRIAL_NUMBER, nargs=-1, metavar="[TRIAL]...")
 @store_option
 def retry(study: str, trials: tuple[int, ...], store: str | None) -> None:
     """Put failed trials, all by default, back into the queue: the next launch trains them again."""

@@ -252,7 +252,7 @@ def recorded_options(options: LaunchOptions) -> list[str]:
     """The options of a launch as they are kept with the study; the store's password is not."""
     given = {name: options.get(name) for name in LaunchOptions.__annotations__ if name != "overrides"}
     return [
-        *(f"--set {override}" for override in options.get("overrides", ())),
+        *(f"--set {override}" for override in options.get("overrides") or ()),
         *(f"--{name} {hide_secrets(str(value))}" for name, value in given.items() if value is not None),
     ]
 

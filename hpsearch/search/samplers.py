@@ -79,8 +79,19 @@ QMC = SamplerKind(
         scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
     )
 )
+
+
+class _Grid(optuna.samplers.GridSampler):
+    """Every setting once, as far as the sampler is asked; what is drawn in its place has no place in the grid."""
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: OptunaState, values: Sequence[float] | None
+    ) -> None:
+        """Optuna's own ends the study when the grid is used up, which a search finds by itself."""
+
+
 GRID = SamplerKind(
-    make=lambda study, seed: optuna.samplers.GridSampler(
+    make=lambda study, seed: _Grid(
         {name: listed(dimension) for name, dimension in study.space.dimensions.items()}, seed=seed
     )
 )

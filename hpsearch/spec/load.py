@@ -49,8 +49,12 @@ def load_study(path: str | os.PathLike[str], **options: Unpack[LaunchOptions]) -
     study file's, then sqlite:///hpsearch.db. Likewise `address`, RAY_ADDRESS and local; `folder` and HPSEARCH_FOLDER.
     Raises SpecError with every mistake at once.
     """
+    if unknown := options.keys() - LaunchOptions.__annotations__.keys():
+        raise TypeError(
+            f"unknown options: {', '.join(sorted(unknown))}; known: {', '.join(LaunchOptions.__annotations__)}"
+        )
     document = read_study_file(Path(path))
-    for override in options.get("overrides", ()):
+    for override in options.get("overrides") or ():
         dotted, equals, value = override.partition("=")
         if not equals or not dotted:
             raise SpecError([f"--set {override}: expected KEY=VALUE, such as search.num_layers.max=4"])

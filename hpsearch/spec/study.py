@@ -177,7 +177,9 @@ class StudySpec(Strict):
             "evaluations_per_epoch": self.evaluations_per_epoch,
         }
         model = {"architecture": DEFAULT_ARCHITECTURE[self.task]} if is_fresh else {}
-        searched = {*self.space.fixed, *self.space.dimensions}
+        # What is searched under a condition has its default where that does not hold.
+        always = {name for name, dimension in self.space.dimensions.items() if not dimension.when}
+        searched = {*self.space.fixed, *always}
         return {
             section: {
                 name: value
@@ -231,7 +233,7 @@ def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str
     data = {**record["data"], "files": where.pop("files", record["data"]["files"])}
     model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
     whole = {**record, **where, "data": data, "model": model, "store": store, "budget": {"trials": trials}}
-    spec = StudySpec.model_validate(whole)
+    spec = StudySpec.model_validate(whole, context={"recorded": True})
     spec._space = recorded_space(record)
     return spec
 

@@ -22,7 +22,7 @@ from hpsearch.files.storage import locate
 from hpsearch.records import TrialConfig, TrialState
 from hpsearch.spec.load import load_study
 from hpsearch.training import trainer
-from hpsearch.worker import run as worker
+from hpsearch.worker import watchdog
 from hpsearch.worker.run import run_trial
 from tests.conftest import TINY, Run, drain
 from tests.object_store import BUCKET, ObjectStore
@@ -119,7 +119,7 @@ def test_a_trial_resumes_from_an_object_store_to_the_bit(
 ) -> None:
     whole, whole_result = drain(run_trial(config.model_copy(update={"folder": str(tmp_path / "trial-00001")})))
     monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
-    monkeypatch.setattr(worker, "_LOOK_AFAR_EVERY_S", 0.0)
+    monkeypatch.setattr(watchdog, "_LOOK_AFAR_EVERY_S", 0.0)
     trial = run_trial(config)
     heard = [next(trial) for _ in range(5)]
     (locate(config.folder) / STOP_FILE).touch()

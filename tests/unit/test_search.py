@@ -448,3 +448,14 @@ def test_a_start_that_was_tried_is_not_tried_again() -> None:
     starts = [{"batch_size": 8}, {"batch_size": 8}, {"batch_size": 16}]
     search = Search(study(search={"batch_size": [8, 16, 32]}), None, starts=starts)
     assert [search.ask().params["batch_size"] for _ in range(3)] == [8, 16, 32]
+
+
+def test_a_grid_whose_trials_fail_is_tried_again_and_told_in_any_order(tmp_path: Path) -> None:
+    search = Search(spec(tmp_path, "sampler=grid", "search={num_layers: [1, 2, 3]}"), None)
+    first, second, third = (search.ask().number for _ in range(3))
+    search.tell(first, TrialState.FAILED, value=None, notes={})
+    again = search.ask()
+    assert again.params == search.params(first)
+    for number in (second, again.number, third):
+        search.tell(number, TrialState.COMPLETED, value=1.0, notes={})
+    assert search.is_exhausted

@@ -15,7 +15,7 @@ from hpsearch.spec.load import load_study
 from hpsearch.spec.parse_space import parse_space
 from hpsearch.spec.sections import AlignedFiles
 from hpsearch.spec.space import Choice, Range
-from hpsearch.spec.study import StudySpec
+from hpsearch.spec.study import StudySpec, recorded_study
 from hpsearch.spec.yaml_file import read_study_file
 
 BASE = "name: a\ntask: causal_lm\ndata: {corpus: python_docs}\n"
@@ -331,3 +331,22 @@ def test_defaults_that_depend_on_the_file_are_recorded_with_the_study(tmp_path: 
     assert searched["model"]["architecture"] is None
     named = load(tmp_path, BASE + "training: {optimizer: adamw, evaluations_per_epoch: 3}\n").record()
     assert (named["training"]["optimizer"], named["training"]["evaluations_per_epoch"]) == ("adamw", 3)
+
+
+def test_a_setting_that_is_searched_under_a_condition_has_its_default_elsewhere(tmp_path: Path) -> None:
+    search = "search: {schedule: [cosine, linear], optimizer: {values: [muon, adamw], when: {schedule: cosine}}}\n"
+    spec = load(tmp_path, BASE + search)
+    assert spec.settings_for({"schedule": "linear"})[1].optimizer == "muon"
+    assert spec.settings_for({"schedule": "cosine", "optimizer": "adamw"})[1].optimizer == "adamw"
+
+
+def test_a_misspelt_option_of_the_python_functions_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="unknown options: trails; known: overrides, name, trials"):
+        load(tmp_path, BASE, trails=3)
+
+
+def test_a_recorded_study_is_read_without_the_package_of_its_sampler(tmp_path: Path) -> None:
+    spec = load(tmp_path, BASE)
+    record = {**spec.record(), "sampler": {"name": "of_a_package", "startup_trials": 3}}
+    again = recorded_study(record, spec.placement(), spec.store, trials=3)
+    assert again.sampler.name == "of_a_package"
