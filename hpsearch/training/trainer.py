@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +174,13 @@ class Trainer:
         self._loss = self._ranks.replicate(_Loss(task))
         has_dropout = device.type == "cpu" and not settings.compile and architecture.has_dropout(task.model)
         self._dropout = CheapDropout() if has_dropout else nullcontext()
+        # Neither refers back to the trainer: it must be gone as soon as a run has failed, and its connections with it,
+        # or the other processes wait for this one.
         self.schedule = Schedule(
             settings,
             self.total_steps,
             time_left=time_left,
-            agree=lambda value: self._ranks.largest(0 if self._ranks.rank else value),
+            agree=partial(_agree, self._ranks),
         )
         self.evaluator = Evaluator(
             task,
@@ -187,7 +189,7 @@ class Trainer:
             ranks=self._ranks,
             is_half=self._half,
             pulse=pulse,
-            on_full_memory=lambda error: self._begin_smaller(error, 0),
+            on_full_memory=partial(_begin_smaller, folder, self._ranks, 0),
         )
 
     @property
@@ -400,19 +402,13 @@ class Trainer:
                     raise
                 if self._ranks.size > 1:
                     # The others wait within their step for gradients that do not come.
-                    raise self._begin_smaller(error, self.micro_batch_size // 2) from error
+                    raise _begin_smaller(self.folder, self._ranks, self.micro_batch_size // 2, error) from error
                 if self.micro_batch_size == 1:
                     raise OutOfMemoryError(str(error).splitlines()[0]) from error
             self.micro_batch_size = math.ceil(self.micro_batch_size / 2)
             LOGGER.warning("out of memory; continues in micro-batches of %d", self.micro_batch_size)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-    def _begin_smaller(self, error: BaseException, size: int) -> SmallerMicroBatchError:
-        checkpoints.write_whole(self.folder / MICRO_BATCH, str(size).encode())
-        remedy = f"continues in micro-batches of {size}" if size else "not even one example fits"
-        said = str(error).splitlines()[0]
-        return SmallerMicroBatchError(f"out of memory in one of {self._ranks.size} processes; {remedy} ({said})")
 
     def _accumulate_and_step(self, optimizers: Optimizers, indices: Indices) -> tuple[Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -583,6 +579,19 @@ class Trainer:
         self._best_weights = best
         self._order.bit_generator.state = facts["order"]
         random_states.restore(tensors, facts, rank=self._ranks.rank, device=self.device)
+
+
+def _agree(ranks: Ranks, value: int) -> int:
+    """The number of the first process, in all of them."""
+    return ranks.largest(0 if ranks.rank else value)
+
+
+def _begin_smaller(folder: Folder, ranks: Ranks, size: int, error: BaseException) -> SmallerMicroBatchError:
+    """Note what the next attempt begins with; returns the error that ends this one."""
+    checkpoints.write_whole(folder / MICRO_BATCH, str(size).encode())
+    remedy = f"continues in micro-batches of {size}" if size else "not even one example fits"
+    said = str(error).splitlines()[0]
+    return SmallerMicroBatchError(f"out of memory in one of {ranks.size} processes; {remedy} ({said})")
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
