@@ -28,7 +28,8 @@ from hpsearch.worker.team import ProcessLostError, follow
 from tests.conftest import drain
 from tests.unit.test_trainer import OVERFITTING, WIDER
 
-pytestmark = pytest.mark.slow
+# A process that waits for another one does so in C++, where no signal ends it: a test that hangs ends its worker.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300, method="thread")]
 SIZE = 3
 RUN = RunSettings(
     learning_rate=3e-3, batch_size=16, num_epochs=2, evaluations_per_epoch=2, optimizer="muon", weight_average=0.1
