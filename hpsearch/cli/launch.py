@@ -105,7 +105,7 @@ def _put_aside(study_file: str, options: dict[str, Any], yes: bool) -> None:
 
 
 def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
-    """What stands at the end of a launch: the leaderboard, and how to go on."""
+    """Print the end of a launch: the leaderboard, and the command that resumes it."""
     from hpsearch.cli import output
 
     board = study.board(top=top)

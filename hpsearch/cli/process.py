@@ -69,7 +69,7 @@ class LossyStream:
 
 @contextmanager
 def output_may_fail() -> Iterator[None]:
-    """A study goes on whatever becomes of its output."""
+    """Output that fails does not end a study."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     try:

@@ -17,7 +17,7 @@ from hpsearch.store.store import Store, opened_store
 
 
 def existing_trials(spec: StudySpec, *, extend: bool = False, moves: bool = False) -> dict[str, int] | None:
-    """Trials by state of the study that a launch would go on with; None when it is new. Refuses a changed study."""
+    """Trials by state of the study that a launch would resume; None when it is new. Refuses a changed study."""
     if Store.preflight(spec.store) != "current":
         _refuse_other_study(spec)
         return None

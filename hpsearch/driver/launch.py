@@ -204,7 +204,7 @@ def _hearing_signals(run: StudyRun, seen: _Signals, outbox: Outbox) -> Iterator[
         return
     codes = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM, signal.SIGHUP: EXIT_SIGHUP}
     before = {number: signal.getsignal(number) for number in codes}
-    # A launch that does without its terminal (nohup) goes on when that closes.
+    # A launch without a terminal (nohup) continues when that closes.
     if before[signal.SIGHUP] is signal.SIG_IGN:
         del codes[signal.SIGHUP]
 

@@ -20,7 +20,7 @@ from hpsearch.records import (
 def ask_to_leave(config: TrialConfig) -> None:
     folder = locate(config.folder)
     storage.make(folder)
-    # A worker that cannot be asked is ended when its grace is over, and goes on from its last checkpoint.
+    # A worker that cannot be asked is ended when its grace is over, and its trial resumes from the last checkpoint.
     with suppress(RunFolderError):
         storage.write(folder / STOP_FILE, b"")
 

@@ -460,7 +460,7 @@ class StudyRun:
         for live in self._live.values():
             settings, epoch = settings_of(live.config), live.last.epoch if live.last else 0.0
             if (self._clock.needed(settings, epoch) or math.inf) > self._clock.left(now):
-                ask_to_leave(live.config)  # the best of them go on at once, with a schedule that ends in time
+                ask_to_leave(live.config)  # the best of them resume at once, with a schedule that ends in time
 
     def _unfinished(self) -> list[tuple[float, dict[str, Any], float]]:
         """Best objective (lower is better), settings and epoch of each trial that has a curve and has not ended."""
@@ -723,7 +723,7 @@ class StudyRun:
         self._outbox.put(put)
 
     def _fail_if_refused(self, live: LiveTrial, result: TrialResult, last_epoch: float | None) -> None:
-        """Give a trial an end that the store takes, where it did not take what the trial came to."""
+        """Give a trial an end that the store accepts, where it refused its result."""
         if not live.refused:
             return
         failed = as_failed(live, result)

@@ -62,7 +62,7 @@ class Repeat:
 
 
 def point_of(row: Row) -> Point:
-    """A point as the store keeps it; a loss that is no number is none there."""
+    """A point from its row; a NaN or infinite loss is NULL there."""
     values = {key: row[key] for key in Point.__dataclass_fields__}
     for key in ("train_loss", "valid_loss"):
         values[key] = math.nan if values[key] is None else values[key]

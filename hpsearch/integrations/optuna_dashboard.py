@@ -59,7 +59,7 @@ def artifact_folder(folder: str) -> Folder:
 
 
 def trial_note(study: Row, trial: Row) -> str:
-    """Markdown on a trial that has ended: verdict, evidence, scores, curve, and the commands that go on from here.
+    """Markdown on a trial that has ended: verdict, evidence, scores, curve, and commands for the next steps.
 
     `trial` has its `points`, `scores` and `decisions`.
     """

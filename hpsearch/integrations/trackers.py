@@ -1,7 +1,7 @@
 """Live copies of a study's curves in TensorBoard, MLflow and Weights & Biases: a run for each trial. Owns them.
 
 The store stays the truth: a tracker is told what is in it already, by a thread of its own. One that fails loses its
-copy and says so, and the study goes on. A trial that is resumed goes on in its run.
+copy and says so, and the study continues. A trial that is resumed continues its run.
 """
 
 from __future__ import annotations
