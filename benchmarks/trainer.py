@@ -55,8 +55,8 @@ from hpsearch.data.shards import SPLITS, load_texts
 from hpsearch.models.configuration import build_config
 from hpsearch.records import TrialConfig
 from hpsearch.spec.settings import split_settings
-from hpsearch.spec.study import StudySpec
-from hpsearch.tasks import build_task
+from hpsearch.spec.study import study_class
+from hpsearch.spec.task import task_named
 from hpsearch.training.devices import pick_device
 from hpsearch.training.random_states import seed_everything
 from hpsearch.training.trainer import Trainer
@@ -137,7 +137,7 @@ class Case:
         self.kind = content["task"]
         self.folder = folder
         self.device = pick_device(device)
-        spec = StudySpec.model_validate(
+        spec = study_class(self.kind).model_validate(
             {
                 **content,
                 "name": "benchmark",
@@ -154,10 +154,10 @@ class Case:
         self.model_settings, self.run = spec.settings_for({})
         self.config = TrialConfig(
             study="benchmark", number=0, task=self.kind, seed=0, params={}, model=self.model_settings,
-            training=self.run, translation=spec.translation, classification=spec.classification, rule=None,
+            training=self.run, options=spec.options.model_dump(), rule=None,
             data=data or str(prepare(spec)[0]), folder=str(folder / "trial"), threads=torch.get_num_threads(),
         )  # fmt: skip
-        self.task: Any = build_task(self.config)
+        self.task: Any = task_named(self.config.task).build(self.config)
         self.tokens = {split: self._count(split) for split in SPLITS}
 
     def _count(self, split: str) -> int:
@@ -185,7 +185,7 @@ class Case:
 
     def ours(self, seed: int, *, adamw: bool = False) -> Outcome:
         seed_everything(seed)
-        task = build_task(self.config)
+        task = task_named(self.config.task).build(self.config)
         shutil.rmtree(self.config.folder, ignore_errors=True)
         run = self.run.model_copy(update={"optimizer": "adamw", "weight_average": 0.0} if adamw else {})
         trainer = Trainer(task, run, seed=seed, device=self.device, folder=Path(self.config.folder))

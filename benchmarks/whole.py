@@ -41,7 +41,7 @@ STUDIES = {"causal LM": "lm.yaml", "translation": "translation.yaml", "classific
 
 
 def study(case: str, *, adamw: bool = False) -> dict[str, Any]:
-    from hpsearch.spec.yaml_file import read_study_file
+    from hpsearch.spec.parsing.yaml_file import read_study_file
 
     # YAML 1.2, whose 1e-3 is a number.
     content: dict[str, Any] = json.loads(json.dumps(read_study_file(HERE.parent / "studies" / STUDIES[case]).content))

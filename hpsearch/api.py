@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from hpsearch.records import Listener
 from hpsearch.results.leaderboard import Choice, Leaderboard
 from hpsearch.results.study import Study
-from hpsearch.spec.environment import environment_store
 from hpsearch.spec.load import LaunchOptions, load_study
+from hpsearch.spec.parsing.environment import environment_store
 from hpsearch.spec.study import DEFAULT_STORE
 from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import opened_store

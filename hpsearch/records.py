@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from hpsearch.pruning.overfitting import Evidence, Judgement, Verdict
 from hpsearch.spec.sections import OverfitRule
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings, Objective, RunSettings, Strict, TranslationSpec
+from hpsearch.spec.settings import ModelSettings, RunSettings, Strict
 
 
 class TrialState(StrEnum):
@@ -189,11 +191,11 @@ class TrialConfig(Strict):
     """What the sampler must know of its choice when the trial is taken up from its folder."""
     repeat_of: int | None = None
     """Of a trial of the finals: the trial whose settings it runs again."""
-    objective: Objective = "loss"
+    objective: str = "loss"
     model: ModelSettings
     training: RunSettings
-    translation: TranslationSpec
-    classification: ClassificationSpec
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the task."""
     rule: OverfitRule | None
     """None when overfitting does not prune."""
     data: str

@@ -57,6 +57,15 @@ class Registry:
             raise UsageError(f"{self.kind} {name}: {module} has no {attribute}") from None
 
 
+TASKS = Registry(
+    "task",
+    "hpsearch.tasks",
+    {
+        "causal_lm": "hpsearch.tasks.causal_lm.definition:CausalLMDefinition",
+        "translation": "hpsearch.tasks.translation.definition:TranslationDefinition",
+        "classification": "hpsearch.tasks.classification.definition:ClassificationDefinition",
+    },
+)
 SAMPLERS = Registry(
     "sampler",
     "hpsearch.samplers",

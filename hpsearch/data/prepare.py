@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from hpsearch.data import pretrained
 from hpsearch.data.corpora import Example
 from hpsearch.data.shards import CARD, FORMAT, SPLITS, DataCard, load_split, read_card
-from hpsearch.data.sources import TEXT_FIELDS
 from hpsearch.data.splits import Examples, counted, labels_of, read_examples, some
 from hpsearch.data.tokenizers import TOKENIZER_FOLDER, BroughtTokenizers, TrainedTokenizers
 from hpsearch.errors import RunFolderError
@@ -41,7 +40,9 @@ def prepare(spec: StudySpec) -> tuple[Folder, DataCard]:
     examples = read_examples(spec)
     target = storage.locate(spec.folder) / "data" / _fingerprint(examples, spec)
     if storage.read(target / CARD) is not None:
-        return target, read_card(storage.cached(target))
+        card = read_card(storage.cached(target))
+        spec.definition.check_data(spec.options, card)
+        return target, card
     prepared = _Prepared(examples, spec)
     if not isinstance(target, Path):
         with storage.filled(target, last=CARD) as scratch:
@@ -70,7 +71,7 @@ def measure(spec: StudySpec) -> tuple[DataCard, dict[str, int]]:
 def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
     """Examples of each split that are longer than the model's context and are cut to it."""
     lengths = {
-        (split, field): load_split(folder, split, field).lengths for split in SPLITS for field in TEXT_FIELDS[spec.task]
+        (split, field): load_split(folder, split, field).lengths for split in SPLITS for field in spec.definition.fields
     }
     return _cut(spec, lengths)
 
@@ -90,17 +91,7 @@ def notes(spec: StudySpec, card: DataCard) -> list[str]:
         )
     if card.rare:
         found.append(f"{len(card.rare)} labels that do not stand in all splits were left out: {some([*card.rare])}")
-    chosen = spec.translation.bleu_tokenizer
-    if chosen in bleu.BY_SPACES and card.bleu_tokenizer not in (None, *bleu.BY_SPACES):
-        found.append(
-            f"translation.bleu_tokenizer: {chosen} finds words between spaces, and the references have none: BLEU is "
-            f"next to 0 for all outputs; {card.bleu_tokenizer} (or auto) fits them"
-        )
-    if bleu.is_short(card.longest_reference):
-        found.append(
-            f"no reference of the test split has {bleu.ORDER} words: BLEU counts the shorter sequences that there are"
-        )
-    return found
+    return [*found, *spec.definition.notes(spec.options, card)]
 
 
 class _Prepared:
@@ -108,7 +99,8 @@ class _Prepared:
 
     def __init__(self, examples: Examples, spec: StudySpec) -> None:
         self._examples = examples
-        self._fields = TEXT_FIELDS[spec.task]
+        self._task = spec.definition
+        self._fields = self._task.fields
         self._tokenizer = (
             TrainedTokenizers(examples, spec) if spec.model.pretrained is None else BroughtTokenizers(spec)
         )
@@ -118,23 +110,23 @@ class _Prepared:
             for index, field in enumerate(self._fields)
         }
         self._spec = spec
-        classifies = spec.task == "classification"
         self._label_counts = (
             {split: dict(counted(getattr(examples, split), spec).most_common()) for split in SPLITS}
-            if classifies
+            if self._task.has_labels
             else {}
         )
         self._labels = sorted(self._label_counts.get("train", ()))
         self.card = self._make_card()
+        self._task.check_data(spec.options, self.card)
 
     def lengths(self) -> dict[tuple[str, str], NDArray[np.int64]]:
         return {key: np.array([len(ids) for ids in documents]) for key, documents in self._ids.items()}
 
     def _make_card(self) -> DataCard:
         examples, counted, tokenizer = self._examples, self._fields[-1], self._tokenizer
-        references = examples.field("test", -1)
-        translates = self._spec.task == "translation"
-        words = bleu.choose(self._spec.data.target_language, references) if translates else None
+        compares = self._task.compares_text
+        references = examples.field("test", len(self._fields) - 1) if compares else []
+        words = bleu.choose(self._spec.data.target_language, references) if compares else None
         return DataCard(
             fingerprint=_fingerprint(examples, self._spec),
             tokenizer=tokenizer.hash,
@@ -151,7 +143,7 @@ class _Prepared:
             },
             duplicates=examples.duplicates,
             seen_ngrams=examples.seen_ngrams,
-            seen_targets=examples.seen_targets if translates else None,
+            seen_targets=examples.seen_targets if compares else None,
             labels=self._labels,
             label_counts=self._label_counts,
             overlaps=examples.overlaps,
@@ -171,7 +163,7 @@ class _Prepared:
             np.save(folder / f"{split}-{field}-ends.npy", np.cumsum([len(ids) for ids in documents], dtype=np.int64))
             sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
             np.save(folder / f"{split}-{field}-bytes.npy", sizes)
-            if self._spec.task == "translation" and split != "train":
+            if self._task.compares_text and split != "train":
                 (folder / f"{split}-{field}.json").write_text(json.dumps(texts))
         if self._labels:
             numbers = {label: number for number, label in enumerate(self._labels)}
@@ -188,11 +180,11 @@ class _Prepared:
 
 def _fingerprint(examples: Examples, spec: StudySpec) -> str:
     """Of everything that decides the arrays, so that equal ones are made once."""
-    settings: list[Any] = [FORMAT, spec.task, spec.tokenizer.model_dump(), spec.classification.multi_label]
+    settings: list[Any] = [FORMAT, spec.task, spec.tokenizer.model_dump(), spec.definition.data_options(spec.options)]
     settings += [spec.data.source_language, spec.data.target_language]
     folder = pretrained.of(spec.model)
     if folder is not None:
-        settings += [BroughtTokenizers(spec).hash, spec.translation.source_prefix]
+        settings.append(BroughtTokenizers(spec).hash)
     digest = hashlib.sha256(json.dumps(settings).encode())
     for split in SPLITS:
         digest.update(f"{split} {_hash_of(getattr(examples, split))}".encode())
@@ -207,12 +199,12 @@ def _hash_of(examples: Sequence[Example]) -> str:
 
 
 def _cut(spec: StudySpec, lengths: dict[tuple[str, str], NDArray[np.int64]]) -> dict[str, int]:
-    if spec.task == "causal_lm":
+    if spec.definition.is_stream:
         return dict.fromkeys(SPLITS, 0)
     return {
         split: int(
             np.any(
-                [lengths[split, field] > spec.model.context_length for field in TEXT_FIELDS[spec.task]], axis=0
+                [lengths[split, field] > spec.model.context_length for field in spec.definition.fields], axis=0
             ).sum()
         )
         for split in SPLITS

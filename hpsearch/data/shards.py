@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPLITS = ("train", "validation", "test")
-LABEL_SEPARATOR = "|"
-"""Between the labels of one example, where labels are given as text."""
 CARD = "card.json"
 """Written last: data that has it is whole."""
 FORMAT = 4

@@ -11,27 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.data.corpora import Example
-from hpsearch.data.shards import LABEL_SEPARATOR, SPLITS
+from hpsearch.data.shards import SPLITS
 from hpsearch.errors import DataError
 from hpsearch.spec.sections import AlignedFiles, DataSpec
-from hpsearch.spec.study import StudySpec
-
-TEXT_FIELDS = {"causal_lm": ("text",), "translation": ("source", "target"), "classification": ("text",)}
-
-
-def columns_of(spec: StudySpec) -> tuple[str, ...]:
-    data = spec.data
-    return {
-        "causal_lm": (data.column,),
-        "translation": (data.source_column, data.target_column),
-        "classification": (data.column, data.label_column),
-    }[spec.task]
-
+from hpsearch.spec.task import LABEL_SEPARATOR
 
 _LOADERS = {".txt": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...]) -> Iterator[Example]:
+def read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...], *, has_labels: bool) -> Iterator[Example]:
+    """Examples of local files; with labels, the last column holds them."""
     import datasets
 
     if isinstance(files, AlignedFiles):
@@ -49,7 +38,7 @@ def read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...]) ->
                 rows = datasets.load_dataset(
                     kind, data_files=[glob.escape(name)], split="train", streaming=True, **options
                 )
-            yield from _rows(rows, ("text",) if kind == "text" else columns, name)
+            yield from _rows(rows, ("text",) if kind == "text" else columns, name, has_labels=has_labels)
         except DataError:
             raise
         except UnicodeDecodeError as error:
@@ -112,7 +101,7 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> DataError:
     return DataError(f"data: {name} is not UTF-8 text (byte {error.start})")
 
 
-def read_hub(spec: DataSpec, columns: tuple[str, ...]) -> dict[str, Iterator[Example]]:
+def read_hub(spec: DataSpec, columns: tuple[str, ...], *, has_labels: bool) -> dict[str, Iterator[Example]]:
     import datasets
 
     try:
@@ -122,7 +111,9 @@ def read_hub(spec: DataSpec, columns: tuple[str, ...]) -> dict[str, Iterator[Exa
     if "train" not in loaded:
         raise DataError(f"data: {spec.hub} has no train split; it has {', '.join(loaded)}")
     return {
-        split: _rows(_named(loaded[split]), columns, f"{spec.hub} ({split})") for split in SPLITS if split in loaded
+        split: _rows(_named(loaded[split]), columns, f"{spec.hub} ({split})", has_labels=has_labels)
+        for split in SPLITS
+        if split in loaded
     }
 
 
@@ -135,14 +126,18 @@ def _named(rows: Any) -> Iterable[dict[str, Any]]:
         yield {**named, **pair} if isinstance(pair, dict) else named
 
 
-def _rows(rows: Iterable[dict[str, Any]], columns: tuple[str, ...], source: str) -> Iterator[Example]:
+def _rows(
+    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], source: str, *, has_labels: bool
+) -> Iterator[Example]:
     for number, row in enumerate(rows, start=1):
         for column in columns:
             if column not in row:
                 raise DataError(f"data: {source} has no column '{column}'; it has {', '.join(map(str, row))}")
         yield tuple(
             as_text(
-                row[column], f"{source}, row {number}: column '{column}'", is_label=len(columns) == 2 and index == 1
+                row[column],
+                f"{source}, row {number}: column '{column}'",
+                is_label=has_labels and index == len(columns) - 1,
             )
             for index, column in enumerate(columns)
         )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hpsearch.data.corpora import READERS, Example, fold
-from hpsearch.data.shards import LABEL_SEPARATOR, SPLITS
-from hpsearch.data.sources import columns_of, read_files, read_hub
+from hpsearch.data.shards import SPLITS
+from hpsearch.data.sources import read_files, read_hub
 from hpsearch.errors import DataError
 from hpsearch.spec.study import StudySpec
+from hpsearch.spec.task import LABEL_SEPARATOR
 
 _MOST_SHARED = 0.5
 """A given split of which a larger part stands in another one, too, is no split of its own."""
@@ -53,17 +53,18 @@ class Examples:
 
 def read_examples(spec: StudySpec) -> Examples:
     """Read, de-duplicate and split the examples of a study. Raises DataError."""
-    data = spec.data
+    data, task = spec.data, spec.definition
+    columns = task.columns(data)
     if data.corpus is not None:
         splits = {"train": READERS[data.corpus]()}
     elif data.files is not None:
         given = {split: files for split in SPLITS if (files := getattr(data.files, split))}
-        splits = {split: read_files(files, columns_of(spec)) for split, files in given.items()}
+        splits = {split: read_files(files, columns, has_labels=task.has_labels) for split, files in given.items()}
     else:
-        splits = read_hub(data, columns_of(spec))
+        splits = read_hub(data, columns, has_labels=task.has_labels)
     unique, duplicates, overlaps = _deduplicated({split: _checked(rows, spec) for split, rows in splits.items()})
     parts = _split(unique, spec)
-    rare = _drop_rare(parts, spec) if spec.task == "classification" and data.rare_labels == "drop" else {}
+    rare = _drop_rare(parts, spec) if task.has_labels and data.rare_labels == "drop" else {}
     examples = Examples(**parts, duplicates=duplicates, overlaps=overlaps, rare=rare)
     for split in SPLITS:
         if not getattr(examples, split):
@@ -71,7 +72,7 @@ def read_examples(spec: StudySpec) -> Examples:
                 f"data: the {split} split is empty ({sum(map(len, unique.values()))} documents were read); "
                 "give more text, or a larger fraction"
             )
-    if spec.task == "classification":
+    if task.has_labels:
         _check_labels(examples, spec)
     return examples
 
@@ -83,13 +84,13 @@ def stable_fraction(text: str, salt: str) -> float:
 
 
 def _checked(rows: Iterable[Example], spec: StudySpec) -> Iterator[Example]:
-    """The rows with text in every field. A language model skips empty text; elsewhere a hole is an error."""
-    names = columns_of(spec)
+    """The rows with text in every field. A stream skips empty text; elsewhere a hole is an error."""
+    names = spec.definition.columns(spec.data)
     for number, row in enumerate(rows, start=1):
         empty = [name for name, value in zip(names, row, strict=True) if not value.strip()]
         if not empty:
             yield row
-        elif spec.task != "causal_lm":
+        elif not spec.definition.is_stream:
             raise DataError(f"data: row {number}: column '{empty[0]}' is empty")
 
 
@@ -134,7 +135,7 @@ def _split(unique: dict[str, list[Example]], spec: StudySpec) -> dict[str, list[
     parts = {split: _sample(unique.get(split, []), data.max_examples) for split in SPLITS}
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     cut = {split: 0.0 if split in unique else fraction for split, fraction in fractions.items()}
-    if spec.task == "classification":
+    if spec.definition.has_labels:
         place = _stratified(parts["train"], spec, cut)
     else:
         place = _by_threshold(parts["train"], spec, cut)
@@ -146,7 +147,7 @@ def _by_threshold(examples: list[Example], spec: StudySpec, cut: dict[str, float
     """The split of each text, by a hash of the text alone; no split at all beyond the fraction to be used."""
     place = {}
     for example in examples:
-        key = _normalised(example[0]) if spec.task == "translation" else example[0]
+        key = spec.definition.split_key(example[0])
         position = stable_fraction(key, "split")
         if position < cut["validation"]:
             split = "validation"
@@ -208,8 +209,8 @@ def _drop_rare(parts: dict[str, list[Example]], spec: StudySpec) -> dict[str, in
     total: Counter[str] = sum(counts.values(), Counter())
     rare = {label: total[label] for label in sorted(total) if not all(label in counts[split] for split in SPLITS)}
     for split, rows in parts.items():
-        kept = [(row[0], [label for label in labels_of(row, spec) if label not in rare]) for row in rows]
-        parts[split] = [(text, LABEL_SEPARATOR.join(labels)) for text, labels in kept if labels]
+        kept = [(row[:-1], [label for label in labels_of(row, spec) if label not in rare]) for row in rows]
+        parts[split] = [(*texts, LABEL_SEPARATOR.join(labels)) for texts, labels in kept if labels]
     return rare
 
 
@@ -225,25 +226,14 @@ def _sample(examples: list[Example], most: int | None) -> list[Example]:
     return [example for example in examples if stable_fraction(example[0], "sample") <= limit][:most]
 
 
-def _normalised(source: str) -> str:
-    """Lower case without digits and punctuation: near-equal sources fall into the same split."""
-    return fold(re.sub(r"[\W\d_]+", " ", source.lower())) or source
-
-
 def labels_of(row: Example, spec: StudySpec) -> list[str]:
-    return [label.strip() for label in row[1].split(LABEL_SEPARATOR)] if spec.classification.multi_label else [row[1]]
+    return spec.definition.labels(row[-1], spec.options)
 
 
 def _check_labels(examples: Examples, spec: StudySpec) -> None:
     known = counted(examples.train, spec)
     if len(known) < 2:
         raise DataError(f"data: the training split has one class only ({next(iter(known))!r}); a classifier needs two")
-    positive = spec.classification.positive_label
-    if positive is not None and positive not in known:
-        raise DataError(
-            f"classification.positive_label: no example of the training split has the label {positive!r}; there are "
-            f"{some([label for label, _ in known.most_common()])}"
-        )
     for split in ("validation", "test"):
         for row in getattr(examples, split):
             for label in labels_of(row, spec):

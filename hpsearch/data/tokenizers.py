@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpsearch.data import pretrained
-from hpsearch.data.sources import TEXT_FIELDS
 from hpsearch.data.splits import Examples
 from hpsearch.spec.sections import TokenizerSpec
 from hpsearch.spec.study import StudySpec
+from hpsearch.spec.task import Marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,10 +28,10 @@ TARGET_FOLDER = "target"
 TARGET_TOKENIZER = "tokenizer-target.json"
 
 
-def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, task: str = "causal_lm") -> Tokenizer:
+def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, marks: Marks = "stream") -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1.
 
-    It marks a text as the task needs it: end-of-text behind a translation's sentences and before a classifier's texts.
+    It puts end-of-text before or behind a text; in a stream, which needs no padding, whoever writes it does.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -40,13 +40,13 @@ def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, task: str = "caus
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=spec.vocab_size,
-        special_tokens=[END_OF_TEXT] if task == "causal_lm" else [END_OF_TEXT, PADDING],
+        special_tokens=[END_OF_TEXT] if marks == "stream" else [END_OF_TEXT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    if task != "causal_lm":
-        marked = f"{END_OF_TEXT} $A" if task == "classification" else f"$A {END_OF_TEXT}"
+    if marks != "stream":
+        marked = f"{END_OF_TEXT} $A" if marks == "before" else f"$A {END_OF_TEXT}"
         tokenizer.post_processor = processors.TemplateProcessing(single=marked, special_tokens=[(END_OF_TEXT, END_ID)])
     return tokenizer
 
@@ -96,14 +96,15 @@ class TrainedTokenizers:
     first_id = start_id = None
 
     def __init__(self, examples: Examples, spec: StudySpec) -> None:
-        self._task = spec.task
-        texts = {field: examples.field("train", index) for index, field in enumerate(TEXT_FIELDS[spec.task])}
+        task, marks = spec.definition, spec.definition.marks
+        self._is_stream = task.is_stream
+        texts = {field: examples.field("train", index) for index, field in enumerate(task.fields)}
         if spec.tokenizer.shared:
             joint = [text for field in texts.values() for text in field]
-            self._tokenizers = dict.fromkeys(texts, train_tokenizer(joint, spec.tokenizer, spec.task))
+            self._tokenizers = dict.fromkeys(texts, train_tokenizer(joint, spec.tokenizer, marks))
         else:
-            self._tokenizers = {field: train_tokenizer(own, spec.tokenizer, spec.task) for field, own in texts.items()}
-        first, last = (self._tokenizers[field] for field in (TEXT_FIELDS[spec.task][0], TEXT_FIELDS[spec.task][-1]))
+            self._tokenizers = {field: train_tokenizer(own, spec.tokenizer, marks) for field, own in texts.items()}
+        first, last = (self._tokenizers[field] for field in (task.fields[0], task.fields[-1]))
         self.end_id, self.padding_id = END_ID, PADDING_ID
         self.vocab_size = first.get_vocab_size()
         self.target_vocab_size = last.get_vocab_size() if last is not first else None
@@ -112,12 +113,12 @@ class TrainedTokenizers:
 
     def encode(self, field: str, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizers[field].encode_batch_fast(texts)
-        ending = [END_ID] if self._task == "causal_lm" else []
+        ending = [END_ID] if self._is_stream else []
         return [encoding.ids + ending for encoding in encodings]
 
     def save(self, folder: Path) -> None:
         words = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | (
-            {} if self._task == "causal_lm" else {"pad_token": PADDING}
+            {} if self._is_stream else {"pad_token": PADDING}
         )
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **words}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -135,10 +136,10 @@ class BroughtTokenizers:
     def __init__(self, spec: StudySpec) -> None:
         folder = pretrained.of(spec.model)
         assert folder is not None
-        self._spec = spec
+        self._task, self._options = spec.definition, spec.options
         self.first_id: int | None = None
         self.start_id: int | None = None
-        if spec.task == "translation":
+        if self._task.is_pair:
             data = spec.data
             self._tokenizer, code = pretrained.load_translator(folder, data.source_language, data.target_language)
             # mBART's first models start from the language; later ones are made to say it first.
@@ -158,10 +159,10 @@ class BroughtTokenizers:
         self.hash = hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def encode(self, field: str, texts: list[str]) -> list[list[int]]:
-        if self._spec.task == "causal_lm":
+        if self._task.is_stream:
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             return [[*ids, self.end_id] for ids in encoded]
-        if field == "target":
+        if self._task.is_pair and field == self._task.fields[-1]:
             encoded = self._tokenizer(text_target=texts, verbose=False)["input_ids"]
             codes = {self.first_id, self.start_id} - {None}
             first = [] if self.first_id is None else [self.first_id]
@@ -170,9 +171,9 @@ class BroughtTokenizers:
                 [[*first, *(token for token in ids if token not in codes)] for ids in encoded] if codes else encoded
             )
         else:
-            prefix = self._spec.translation.source_prefix if field == "source" else ""
+            prefix = self._task.prefix(field, self._options)
             encoded = self._tokenizer([prefix + text for text in texts], verbose=False)["input_ids"]
-        if self._spec.task == "translation":
+        if self._task.marks == "behind":
             return [ids if self.end_id in ids[-2:] else [*ids, self.end_id] for ids in encoded]
         return [ids or [self.end_id] for ids in encoded]
 

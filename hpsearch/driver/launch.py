@@ -35,7 +35,6 @@ from hpsearch.store.leases import owner_of
 from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store, opened_store
 from hpsearch.store.studies import NewStudy
-from hpsearch.tasks import RANKING_METRIC
 
 if TYPE_CHECKING:
     from hpsearch.data.shards import DataCard
@@ -156,7 +155,7 @@ def _import_what_decides() -> None:
 def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCard) -> Row:
     row = store.find_study(spec.name)
     if row is None:
-        metric = RANKING_METRIC[spec.task]
+        metric = spec.definition.metric
         row = store.add_study(
             NewStudy(
                 name=spec.name,

@@ -31,18 +31,17 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
     """
     from hpsearch.data.prepare import measure, notes
     from hpsearch.search.study import first_suggestions
-    from hpsearch.tasks import check_model
 
     store_state = Store.preflight(spec.store) if contacts_store else None
     spec = with_its_defaults(spec) if contacts_store else spec
     existing = existing_trials(spec, extend=extend, moves=moves) if contacts_store else None
-    check_score(spec)
-    if (model := pretrained.of(spec.model)) and spec.task == "translation":
+    spec.definition.check_score(spec.options)
+    if (model := pretrained.of(spec.model)) and spec.definition.is_pair:
         pretrained.load_translator(model, spec.data.source_language, spec.data.target_language)
     card, truncated = (None, {}) if spec.data.hub else measure(spec)
     if card:
         for settings in _corner_models(spec):
-            check_model(spec.task, settings, card)
+            spec.definition.check_model(settings, card)
     suggestions = first_suggestions(spec, 3, starts_of(spec))
     return {
         "schema_version": 1,
@@ -100,18 +99,10 @@ def _whole(value: float, integer: bool) -> float:
 def prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
     from hpsearch.data.prepare import count_cut, prepare
 
-    check_score(spec)
+    spec.definition.check_score(spec.options)
     folder, card = prepare(spec)
     _check_models(spec, card, cached(folder))
     return folder, card, count_cut(spec, cached(folder))
-
-
-def check_score(spec: StudySpec) -> None:
-    """Raise UsageError when the score cannot be taken here."""
-    from hpsearch.metrics.bleu import metric
-
-    if spec.task == "translation" and spec.translation.bleu_tokenizer != "auto":
-        metric(spec.translation.bleu_tokenizer)
 
 
 def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
@@ -119,8 +110,6 @@ def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
 
     Trying takes seconds: torch and transformers are imported for it.
     """
-    from hpsearch.tasks import check_model
-
     note = folder / "models-checked.txt"
     known = set(note.read_text().splitlines()) if note.is_file() else set()
     versions = f"{hpsearch.__version__} {version('transformers')}"
@@ -129,7 +118,7 @@ def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
         # A pretrained model lies in a folder that may change.
         if key in known and settings.pretrained is None:
             continue
-        check_model(spec.task, settings, card)
+        spec.definition.check_model(settings, card)
         with suppress(OSError), note.open("a") as file:
             file.write(f"{key}\n")
 

@@ -30,9 +30,9 @@ from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import short, trial_commands, trial_facts
 from hpsearch.reports.theme import Drawn
 from hpsearch.results.leaderboard import count_states
-from hpsearch.spec.parse_space import readable
+from hpsearch.spec.parsing.space import readable
+from hpsearch.spec.parsing.yaml_file import read_study_file
 from hpsearch.spec.settings import Strict
-from hpsearch.spec.yaml_file import read_study_file
 from hpsearch.store.leases import is_held
 from hpsearch.store.schema.tables import Row
 

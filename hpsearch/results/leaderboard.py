@@ -19,6 +19,7 @@ from hpsearch.metrics import statistics, ties
 from hpsearch.metrics.metric import Examples
 from hpsearch.metrics.statistics import METRICS
 from hpsearch.records import RANKED
+from hpsearch.spec.task import task_named
 from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 
@@ -98,6 +99,7 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
                 f"'{first['name']}' is a {first['task']} study and '{other['name']}' a {other['task']} study: they "
                 "have no score in common"
             )
+    task_named(first["task"])  # a task of the user's brings its metrics
     states: dict[str, int] = {}
     entries: list[_Entry] = []
     finals: list[Row] = []

@@ -35,8 +35,6 @@ from hpsearch.search.record import Record
 from hpsearch.search.samplers import make_sampler
 from hpsearch.spec.study import StudySpec
 
-VALUE_NAMES = {"loss": "validation loss (nats per token)", "bleu": "validation BLEU", "f1": "validation F1"}
-
 OPTUNA_STATE = {
     TrialState.COMPLETED: OptunaState.COMPLETE,
     TrialState.OVERFIT: OptunaState.COMPLETE,
@@ -96,9 +94,9 @@ class Search:
         self._tried: set[str] = set()
         self._rng = random.Random(f"{spec.seed}.untried")
         direction = StudyDirection.MINIMIZE if spec.objective == "loss" else StudyDirection.MAXIMIZE
-        self._record = (
-            Record(store_url, spec.name, direction, VALUE_NAMES[spec.objective], lease) if store_url else None
-        )
+        names = {"loss": f"loss ({spec.definition.loss_unit})", "bleu": "BLEU", "f1": "F1"}
+        value_name = f"validation {names.get(spec.objective, spec.objective)}"
+        self._record = Record(store_url, spec.name, direction, value_name, lease) if store_url else None
         if self._record:
             self._record.widen({name: distribution_of(there) for name, there in spec.space.dimensions.items()})
         history = self._record.history() if self._record else []

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from hpsearch.errors import Problem
-from hpsearch.spec.sections import CORPORA, OBJECTIVES
+from hpsearch.spec.parsing.yaml_file import KeyPath
 from hpsearch.spec.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED, Scalar
 from hpsearch.spec.space import Choice, Range, Space
 from hpsearch.spec.study import StudySpec
-from hpsearch.spec.yaml_file import KeyPath
 
 
 def cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
@@ -18,33 +17,31 @@ def cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
     problems = []
     space = spec.space
     corpus = spec.data.corpus
-    if corpus is not None and corpus not in CORPORA[spec.task]:
-        fitting = " or ".join(CORPORA[spec.task])
+    task = spec.definition
+    if corpus is not None and corpus not in task.corpora:
+        fitting = " or ".join(task.corpora) or "files or hub"
         problems.append(
-            Problem(path=("data", "corpus"), message=f"{corpus} is no {spec.task} data; expected {fitting}")
+            Problem(path=("data", "corpus"), message=f"{corpus} is no {task.name} data; expected {fitting}")
         )
-    for section in ("translation", "classification"):
-        if section in content and section != spec.task:
-            message = f"settings of another task; this study's is {spec.task}"
-            problems.append(Problem(path=(section,), message=message, at_key=True))
     for name in ("source_language", "target_language"):
-        if getattr(spec.data, name) is not None and spec.task != "translation":
-            problems.append(Problem(path=("data", name), message="only a translation has languages", at_key=True))
-    if spec.data.rare_labels != "keep" and spec.task != "classification":
-        problems.append(Problem(path=("data", "rare_labels"), message="only a classification has labels", at_key=True))
-    if spec.classification.f1 == "binary" and spec.classification.positive_label is None:
-        message = "binary F1 needs positive_label: the label that it is about"
-        problems.append(Problem(path=("classification", "f1"), message=message))
-    if spec.objective not in OBJECTIVES[spec.task]:
-        expected = " or ".join(OBJECTIVES[spec.task])
-        message = f"a {spec.task} study has no validation {spec.objective}; expected {expected}"
+        if getattr(spec.data, name) is not None and not task.is_pair:
+            message = f"only a text and its translation have languages; this study's task is {task.name}"
+            problems.append(Problem(path=("data", name), message=message, at_key=True))
+    if spec.data.rare_labels != "keep" and not task.has_labels:
+        message = f"this study's task is {task.name}, whose examples have no labels"
+        problems.append(Problem(path=("data", "rare_labels"), message=message, at_key=True))
+    problems += task.problems(spec.options)
+    if spec.objective not in task.objectives:
+        expected = " or ".join(task.objectives)
+        message = f"a {task.name} study has no validation {spec.objective}; expected {expected}"
         problems.append(Problem(path=("objective",), message=message))
     if spec.backend == "inline" and spec.resources.processes > 1:
         message = "the inline backend has one process, on one GPU at most; expected backend: ray"
         problems.append(Problem(path=("resources", "gpus_per_trial"), message=message))
     problems += _pretrained_problems(spec, content)
-    if not spec.tokenizer.shared and spec.task != "translation":
-        problems.append(Problem(path=("tokenizer", "shared"), message="only a translation has two vocabularies"))
+    if not spec.tokenizer.shared and not task.is_pair:
+        message = f"this study's task is {task.name}, which has one vocabulary"
+        problems.append(Problem(path=("tokenizer", "shared"), message=message))
     for section in ("model", "training"):
         given = content.get(section)
         for name in given if isinstance(given, dict) else ():

@@ -6,12 +6,13 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from hpsearch.spec.study import StudySpec
+from hpsearch.registry import TASKS
+from hpsearch.spec.study import study_class
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a study file, for editors. It knows the short forms that the validators accept."""
-    schema = StudySpec.model_json_schema(schema_generator=GenerateJsonSchema)
+    schema = study_class(*TASKS.built_in).model_json_schema(schema_generator=GenerateJsonSchema)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     properties, definitions = schema["properties"], schema["$defs"]
     paths = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
@@ -23,6 +24,10 @@ def json_schema() -> dict[str, Any]:
     _also(definitions["PruneSpec"]["properties"]["overfit"], {"type": "boolean"})
     _also(definitions["PruneSpec"]["properties"]["unpromising"], definitions["UnpromisingSpec"]["properties"]["rule"])
     properties["store"]["type"] = "string"
+    # A task that is not built in has its options under its own name.
+    schema["if"] = {"properties": {"task": {"enum": list(TASKS.built_in)}}, "required": ["task"]}
+    schema["then"] = {"propertyNames": {"enum": list(properties)}}
+    del schema["additionalProperties"]
     return schema
 
 

@@ -14,17 +14,19 @@ from typing import Any, TypedDict, Unpack
 
 from pydantic import BaseModel, ValidationError
 
-from hpsearch.errors import Problem, SpecError
+from hpsearch.errors import Problem, SpecError, UsageError
 from hpsearch.files import storage
+from hpsearch.registry import TASKS
 from hpsearch.spec.checks import cross_checks
-from hpsearch.spec.environment import environment_store, interpolate
-from hpsearch.spec.parse_space import parse_space, readable
+from hpsearch.spec.parsing.environment import environment_store, interpolate
+from hpsearch.spec.parsing.space import parse_space, readable
+from hpsearch.spec.parsing.wandb import from_wandb
+from hpsearch.spec.parsing.yaml_file import StudyDocument, parse_scalar, read_study_file
 from hpsearch.spec.redaction import hide_secrets, remember_secrets
 from hpsearch.spec.sections import AlignedFiles, FileSplits
 from hpsearch.spec.settings import SEARCHABLE
-from hpsearch.spec.study import StudySpec
-from hpsearch.spec.wandb import from_wandb
-from hpsearch.spec.yaml_file import StudyDocument, parse_scalar, read_study_file
+from hpsearch.spec.study import StudySpec, study_class
+from hpsearch.spec.task import TaskDefinition, task_named
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -84,14 +86,20 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     space, space_problems = parse_space(content.pop("search", {}))
     problems += space_problems
     interpolate(content, problems)
-    _take_label_as_written(content, document)
     raw_search = document.content.get("search") if isinstance(document.content.get("search"), dict) else {}
+    tasks = _tasks(content.get("task"), problems)
+    for name in tasks:
+        _take_as_written(task_named(name), content, document)
+    study = study_class(*tasks)
     try:
-        spec = StudySpec.model_validate({**content, "search": raw_search})
+        spec = study.model_validate({**content, "search": raw_search})
     except ValidationError as error:
         # Of a value that fits no branch of a union, one complaint is enough.
-        found = {problem.path: problem for problem in map(_problem, reversed(error.errors()))}
+        told = (_problem(one, study, content) for one in reversed(error.errors()))
+        found = {problem.path: problem for problem in told}
         raise document.error(problems + list(found.values())) from None
+    if problems and len(tasks) != 1:
+        raise document.error(problems)
     spec = _with_absolute_paths(spec, base, problems)
     spec = _with_pretrained_folder(spec, base, problems)
     spec._space = space
@@ -103,27 +111,44 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     return spec
 
 
-def _take_label_as_written(content: dict[str, Any], document: StudyDocument) -> None:
-    """Labels are text, whatever YAML takes them for."""
-    options = content.get("classification")
-    label = options.get("positive_label") if isinstance(options, dict) else None
-    if isinstance(options, dict) and isinstance(label, bool | int | float):
-        text = document.texts.get(("classification", "positive_label"), label)
-        content["classification"] = {**options, "positive_label": text}
+def _tasks(name: Any, problems: list[Problem]) -> tuple[str, ...]:
+    """The task of the study; all that are built in when it names none that is known."""
+    if isinstance(name, str) and TASKS.problem(name) is None:
+        try:
+            study_class(name)
+        except UsageError as error:
+            problems.append(Problem(path=("task",), message=str(error)))
+        else:
+            return (name,)
+    return tuple(TASKS.built_in)
 
 
-def _problem(error: Any) -> Problem:
+def _take_as_written(task: TaskDefinition, content: dict[str, Any], document: StudyDocument) -> None:
+    """Have options that are text as they are written, whatever YAML takes them for."""
+    options = content.get(task.name)
+    if not isinstance(options, dict):
+        return
+    content[task.name] = options = dict(options)
+    for name in task.as_written:
+        if isinstance(options.get(name), bool | int | float):
+            options[name] = document.texts.get((task.name, name), options[name])
+
+
+def _problem(error: Any, study: type[StudySpec], content: dict[str, Any]) -> Problem:
     # pydantic names the branch of a union, too; no key of the file is called so.
     path = tuple(part for part in error["loc"] if part not in ("list[str]", "AlignedFiles"))
+    if error["type"] == "extra_forbidden" and len(path) == 1 and path[0] in TASKS.names:
+        message = f"settings of another task; this study's is {content.get('task')}"
+        return Problem(path=path, message=message, at_key=True)
     if error["type"] == "extra_forbidden":
-        return Problem(path=path, message=f"unknown key '{path[-1]}'{_known_keys(path)}", at_key=True)
+        return Problem(path=path, message=f"unknown key '{path[-1]}'{_known_keys(path, study)}", at_key=True)
     if error["type"] == "missing":
         return Problem(path=path[:-1], message=f"missing key '{path[-1]}'")
     return Problem(path=path, message=readable(error))
 
 
-def _known_keys(path: tuple[Any, ...]) -> str:
-    model: type[BaseModel] | None = StudySpec
+def _known_keys(path: tuple[Any, ...], study: type[StudySpec]) -> str:
+    model: type[BaseModel] | None = study
     for part in path[:-1]:
         model = _submodel(model, str(part)) if model else None
     if model is None:
@@ -134,7 +159,7 @@ def _known_keys(path: tuple[Any, ...]) -> str:
     places = {name: name for name in names}
     if len(path) == 1:
         for section in names:
-            inner = _submodel(StudySpec, section)
+            inner = _submodel(study, section)
             for name in inner.model_fields if inner else ():
                 places.setdefault(name, f"{section}.{name}")
     near = [places[name] for name in difflib.get_close_matches(str(path[-1]), places, n=1, cutoff=0.6)]
@@ -156,13 +181,13 @@ def _with_absolute_paths(spec: StudySpec, base: Path, problems: list[Problem]) -
         if isinstance(files, AlignedFiles):
             pair = {side: _absolute(base, name, split, problems) for side, name in files.model_dump().items()}
             splits[split] = AlignedFiles(**pair)
-            if spec.task != "translation":
-                message = "source and target files are for translation"
+            if not spec.definition.is_pair:
+                message = f"source and target files are for pairs of texts; this study's task is {spec.task}"
                 problems.append(Problem(path=("data", "files", split), message=message))
             continue
         splits[split] = [_absolute(base, name, split, problems) for name in files]
         for name in files:
-            _check_format(Path(name), spec.task, split, problems)
+            _check_format(Path(name), spec.definition, split, problems)
     data = spec.data.model_copy(update={"files": FileSplits(**splits)})
     return spec.model_copy(update={"data": data})
 
@@ -174,13 +199,14 @@ def _absolute(base: Path, name: str, split: str, problems: list[Problem]) -> str
     return str(file.resolve())
 
 
-def _check_format(file: Path, task: str, split: str, problems: list[Problem]) -> None:
-    expected = ".txt, .jsonl, .csv or .parquet" if task == "causal_lm" else ".jsonl, .csv or .parquet"
-    if file.suffix in (".txt", ".jsonl", ".csv", ".parquet") and (file.suffix != ".txt" or task == "causal_lm"):
+def _check_format(file: Path, task: TaskDefinition, split: str, problems: list[Problem]) -> None:
+    is_plain = task.fields == ("text",) and not task.has_labels
+    expected = ".txt, .jsonl, .csv or .parquet" if is_plain else ".jsonl, .csv or .parquet"
+    if file.suffix in (".txt", ".jsonl", ".csv", ".parquet") and (file.suffix != ".txt" or is_plain):
         return
     message = f"cannot tell the format of {file.name}; expected {expected}"
-    if file.suffix == ".txt" or task == "translation":
-        lines = ", or two text files as {source: FILE, target: FILE}" if task == "translation" else ""
+    if file.suffix == ".txt" or task.is_pair:
+        lines = ", or two text files as {source: FILE, target: FILE}" if task.is_pair else ""
         message = f"{file.name} has one text a paragraph and nothing beside it; expected {expected}{lines}"
     problems.append(Problem(path=("data", "files", split), message=message))
 

@@ -8,26 +8,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import WithJsonSchema
 
 from hpsearch.registry import SAMPLERS
-from hpsearch.spec.settings import MOST, Objective, Strict
+from hpsearch.spec.settings import MOST, Strict
 
 MOST_MINUTES = 10_000_000.0
 """About 19 years: timers of the system take no longer ones."""
 
 Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
-OBJECTIVES: dict[str, tuple[Objective, ...]] = {
-    "causal_lm": ("loss",),
-    "translation": ("loss", "bleu"),
-    "classification": ("loss", "f1"),
-}
-"""What a task can search for on the validation split."""
-TaskName = Literal["causal_lm", "translation", "classification"]
-
-CORPORA: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("python_docs", "python_docstrings"),
-    "translation": ("ui_messages",),
-    "classification": ("python_areas",),
-}
-"""Task to the built-in corpora that fit it; `data.corpora` reads them."""
 TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the rule are made for."""
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic.json_schema import WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field
 
 MOST = 10**9
 """No count in a study is larger: databases keep counts in 32 bits."""
 Scalar = bool | int | float | str
-Objective = Literal["loss", "bleu", "f1"]
 
 
 class Strict(BaseModel):
@@ -119,37 +116,6 @@ class RunSettings(TrainingSettings):
     micro_batch_size: int | None = Field(
         None, ge=1, le=MOST, description="Sequences in memory at once; halved by itself when memory runs out."
     )
-
-
-class TranslationSpec(Strict):
-    """How translations are decoded and scored on the test split."""
-
-    num_beams: int = Field(1, ge=1, le=MOST, description="1 decodes greedily.")
-    source_prefix: str = Field("", description="Put before every source, as T5 was trained to expect.")
-    samples: int = Field(5, ge=0, le=MOST, description="Decoded sentences kept with each trial.")
-    bleu_tokenizer: Literal[
-        "auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200", "spBLEU-1K", "none"
-    ] = Field(
-        "auto",
-        description="What BLEU takes for words, as sacrebleu calls it. auto: zh for Chinese, char for other languages "
-        "without spaces between words, else 13a; by data.target_language or the script of the test split.",
-    )
-
-
-class ClassificationSpec(Strict):
-    """What the ranking F1 averages, and what is being classified."""
-
-    f1: Literal["macro", "micro", "weighted", "binary"] = Field("macro", description="The F1 that ranks.")
-    positive_label: Annotated[
-        str | None, WithJsonSchema({"type": ["string", "number", "boolean", "null"], "default": None})
-    ] = Field(None, description="The label that binary F1 is about, as it is written in the data.")
-    multi_label: bool = Field(False, description="An example may have several labels: a list, or text joined by '|'.")
-    class_weights: bool = Field(False, description="Weigh training losses by inverse class frequency.")
-
-    @field_validator("positive_label", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
 NOT_SEARCHABLE = frozenset({"context_length", "config", "pretrained", "revision"})

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, create_model, field_validator
 from pydantic.json_schema import WithJsonSchema
 
+from hpsearch.errors import UsageError
 from hpsearch.files.storage import locate
-from hpsearch.spec.parse_space import parse_space
+from hpsearch.registry import TASKS
+from hpsearch.spec.parsing.space import parse_space
 from hpsearch.spec.sections import (
     TARGET_EVALUATIONS,
     BudgetSpec,
@@ -21,23 +24,23 @@ from hpsearch.spec.sections import (
     PruneSpec,
     ResourceSpec,
     SamplerSpec,
-    TaskName,
     TokenizerSpec,
 )
 from hpsearch.spec.settings import (
     SEARCHABLE,
-    ClassificationSpec,
     ModelSettings,
-    Objective,
     RunSettings,
     Strict,
-    TranslationSpec,
     split_settings,
 )
 from hpsearch.spec.space import Space
+from hpsearch.spec.task import TaskDefinition, task_named
 
 DEFAULT_STORE = "sqlite:///hpsearch.db"
-DEFAULT_ARCHITECTURE = {"causal_lm": "gpt2", "translation": "marian", "classification": "bert"}
+_OBJECTIVE_SCHEMA: dict[str, Any] = {"anyOf": [{"enum": ["loss", "bleu", "f1"]}, {"type": "string"}], "default": "loss"}
+_TASK_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"enum": list(TASKS.built_in)}, {"type": "string", "pattern": r"^[\w.-]+(:\w+)?$"}],
+}
 _PLACEMENT = {"folder", "resources", "backend", "address", "limits", "enqueue", "transfer_from"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -77,20 +80,24 @@ _SEARCH_SCHEMA: dict[str, Any] = {
 
 
 class StudySpec(Strict):
-    """One study. `search` holds what is sampled; `model` and `training` what stays fixed."""
+    """One study. `search` holds what is sampled; `model` and `training` what stays fixed.
+
+    A study of a task that has options is of a subclass with a section for them: see `study_class`.
+    """
 
     name: str = Field(description="Letters, digits, '.', '_' and '-'; unique in its store.")
-    task: TaskName
+    task: Annotated[str, WithJsonSchema(_TASK_SCHEMA)] = Field(
+        description="One of these, of an installed package, or package.module:Class of your own."
+    )
     data: DataSpec
     tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec)
     model: ModelSettings = Field(default_factory=ModelSettings)
     training: RunSettings = Field(default_factory=RunSettings)
-    translation: TranslationSpec = Field(default_factory=TranslationSpec)
-    classification: ClassificationSpec = Field(default_factory=ClassificationSpec)
-    objective: Objective = Field(
+    objective: Annotated[str, WithJsonSchema(_OBJECTIVE_SCHEMA)] = Field(
         "loss",
         description="What the search improves on the validation split, and what chooses a run's best checkpoint. A "
-        "score (bleu, f1) is taken at the end of each epoch; runs are still judged to overfit by their losses.",
+        "score (bleu, f1, or what else the task names) is taken at the end of each epoch; runs are still judged to "
+        "overfit by their losses.",
     )
     search: Annotated[dict[str, Any], WithJsonSchema(_SEARCH_SCHEMA)] = Field(default_factory=dict)
     enqueue: list[dict[str, Any]] = Field(
@@ -149,6 +156,23 @@ class StudySpec(Strict):
     def _sampler_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, name: str) -> str:
+        if (problem := TASKS.problem(name)) is not None:
+            raise ValueError(problem)
+        return name
+
+    @property
+    def definition(self) -> TaskDefinition:
+        return task_named(self.task)
+
+    @property
+    def options(self) -> Any:
+        """Of the task."""
+        given = getattr(self, self.definition.name, None)
+        return self.definition.options() if given is None else given
+
     @property
     def space(self) -> Space:
         return self._space
@@ -176,7 +200,7 @@ class StudySpec(Strict):
             "weight_average": 0.1 if is_fresh else 0.0,
             "evaluations_per_epoch": self.evaluations_per_epoch,
         }
-        model = {"architecture": DEFAULT_ARCHITECTURE[self.task]} if is_fresh else {}
+        model = {"architecture": self.definition.architecture} if is_fresh else {}
         # What is searched under a condition has its default where that does not hold.
         always = {name for name, dimension in self.space.dimensions.items() if not dimension.when}
         searched = {*self.space.fixed, *always}
@@ -227,13 +251,25 @@ class StudySpec(Strict):
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+@cache
+def study_class(*tasks: str) -> type[StudySpec]:
+    """StudySpec with a section, under its name, for the options of each of these tasks. Raises UsageError."""
+    sections: dict[str, Any] = {}
+    for definition in map(task_named, tasks):
+        if not definition.name.isidentifier() or definition.name in StudySpec.model_fields:
+            raise UsageError(f"a task may not be named {definition.name!r}: expected an identifier that is no key")
+        if definition.options.model_fields:
+            sections[definition.name] = (definition.options, Field(default_factory=definition.options))
+    return create_model("StudySpec", __base__=StudySpec, **sections)
+
+
 def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str, *, trials: int) -> StudySpec:
     """The study that `record()` and `placement()` of a launched one describe."""
     where = dict(placement)
     data = {**record["data"], "files": where.pop("files", record["data"]["files"])}
     model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
     whole = {**record, **where, "data": data, "model": model, "store": store, "budget": {"trials": trials}}
-    spec = StudySpec.model_validate(whole, context={"recorded": True})
+    spec = study_class(record["task"]).model_validate(whole, context={"recorded": True})
     spec._space = recorded_space(record)
     return spec
 

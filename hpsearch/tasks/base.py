@@ -84,7 +84,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class ScoredTask(Task, Protocol):
-    """A task whose validation score a study may search for in place of the loss (see `spec.OBJECTIVES`)."""
+    """A task whose validation score a study may search for in place of the loss (see `TaskDefinition.objectives`)."""
 
     def validation_score(self, evaluate: Evaluate) -> float:
         """The score of the model as it stands."""

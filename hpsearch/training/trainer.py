@@ -33,7 +33,7 @@ from hpsearch.files.trial_log import LOGGER
 from hpsearch.models import architecture
 from hpsearch.models.kernels import CheapDropout
 from hpsearch.records import Point
-from hpsearch.spec.settings import Objective, RunSettings
+from hpsearch.spec.settings import RunSettings
 from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
 from hpsearch.training import checkpoints, random_states, torch_internals
 from hpsearch.training.averaging import WeightAverage
@@ -117,7 +117,7 @@ class Trainer:
         seed: int,
         device: torch.device,
         folder: Folder,
-        objective: Objective = "loss",
+        objective: str = "loss",
         earlier: Sequence[Folder] = (),
         origin: str = "",
         rungs: Sequence[float] = (),

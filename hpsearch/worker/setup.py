@@ -8,10 +8,8 @@ import torch
 
 from hpsearch.files import storage
 from hpsearch.files.storage import locate
-from hpsearch.records import (
-    TrialConfig,
-)
-from hpsearch.tasks import build_task
+from hpsearch.records import TrialConfig
+from hpsearch.spec.task import task_named
 from hpsearch.training.devices import pick_device, use_memory
 from hpsearch.training.random_states import seed_everything
 from hpsearch.training.ranks import Ranks
@@ -25,7 +23,8 @@ def build_trainer(
     seed_everything(config.seed)
     device = pick_device(config.device)
     use_memory(device, config.device_share)
-    task = build_task(config.model_copy(update={"data": str(storage.cached(locate(config.data)))}))
+    here = config.model_copy(update={"data": str(storage.cached(locate(config.data)))})
+    task = task_named(config.task).build(here)
     if ranks.rank:
         torch.manual_seed(config.seed + ranks.rank)  # equal weights, but not equal dropout
     return Trainer(

@@ -34,7 +34,6 @@ from torch.nn import functional
 from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
-from hpsearch import tasks
 from hpsearch.data.prepare import prepare
 from hpsearch.data.shards import read_card
 from hpsearch.errors import UsageError
@@ -42,8 +41,9 @@ from hpsearch.models import architecture
 from hpsearch.models.kernels import decode_greedily
 from hpsearch.records import TrialConfig
 from hpsearch.spec.sections import DataSpec, TokenizerSpec
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
+from hpsearch.spec.task import task_named
 from hpsearch.training.random_states import seed_everything
 from hpsearch.training.trainer import Trainer
 
@@ -146,17 +146,17 @@ def _go_through(found: Outcome, data: Path, folder: Path, shape: dict[str, int])
         if found.parameters > MOST_PARAMETERS:
             raise WrongError(f"too large: {found.parameters / 1e6:.0f} million weights")
     with stage("check"):
-        tasks.check_model(task, settings, read_card(data))
+        task_named(task).check_model(settings, read_card(data))
     with stage("check again"):
-        tasks.check_model(task, settings, read_card(data))
+        task_named(task).check_model(settings, read_card(data))
     config = TrialConfig(
         study="sweep", number=0, task=task, seed=0, params={}, model=settings, training=RUN, rule=None,
-        translation=TranslationSpec(), classification=ClassificationSpec(), data=str(data), folder=str(folder),
+        data=str(data), folder=str(folder),
         threads=1,
     )  # fmt: skip
     seed_everything(0)
     with stage("build"):
-        trial = tasks.build_task(config)
+        trial = task_named(task).build(config)
         found.parameters = sum(parameter.numel() for parameter in trial.model.parameters())
     with stage("losses"):
         trial.model.train()
@@ -210,13 +210,13 @@ def _count(auto_class: Any, settings: ModelSettings, task: str, data: Path) -> i
     card = read_card(data)
     tokens: dict[str, Any] = {"vocab_size": card.vocab_size}
     if task == "classification":
-        from hpsearch.tasks.classification import _tokens
+        from hpsearch.tasks.classification.training import _tokens
 
-        tokens = _tokens(card.vocab_size, card.padding_id, card.labels)
+        tokens = _tokens(card)
     elif task == "translation":
-        from hpsearch.tasks.translation import _tokens as pair_tokens
+        from hpsearch.tasks.translation.training import _tokens as pair_tokens
 
-        tokens = pair_tokens(settings, card.vocab_size, card.target_vocab_size)
+        tokens = pair_tokens(settings, card)
     config = architecture.build_config(auto_class, settings, **tokens)
     try:
         with torch.device("meta"):

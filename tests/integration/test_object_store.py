@@ -62,8 +62,7 @@ def config(s3: ObjectStore, tmp_path: Path) -> TrialConfig:
     model, training = spec.settings_for(params)
     return TrialConfig(
         study="tiny", number=1, task="causal_lm", seed=0, params=params, model=model,
-        training=training.model_copy(update={"evaluations_per_epoch": 4}), translation=spec.translation,
-        classification=spec.classification, rule=None, data=str(data), threads=1, device="cpu",
+        training=training.model_copy(update={"evaluations_per_epoch": 4}), rule=None, data=str(data), threads=1, device="cpu",
         folder=f"{BUCKET}/{tmp_path.name}/trial-00001",
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ import hpsearch
 from hpsearch.errors import StudyBusyError, UsageError
 from hpsearch.files.layout import PULSE_FILE
 from hpsearch.records import Event
+from hpsearch.spec.task import task_named
 from hpsearch.store.store import Store
 from tests.faults.harness import Study as Suffering
 
@@ -103,7 +104,7 @@ def test_runs_that_overfit_are_pruned_scored_and_ranked(tiny: Path) -> None:
 
 
 def test_the_test_split_is_seen_by_nobody_who_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpsearch.tasks.causal_lm import CausalLM
+    from hpsearch.tasks.causal_lm.training import CausalLM
 
     looks: list[str] = []
     batch = CausalLM.batch
@@ -176,12 +177,11 @@ def test_ray_runs_trials_side_by_side_and_leaves_no_litter(
 def test_models_are_tried_before_a_launch_once_and_bad_ones_each_time(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpsearch import tasks
-
     tried: list[str] = []
-    try_model = tasks.check_model
+    task = task_named("causal_lm")
+    try_model = task.check_model
     monkeypatch.setattr(
-        tasks, "check_model", lambda *given: (tried.append(given[1].model_dump_json()), try_model(*given))[1]
+        task, "check_model", lambda *given: (tried.append(given[0].model_dump_json()), try_model(*given))[1]
     )
     for name, changes, expected in (
         ("first", [], 1),

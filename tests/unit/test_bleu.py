@@ -13,9 +13,10 @@ from hpsearch.data.shards import load_texts
 from hpsearch.errors import UsageError
 from hpsearch.metrics import bleu
 from hpsearch.spec.sections import DataSpec, FileSplits
-from hpsearch.spec.settings import ModelSettings, TranslationSpec
-from hpsearch.spec.study import StudySpec
-from hpsearch.tasks.translation import Translation
+from hpsearch.spec.settings import ModelSettings
+from hpsearch.spec.study import StudySpec, study_class
+from hpsearch.tasks.translation.definition import TranslationOptions
+from hpsearch.tasks.translation.training import Translation
 
 CHINESE = dict(
     zip(["red", "blue", "green", "yellow", "black", "white", "big", "small"], "红蓝绿黄黑白大小", strict=True)
@@ -33,13 +34,9 @@ def study(folder: Path, *, is_chinese: bool = True, tokenizer: Any = "auto", **d
         for words in SENTENCES
     ]
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return StudySpec(
-        name="s",
-        task="translation",
-        data=DataSpec(files=FileSplits(train=[str(file)]), **data),
-        translation=TranslationSpec(bleu_tokenizer=tokenizer),
-        folder=str(folder),
-    )
+    section: dict[str, Any] = {"translation": TranslationOptions(bleu_tokenizer=tokenizer)}
+    files = DataSpec(files=FileSplits(train=[str(file)]), **data)
+    return study_class("translation")(name="s", task="translation", data=files, folder=str(folder), **section)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +73,7 @@ def scores(spec: StudySpec) -> tuple[float, float, str]:
     """BLEU of a perfect model, on the validation and on the test split, and the signature of the latter."""
     folder, _ = prepare(spec)
     settings = ModelSettings(architecture="bart", hidden_size=16, num_layers=1, context_length=16)
-    task = Translation(folder, settings, spec.translation, label_smoothing=0.0)  # type: ignore[arg-type]
+    task = Translation(folder, settings, spec.options, label_smoothing=0.0)  # type: ignore[arg-type]
     task.decode = lambda evaluate, split: load_texts(folder, split, "target")  # type: ignore[arg-type, method-assign]
     first = task.score(lambda split, function: iter(())).scores[0]
     return task.validation_score(lambda split, function: iter(())), first.value, str(first.contract["signature"])

@@ -13,7 +13,7 @@ from hpsearch.data.prepare import prepare
 from hpsearch.spec.sections import DataSpec, TokenizerSpec
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
-from hpsearch.tasks.causal_lm import CausalLM
+from hpsearch.tasks.causal_lm.training import CausalLM
 from hpsearch.training.devices import peak_memory, pick_device, use_memory
 from hpsearch.training.evaluation import OutOfMemoryError
 from hpsearch.training.memory import CONTEXT_BYTES, PeakMemory

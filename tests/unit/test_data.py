@@ -11,21 +11,22 @@ from tokenizers import Tokenizer
 
 from hpsearch.data.corpora import fold, python_docs
 from hpsearch.data.prepare import count_cut, measure, notes, prepare
-from hpsearch.data.shards import load_labels, load_split, load_texts, read_card
+from hpsearch.data.shards import DataCard, load_labels, load_split, load_texts, read_card
 from hpsearch.data.splits import Examples, read_examples, stable_fraction
 from hpsearch.errors import DataError, RunFolderError
-from hpsearch.spec.sections import AlignedFiles, DataSpec, FileSplits, TaskName, TokenizerSpec
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings
-from hpsearch.spec.study import StudySpec
+from hpsearch.spec.sections import AlignedFiles, DataSpec, FileSplits, TokenizerSpec
+from hpsearch.spec.settings import ModelSettings
+from hpsearch.spec.study import StudySpec, study_class
+from hpsearch.tasks.classification.definition import ClassificationOptions
 
 DOCS = DataSpec(corpus="python_docs", fraction=0.4)
 BPE = TokenizerSpec(vocab_size=512)
 
 
 def study(
-    data: DataSpec, folder: Path = Path("unused"), bpe: TokenizerSpec = BPE, task: TaskName = "causal_lm", **more: Any
+    data: DataSpec, folder: Path = Path("unused"), bpe: TokenizerSpec = BPE, task: str = "causal_lm", **more: Any
 ) -> StudySpec:
-    return StudySpec(name="s", task=task, data=data, tokenizer=bpe, folder=str(folder), **more)
+    return study_class(task)(name="s", task=task, data=data, tokenizer=bpe, folder=str(folder), **more)
 
 
 def texts_of(data: DataSpec, split: str) -> list[str]:
@@ -325,7 +326,7 @@ def labelled(count: int, labels: list[Any]) -> list[dict[str, Any]]:
     ],
 )
 def test_examples_that_cannot_be_used_are_named(
-    tmp_path: Path, task: TaskName, content: list[dict[str, Any]], message: str
+    tmp_path: Path, task: str, content: list[dict[str, Any]], message: str
 ) -> None:
     file = rows(tmp_path, "a.jsonl", content)
     with pytest.raises(DataError) as caught:
@@ -348,7 +349,7 @@ def test_several_labels_an_example(tmp_path: Path) -> None:
         DataSpec(files=files(file)),
         tmp_path,
         task="classification",
-        classification=ClassificationSpec(multi_label=True),
+        classification=ClassificationOptions(multi_label=True),
     )
     folder, card = prepare(spec)
     assert card.labels == ["3", "a", "b", "c"]
@@ -461,7 +462,7 @@ def test_every_label_of_several_is_trained_on(tmp_path: Path) -> None:
     spec = study(
         DataSpec(files=files(rows(tmp_path, "a.jsonl", content))),
         task="classification",
-        classification=ClassificationSpec(multi_label=True),
+        classification=ClassificationOptions(multi_label=True),
     )
     found = read_examples(spec)
     trained = {label for _, own in found.train for label in own.split("|")}
@@ -521,9 +522,10 @@ def test_a_given_split_without_rows_is_not_filled_from_another(tmp_path: Path) -
 def test_a_positive_label_that_no_example_has_is_named(tmp_path: Path) -> None:
     file = rows(tmp_path, "a.jsonl", labelled(100, [0, 1, 0]))
 
-    def read(label: Any) -> Examples:
-        options = ClassificationSpec(f1="binary", positive_label=label)
-        return read_examples(study(DataSpec(files=files(file)), task="classification", classification=options))
+    def read(label: Any) -> DataCard:
+        options = ClassificationOptions(f1="binary", positive_label=label)
+        spec = study(DataSpec(files=files(file)), tmp_path, task="classification", classification=options)
+        return prepare(spec)[1]
 
     assert read(1) == read("1")
     with pytest.raises(DataError, match=r"positive_label: no example .* has the label 'yes'; there are '0', '1'"):

@@ -15,7 +15,7 @@ import pytest
 import hpsearch
 from docs import reference
 from hpsearch.cli.main import main
-from hpsearch.spec.yaml_file import read_study_file
+from hpsearch.spec.parsing.yaml_file import read_study_file
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,8 +1,11 @@
-"""What docs/extending.md shows, run from the page: a sampler, a tracker and a metric of one's own, each in one file."""
+"""What docs/extending.md shows, run from the page: a task, a sampler, a tracker and a metric, each in one file."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,27 @@ def section(title: str, language: str = "python") -> str:
     return found[1]
 
 
+CLOZE = """
+name: cloze
+data: {corpus: python_docs, fraction: 0.05}
+tokenizer: {vocab_size: 300}
+model: {architecture: bert, hidden_size: 32, num_heads: 2, num_layers: 1, context_length: 32, init_std: 0.08}
+training: {evaluations_per_epoch: 1, batch_size: 16, num_epochs: 4}
+search:
+  learning_rate: {min: 1e-6, max: 1e-1, scale: log}
+enqueue: [{learning_rate: 0.02}, {learning_rate: 0.0201}, {learning_rate: 1e-6}]
+budget: {trials: 3}
+prune: {unpromising: {rule: median, startup_trials: 2, warmup_epochs: 1}}
+resources: {gpus_per_trial: 0}
+"""
+"""Of the task that the page shows: two trials that nothing tells apart, and one that learns nothing."""
+
+
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_samplers.py").write_text(section("A sampler"))
     (tmp_path / "my_trackers.py").write_text(section("A tracker"))
+    (tmp_path / "my_tasks.py").write_text(section("A task"))
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -58,10 +78,66 @@ def test_the_tracker_hears_of_every_trial(modules: Path, tiny: Path, monkeypatch
     assert "point" in words
 
 
+@pytest.mark.slow
+def test_the_task_is_searched_pruned_ranked_and_shown(modules: Path) -> None:
+    file = modules / "cloze.yaml"
+    store = f"sqlite:///{modules}/studies.db"
+    file.write_text(f"{CLOZE}{section('A task', 'yaml')}backend: inline\nstore: {store}\nfolder: {modules}/runs\n")
+    hpsearch.launch(file)
+    board = hpsearch.rank("cloze", store=store)
+    assert (board.metric, board.objective) == ("filled", "filled")
+    first, second = board.rows
+    assert (first["test_rank"], first["tie"], second["tie"]) == (1, "1", "1=")
+    assert first["score"] >= second["score"], "more is better"
+    for row in board.rows:
+        assert 0 <= row["score_low"] <= row["score"] <= row["score_high"] <= 1
+        assert row["valid_score"] == pytest.approx(row["score"], abs=0.2)
+    states = {row["number"]: row["state"] for row in hpsearch.open_study("cloze", store=store).trials()}
+    assert states == {0: "completed", 1: "completed", 2: "unpromising"}
+    assert hpsearch.show("cloze", first["trial"], store=store)["settings"]["model"]["architecture"] == "bert"
+    page = hpsearch.report("cloze", store=store)
+    for shown in ("test filled", "validation filled", "nats per gap"):
+        assert shown in page
+    exported = hpsearch.export("cloze", output=modules / "model", store=store)
+    assert (Path(exported) / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_task_runs_on_ray(modules: Path) -> None:
+    file = modules / "cloze.yaml"
+    file.write_text(f"{CLOZE}task: my_tasks:Cloze\nstore: sqlite:///{modules}/studies.db\nfolder: {modules}/runs\n")
+    environment = {**os.environ, "PYTHONPATH": str(modules)}
+    command = [sys.executable, "-m", "hpsearch", "launch", str(file), "--trials", "1"]
+    done = subprocess.run(command, env=environment, cwd=modules, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "filled" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(["cloze.gaps=2"], "cloze.gaps: expected less than 1", id="an option out of bounds"),
+        pytest.param(["cloze.gap=0.2"], "unknown key 'gap'; did you mean 'gaps'", id="a misspelt option"),
+        pytest.param(["objective=bleu"], "a cloze study has no validation bleu; expected loss or filled", id="score"),
+        pytest.param(["data.corpus=ui_messages"], "ui_messages is no cloze data; expected python_docs", id="corpus"),
+        pytest.param(["translation.num_beams=2"], "settings of another task", id="another task's options"),
+        pytest.param(["task=my_tasks:Close"], "my_tasks has no Close", id="no such class"),
+        pytest.param(["task=my_tasks:Options"], "expected a TaskDefinition, got Options", id="no task"),
+        pytest.param(["task=causal"], "unknown task 'causal'; expected causal_lm, translation, classi", id="no name"),
+    ],
+)
+def test_mistakes_in_a_study_of_the_task_are_told(modules: Path, changes: list[str], message: str) -> None:
+    file = modules / "cloze.yaml"
+    file.write_text(CLOZE + section("A task", "yaml"))
+    with pytest.raises(SpecError, match=message):
+        load_study(file, overrides=changes)
+
+
 def test_the_metric_has_a_score_an_interval_and_ties() -> None:
     names: dict[str, Any] = {}
     try:
         exec(section("A metric"), names)
+        METRICS["exact_match"] = names["EXACT_MATCH"]
         rng = np.random.default_rng(0)
         good, bad = ({"exact": (rng.random(400) < share).astype(float)} for share in (0.8, 0.4))
         value = float(score("exact_match", summands("exact_match", good).sum(axis=0), {}))
@@ -112,6 +188,6 @@ def test_what_cannot_be_loaded_is_a_usage_error(tiny: Path, name: str, message: 
 
 
 def test_everything_built_in_is_there() -> None:
-    for kind in (registry.SAMPLERS, registry.TRACKERS):
+    for kind in (registry.TASKS, registry.SAMPLERS, registry.TRACKERS):
         for name in kind.built_in:
             assert kind.load(name) is not None

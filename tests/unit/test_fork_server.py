@@ -43,8 +43,7 @@ def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrialCo
         model, run = spec.settings_for(params)
         return TrialConfig(
             study="tiny", number=number, task="causal_lm", seed=0, params=params, model=model,
-            training=run.model_copy(update=training), translation=spec.translation,
-            classification=spec.classification, rule=None, data=str(data), threads=1, device="cpu",
+            training=run.model_copy(update=training), rule=None, data=str(data), threads=1, device="cpu",
             folder=str(folder / f"trial-{number:05d}"),
         )  # fmt: skip
 

@@ -29,9 +29,10 @@ from hpsearch.data.shards import load_split, load_texts
 from hpsearch.errors import UsageError
 from hpsearch.models.kernels import can_decode, decode_greedily
 from hpsearch.spec.load import load_study
-from hpsearch.spec.settings import ModelSettings, TranslationSpec
+from hpsearch.spec.settings import ModelSettings
 from hpsearch.spec.study import StudySpec
-from hpsearch.tasks.translation import Translation
+from hpsearch.tasks.translation.definition import TranslationOptions
+from hpsearch.tasks.translation.training import Translation
 
 ENGLISH, FRENCH = ["red", "blue", "green", "black", "white", "big"], ["rouge", "bleu", "vert", "noir", "blanc", "grand"]
 PAIRS = [(f"{ENGLISH[a]} {ENGLISH[b]} {ENGLISH[c]}", f"{FRENCH[c]} {FRENCH[b]} {FRENCH[a]}") for a in range(6) for b in range(6) for c in range(6)]  # fmt: skip
@@ -134,7 +135,7 @@ def test_each_side_bears_the_mark_of_its_language(kind: str, study: Callable[...
 def test_decoding_is_into_the_target_language(kind: str, study: Callable[..., StudySpec]) -> None:
     folder, card = prepare(spec := study(*LANGUAGES[kind]))
     settings = ModelSettings(pretrained=spec.model.pretrained, context_length=16)
-    task = Translation(folder, settings, TranslationSpec(), label_smoothing=0.0)
+    task = Translation(folder, settings, TranslationOptions(), label_smoothing=0.0)
     task.model.eval()
     assert can_decode(task.model)
     source = task.batch("test", np.arange(6)).tensors[0]

@@ -18,9 +18,9 @@ from hpsearch.data.prepare import prepare
 from hpsearch.files.layout import STOP_FILE
 from hpsearch.records import Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
-from hpsearch.tasks.causal_lm import CausalLM
+from hpsearch.tasks.causal_lm.training import CausalLM
 from hpsearch.training.trainer import MICRO_BATCH, Trainer
 from hpsearch.worker.reasons import first_cause
 from hpsearch.worker.run import run_trial
@@ -119,7 +119,6 @@ def configure(data: Callable[[str], Path], tmp_path: Path) -> Callable[..., Tria
         return TrialConfig(
             study="s", number=0, task=task, seed=0, params={}, model=MODELS[task],
             training=RUN.model_copy(update=training), rule=None,
-            translation=TranslationSpec(), classification=ClassificationSpec(),
             data=str(data(task)), folder=str(tmp_path / name), threads=1,
         )  # fmt: skip
 

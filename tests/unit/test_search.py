@@ -19,8 +19,8 @@ from hpsearch.search.record import recorded_trials
 from hpsearch.search.samplers import BEST_SEEN, LATEST_SEEN, _History, clip_at_median
 from hpsearch.search.study import OPTUNA_STATE, Search, first_suggestions
 from hpsearch.spec.load import load_study, validate_study
+from hpsearch.spec.parsing.yaml_file import parse_study
 from hpsearch.spec.study import StudySpec
-from hpsearch.spec.yaml_file import parse_study
 from hpsearch.store.store import Store
 
 BASE = """name: s

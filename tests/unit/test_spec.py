@@ -12,11 +12,11 @@ import pytest
 from hpsearch.errors import SpecError
 from hpsearch.spec.json_schema import json_schema
 from hpsearch.spec.load import load_study
-from hpsearch.spec.parse_space import parse_space
+from hpsearch.spec.parsing.space import parse_space
+from hpsearch.spec.parsing.yaml_file import read_study_file
 from hpsearch.spec.sections import AlignedFiles
 from hpsearch.spec.space import Choice, Range
 from hpsearch.spec.study import StudySpec, recorded_study
-from hpsearch.spec.yaml_file import read_study_file
 
 BASE = "name: a\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
         pytest.param("backend: inline\nresources: {gpus_per_trial: 2}", "s.yaml:5:29: resources.gpus_per_trial: the inline backend has one process", id="several GPUs in one process"),
         pytest.param("store: ${HPSEARCH_NOT_SET}", "s.yaml:4:8: store: the environment has no HPSEARCH_NOT_SET; set it, or write ${HPSEARCH_NOT_SET:-default}", id="environment"),
         pytest.param("classification: {f1: micro}", "s.yaml:4:1: classification: settings of another task; this study's is causal_lm", id="other task"),
-        pytest.param("tokenizer: {shared: false}", "s.yaml:4:21: tokenizer.shared: only a translation has two vocabularies", id="two vocabularies"),
+        pytest.param("tokenizer: {shared: false}", "s.yaml:4:21: tokenizer.shared: this study's task is causal_lm, which has one vocabulary", id="two vocabularies"),
         pytest.param("metric: {name: loss}", "s.yaml:4:1: metric: a W&B sweep key: hpsearch always minimises validation loss", id="W&B metric"),
     ],
 )  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, line: str)
     [
         pytest.param("task: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:1: missing key 'name'", id="name"),
         pytest.param("name: ../up\ntask: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:7: name: expected letters", id="path"),
-        pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: expected 'causal_lm', 'translation' or 'classification', got 'lm'", id="task"),
+        pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: unknown task 'lm'; expected causal_lm, translation, classification, or package.module:name of your own", id="task"),
         pytest.param("name: a\ntask: translation\ndata: {corpus: python_docs}\n", "s.yaml:3:16: data.corpus: python_docs is no translation data; expected ui_messages", id="corpus of another task"),
         pytest.param("name: a\ntask: causal_lm\ndata: {}\n", "s.yaml:3:7: data: expected exactly one of corpus, files and hub, got none", id="no data"),
         pytest.param("name: a\ntask: causal_lm\ndata: {files: gone.txt}\n", "data.files.train: no such file", id="no file"),
@@ -259,7 +259,9 @@ def test_aligned_files_are_for_translations(tmp_path: Path) -> None:
     assert spec.data.files.train.target == str(tmp_path / "a.fr")
     jsonschema.validate(read_study_file(tmp_path / "s.yaml").content, json_schema())
     (line,) = mistakes(tmp_path, f"name: s\ntask: causal_lm\n{pair}")
-    assert line.endswith("data.files.train: source and target files are for translation")
+    assert line.endswith(
+        "data.files.train: source and target files are for pairs of texts; this study's task is causal_lm"
+    )
     (tmp_path / "a.txt").write_text("one\n")
     (line,) = mistakes(tmp_path, "name: s\ntask: translation\ndata: {files: a.txt}\n")
     assert "a.txt has one text a paragraph and nothing beside it" in line
@@ -296,11 +298,8 @@ def test_a_positive_label_is_text_as_written(tmp_path: Path, written: str, label
     text = (
         "name: a\ntask: classification\ndata: {corpus: python_areas}\nclassification: {f1: binary, positive_label: x}\n"
     )
-    assert load(tmp_path, text.replace(": x", f": {written}")).classification.positive_label == label
-    assert (
-        load(tmp_path, text, overrides=[f"classification.positive_label={written}"]).classification.positive_label
-        == label
-    )
+    assert load(tmp_path, text.replace(": x", f": {written}")).options.positive_label == label
+    assert load(tmp_path, text, overrides=[f"classification.positive_label={written}"]).options.positive_label == label
     jsonschema.validate(
         {
             "name": "a",
@@ -315,9 +314,9 @@ def test_a_positive_label_is_text_as_written(tmp_path: Path, written: str, label
 def test_languages_and_rare_labels_belong_to_a_task(tmp_path: Path) -> None:
     data = "data: {corpus: python_docs, source_language: en, target_language: fr, rare_labels: drop}\n"
     assert mistakes(tmp_path, f"name: a\ntask: causal_lm\n{data}") == [
-        "s.yaml:3:29: data.source_language: only a translation has languages",
-        "s.yaml:3:50: data.target_language: only a translation has languages",
-        "s.yaml:3:71: data.rare_labels: only a classification has labels",
+        "s.yaml:3:29: data.source_language: only a text and its translation have languages; this study's task is causal_lm",
+        "s.yaml:3:50: data.target_language: only a text and its translation have languages; this study's task is causal_lm",
+        "s.yaml:3:71: data.rare_labels: this study's task is causal_lm, whose examples have no labels",
     ]
 
 

@@ -34,7 +34,7 @@ from hpsearch.results.leaderboard import flat_rows, frame, leaderboard
 from hpsearch.search.record import recorded_trials
 from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.store import leases
 from hpsearch.store.schema import migrations, views
 from hpsearch.store.schema.tables import metadata
@@ -61,7 +61,7 @@ def store(store_url: str) -> Iterator[Store]:
 def config(number: int, **params: object) -> TrialConfig:
     return TrialConfig(
         study="s", number=number, task="causal_lm", seed=0, params=params, model=ModelSettings(),
-        training=RunSettings(), rule=None, translation=TranslationSpec(), classification=ClassificationSpec(), data="d", folder="f", threads=1,
+        training=RunSettings(), rule=None, data="d", folder="f", threads=1,
     )  # fmt: skip
 
 

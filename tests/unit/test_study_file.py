@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpsearch.errors import SpecError
-from hpsearch.spec.yaml_file import MAX_BYTES, parse_scalar, parse_study, read_study_file
+from hpsearch.spec.parsing.yaml_file import MAX_BYTES, parse_scalar, parse_study, read_study_file
 
 
 @pytest.mark.parametrize(

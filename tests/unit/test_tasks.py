@@ -20,11 +20,13 @@ from hpsearch.data.shards import load_labels, load_split, load_texts
 from hpsearch.errors import UsageError
 from hpsearch.records import TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, FileSplits, TokenizerSpec
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
-from hpsearch.spec.study import StudySpec
+from hpsearch.spec.settings import ModelSettings, RunSettings
+from hpsearch.spec.study import study_class
 from hpsearch.tasks.base import bucketed, within_budget
-from hpsearch.tasks.classification import Classification
-from hpsearch.tasks.translation import Translation
+from hpsearch.tasks.classification.definition import ClassificationOptions
+from hpsearch.tasks.classification.training import Classification
+from hpsearch.tasks.translation.definition import TranslationOptions
+from hpsearch.tasks.translation.training import Translation
 from hpsearch.training.random_states import seed_everything
 from hpsearch.training.trainer import Trainer
 from hpsearch.worker.run import run_trial
@@ -36,7 +38,7 @@ BERT = ModelSettings(architecture="bert", hidden_size=32, num_heads=2, num_layer
 
 def make(task: Any, data: DataSpec, folder: Path, **more: Any) -> Path:
     bpe = TokenizerSpec(vocab_size=600, shared=more.pop("shared", True))
-    return prepare(StudySpec(name="s", task=task, data=data, tokenizer=bpe, folder=str(folder), **more))[0]
+    return prepare(study_class(task)(name="s", task=task, data=data, tokenizer=bpe, folder=str(folder), **more))[0]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,12 @@ def areas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def translation(data: Path, model: ModelSettings = BART, **options: Any) -> Translation:
     seed_everything(0)
-    return Translation(data, model, TranslationSpec(**options), label_smoothing=0.0)
+    return Translation(data, model, TranslationOptions(**options), label_smoothing=0.0)
 
 
 def classification(data: Path, model: ModelSettings = BERT, **options: Any) -> Classification:
     seed_everything(0)
-    return Classification(data, model, ClassificationSpec(**options), label_smoothing=0.0)
+    return Classification(data, model, ClassificationOptions(**options), label_smoothing=0.0)
 
 
 def trainer(task: Any, folder: Path, run: RunSettings = RUN) -> Trainer:
@@ -68,8 +70,7 @@ def trial(
 ) -> TrialResult:
     config = TrialConfig(
         study="s", number=0, task=task, seed=0, params={}, model=model, training=run, rule=None, data=str(data),
-        folder=str(folder), threads=1, translation=options.get("translation", TranslationSpec()),
-        classification=options.get("classification", ClassificationSpec()),
+        folder=str(folder), threads=1, options=options,
     )  # fmt: skip
     running = run_trial(config)
     try:
@@ -139,8 +140,8 @@ def test_translation_losses_are_transformers_own(pairs: Path) -> None:
 @pytest.mark.slow
 def test_label_smoothing_touches_training_losses_only(pairs: Path, areas: Path) -> None:
     for make_task in (
-        lambda smoothing: Translation(pairs, BART, TranslationSpec(), smoothing),
-        lambda smoothing: Classification(areas, BERT, ClassificationSpec(), smoothing),
+        lambda smoothing: Translation(pairs, BART, TranslationOptions(), smoothing),
+        lambda smoothing: Classification(areas, BERT, ClassificationOptions(), smoothing),
     ):
         losses = {}
         for smoothing in (0.0, 0.2):
@@ -204,9 +205,7 @@ def test_a_translation_model_learns_and_its_folder_loads(tmp_path: Path) -> None
     assert greedy.scores[0].value > 40
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "greedy")
     assert model.config.eos_token_id == 0
-    beams = trial(
-        "translation", data, tmp_path / "beams", BART, run, translation=TranslationSpec(num_beams=3, samples=2)
-    )
+    beams = trial("translation", data, tmp_path / "beams", BART, run, num_beams=3, samples=2)
     assert beams.best_valid_loss == greedy.best_valid_loss
     assert len(beams.details["samples"]) == 2
     assert beams.scores[0].contract["num_beams"] == 3
@@ -238,9 +237,9 @@ def test_layers_of_encoder_and_decoder_are_settings_of_their_own(pairs: Path) ->
 @pytest.mark.parametrize("average", ["macro", "micro", "weighted", "binary"])
 def test_the_scores_of_a_classifier_are_scikit_learns(areas: Path, tmp_path: Path, average: Any) -> None:
     positive = "web" if average == "binary" else None
-    options = ClassificationSpec(f1=average, positive_label=positive)
+    options = ClassificationOptions(f1=average, positive_label=positive)
     run = RUN.model_copy(update={"num_epochs": 3})
-    result = trial("classification", areas, tmp_path / "trial", BERT, run, classification=options)
+    result = trial("classification", areas, tmp_path / "trial", BERT, run, **options.model_dump())
     labels = result.details["confusion"]["labels"]
     predicted = np.array([labels[row[0]] for row in result.details["predictions"]])
     truth = np.array(labels)[load_labels(areas, "test").argmax(1)]
@@ -271,12 +270,12 @@ def test_several_labels_are_learned_and_scored(tmp_path: Path) -> None:
         rows.append({"text": f"the {' and '.join(chosen)} thing number {rng.integers(1000)}", "label": chosen})
     file = tmp_path / "colours.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ClassificationSpec(multi_label=True, class_weights=True)
+    options = ClassificationOptions(multi_label=True, class_weights=True)
     data = make("classification", DataSpec(files=FileSplits(train=[str(file)])), tmp_path, classification=options)
     # Wide initial weights and Muon learn this from each of several seeds; AdamW's plain start needed a lucky one.
     model = BERT.model_copy(update={"init_std": 0.08})
     run = RUN.model_copy(update={"num_epochs": 10, "learning_rate": 5e-3, "optimizer": "muon", "weight_average": 0.1})
-    result = trial("classification", data, tmp_path / "trial", model, run, classification=options)
+    result = trial("classification", data, tmp_path / "trial", model, run, **options.model_dump())
     assert result.scores[0].value > 0.95
     assert "confusion" not in result.details
 

@@ -27,9 +27,9 @@ from hpsearch.metrics import intervals
 from hpsearch.models.configuration import build_config
 from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings, RunSettings, TranslationSpec
+from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
-from hpsearch.tasks.causal_lm import CausalLM
+from hpsearch.tasks.causal_lm.training import CausalLM
 from hpsearch.training import checkpoints
 from hpsearch.training.evaluation import OutOfMemoryError
 from hpsearch.training.random_states import seed_everything
@@ -69,7 +69,6 @@ def make(data: Path, tmp_path: Path) -> Callable[..., Trainer]:
 def config(data: Path, tmp_path: Path) -> TrialConfig:
     return TrialConfig(
         study="s", number=3, task="causal_lm", seed=0, params={}, model=MODEL, training=RUN, rule=OverfitRule(),
-        translation=TranslationSpec(), classification=ClassificationSpec(),
         data=str(data), folder=str(tmp_path / "trial"), threads=1,
     )  # fmt: skip
 

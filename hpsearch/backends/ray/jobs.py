@@ -24,7 +24,7 @@ from typing import Any
 
 from hpsearch.backends import auth_environment, reachable_store
 from hpsearch.files.scratch import private_folder
-from hpsearch.spec.environment import masked
+from hpsearch.spec.parsing.environment import masked
 from hpsearch.spec.study import StudySpec
 
 # Read by Ray when it is imported.

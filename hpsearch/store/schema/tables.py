@@ -88,7 +88,7 @@ STUDIES = sa.Table(
     metadata,
     _key(),
     _required("name", _Text(64), unique=True),
-    _required("task", _Text(32)),
+    _required("task", _Text(255)),
     _required("metric", _Text(32)),
     _required("higher_is_better", sa.Boolean),
     _required("spec", _Json),
@@ -97,7 +97,7 @@ STUDIES = sa.Table(
     _required("budget_trials", sa.Integer),
     _required("data", _Json),
     _required("created_at", _Utc),
-    _required("objective", _Text(16)),
+    _required("objective", _Text(32)),
     _required("placement", _Json),
     _required("uid", _Text(32)),
 )

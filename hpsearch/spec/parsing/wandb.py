@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpsearch.errors import Problem
-from hpsearch.spec.yaml_file import StudyDocument
+from hpsearch.spec.parsing.yaml_file import StudyDocument
 
 _METHODS = {"bayes": "tpe", "random": "random", "grid": "grid"}
 _HELP = {

@@ -16,30 +16,29 @@ from sacrebleu.metrics.ter import TER
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForSeq2SeqLM
 
-from hpsearch.data.shards import SPLITS, load_split, load_texts, read_card
+from hpsearch.data.shards import SPLITS, DataCard, load_split, load_texts, read_card
 from hpsearch.data.tokenizers import END_ID, PADDING_ID, decode, save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.metrics import bleu
 from hpsearch.metrics.sacrebleu_internals import sentence_statistics
 from hpsearch.models import architecture, probe
 from hpsearch.models.kernels import IGNORED, VocabularyLoss, can_decode, decode_greedily
-from hpsearch.records import Score, TrialConfig
-from hpsearch.spec.settings import ModelSettings, TranslationSpec
+from hpsearch.records import Score
+from hpsearch.spec.settings import ModelSettings
 from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bucketed, make_score, padded, within_budget
+from hpsearch.tasks.translation.definition import TranslationOptions
 
 
-def build(config: TrialConfig) -> Translation:
-    return Translation(Path(config.data), config.model, config.translation, config.training.label_smoothing)
-
-
-def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
-    probe.check_model(AutoModelForSeq2SeqLM, settings, **_tokens(settings, vocab_size, target_vocab_size))
+def check_model(settings: ModelSettings, card: DataCard) -> None:
+    probe.check_model(AutoModelForSeq2SeqLM, settings, **_tokens(settings, card))
 
 
 class Translation:
     """See `tasks.base.Task`. An example is a sentence pair; losses have shape (pairs, target tokens)."""
 
-    def __init__(self, data: Path, settings: ModelSettings, options: TranslationSpec, label_smoothing: float) -> None:
+    def __init__(
+        self, data: Path, settings: ModelSettings, options: TranslationOptions, label_smoothing: float
+    ) -> None:
         self._folder = data
         self._card = read_card(data)
         self._sources = {split: load_split(data, split, "source") for split in SPLITS}
@@ -52,8 +51,7 @@ class Translation:
         words = self._card.bleu_tokenizer or "13a" if chosen == "auto" else chosen
         self._bleu = bleu.metric(words, longest_reference=self._card.longest_reference)
         self._label_smoothing = label_smoothing
-        tokens = _tokens(settings, self._card.vocab_size, self._card.target_vocab_size)
-        self.model = architecture.build_model(AutoModelForSeq2SeqLM, settings, **tokens)
+        self.model = architecture.build_model(AutoModelForSeq2SeqLM, settings, **_tokens(settings, self._card))
         self._padding = self._card.padding_id
         self._set_language()
         self._start = self.model.config.decoder_start_token_id
@@ -168,11 +166,11 @@ class Translation:
         return np.minimum(longest, self._length)
 
 
-def _tokens(settings: ModelSettings, vocab_size: int, target_vocab_size: int | None) -> dict[str, Any]:
+def _tokens(settings: ModelSettings, card: DataCard) -> dict[str, Any]:
     if settings.pretrained is not None:
-        return {"vocab_size": vocab_size}
+        return {"vocab_size": card.vocab_size}
     tokens: dict[str, Any] = {
-        "vocab_size": vocab_size,
+        "vocab_size": card.vocab_size,
         "pad_token_id": PADDING_ID,
         "eos_token_id": END_ID,
         "bos_token_id": END_ID,
@@ -180,19 +178,19 @@ def _tokens(settings: ModelSettings, vocab_size: int, target_vocab_size: int | N
     }
     if settings.architecture in ("marian", "bart", "mbart", "pegasus"):
         tokens["forced_eos_token_id"] = END_ID
-    if target_vocab_size is not None:
+    if card.target_vocab_size is not None:
         if settings.architecture != "marian":
             raise UsageError(
                 f"tokenizer.shared: '{settings.architecture}' has one vocabulary for both languages; "
                 "marian can have two"
             )
         tokens |= {
-            "decoder_vocab_size": target_vocab_size,
+            "decoder_vocab_size": card.target_vocab_size,
             "share_encoder_decoder_embeddings": False,
             "tie_word_embeddings": True,
         }
     elif settings.architecture == "marian":
-        tokens["decoder_vocab_size"] = vocab_size
+        tokens["decoder_vocab_size"] = card.vocab_size
     return tokens
 
 

@@ -12,30 +12,25 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
-from hpsearch.data.shards import SPLITS, load_labels, load_split, read_card
-from hpsearch.data.tokenizers import PADDING_ID, save_tokenizer
+from hpsearch.data.shards import SPLITS, DataCard, load_labels, load_split, read_card
+from hpsearch.data.tokenizers import save_tokenizer
 from hpsearch.errors import UsageError
 from hpsearch.metrics.statistics import ZERO_DIVISION
 from hpsearch.models import architecture, probe
-from hpsearch.records import TrialConfig
-from hpsearch.spec.settings import ClassificationSpec, ModelSettings
+from hpsearch.spec.settings import ModelSettings
 from hpsearch.tasks.base import Batch, Evaluate, Indices, Scored, bucketed, make_score, padded, within_budget
+from hpsearch.tasks.classification.definition import ClassificationOptions
 
 
-def build(config: TrialConfig) -> Classification:
-    return Classification(Path(config.data), config.model, config.classification, config.training.label_smoothing)
-
-
-def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
-    tokens = _tokens(vocab_size, PADDING_ID, [""] * labels)
-    probe.check_model(AutoModelForSequenceClassification, settings, **tokens)
+def check_model(settings: ModelSettings, card: DataCard) -> None:
+    probe.check_model(AutoModelForSequenceClassification, settings, **_tokens(card))
 
 
 class Classification:
     """See `tasks.base.Task`. An example is a text; losses have shape (texts,): means over labels."""
 
     def __init__(
-        self, data: Path, settings: ModelSettings, options: ClassificationSpec, label_smoothing: float
+        self, data: Path, settings: ModelSettings, options: ClassificationOptions, label_smoothing: float
     ) -> None:
         self._folder = data
         self._card = read_card(data)
@@ -47,8 +42,7 @@ class Classification:
         if options.positive_label is not None and options.positive_label not in self._card.labels:
             known = ", ".join(self._card.labels)
             raise UsageError(f"classification.positive_label: no label {options.positive_label!r}; there are {known}")
-        tokens = _tokens(self._card.vocab_size, self._card.padding_id, self._card.labels)
-        self.model = architecture.build_model(AutoModelForSequenceClassification, settings, **tokens)
+        self.model = architecture.build_model(AutoModelForSequenceClassification, settings, **_tokens(self._card))
         self.model.config.problem_type = f"{'multi' if options.multi_label else 'single'}_label_classification"
         self._weights = torch.tensor(self._class_weights(), dtype=torch.float32) if options.class_weights else None
 
@@ -172,11 +166,11 @@ def _sklearn(
     return float(function(truth, predicted, average=average, zero_division=ZERO_DIVISION))
 
 
-def _tokens(vocab_size: int, padding: int, labels: list[str]) -> dict[str, Any]:
+def _tokens(card: DataCard) -> dict[str, Any]:
     return {
-        "vocab_size": vocab_size,
-        "pad_token_id": padding,
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
+        "vocab_size": card.vocab_size,
+        "pad_token_id": card.padding_id,
+        "num_labels": len(card.labels),
+        "id2label": dict(enumerate(card.labels)),
+        "label2id": {label: number for number, label in enumerate(card.labels)},
     }

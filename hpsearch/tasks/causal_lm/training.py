@@ -18,17 +18,12 @@ from hpsearch.data.shards import SPLITS, DataCard, TokenSplit, load_split, read_
 from hpsearch.data.tokenizers import save_tokenizer
 from hpsearch.models import architecture, probe
 from hpsearch.models.kernels import IGNORED, VocabularyLoss
-from hpsearch.records import TrialConfig
 from hpsearch.spec.settings import ModelSettings
 from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Evaluate, Indices, Scored, cut, gather_losses, make_score
 
 
-def build(config: TrialConfig) -> CausalLM:
-    return CausalLM(Path(config.data), config.model)
-
-
-def check_model(settings: ModelSettings, *, vocab_size: int, target_vocab_size: int | None, labels: int) -> None:
-    probe.check_model(AutoModelForCausalLM, settings, vocab_size=vocab_size)
+def check_model(settings: ModelSettings, card: DataCard) -> None:
+    probe.check_model(AutoModelForCausalLM, settings, vocab_size=card.vocab_size)
 
 
 class CausalLM:

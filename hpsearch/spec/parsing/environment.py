@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.errors import Problem, SpecError
+from hpsearch.spec.parsing.yaml_file import KeyPath
 from hpsearch.spec.redaction import remember_secrets
-from hpsearch.spec.yaml_file import KeyPath
 
 _OURS = "HPSEARCH_"
 _EXPANDED = ("HOME", "USER", "TMPDIR", "PGHOST", "PGPORT", "PGUSER", "PGDATABASE")

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from hpsearch.errors import Problem
+from hpsearch.spec.parsing.yaml_file import KeyPath
 from hpsearch.spec.settings import SEARCHABLE, SYNONYMS, Scalar
 from hpsearch.spec.space import Choice, Dimension, Range, Space, as_taken
-from hpsearch.spec.yaml_file import KeyPath
 
 
 def parse_space(raw: Any, path: KeyPath = ("search",)) -> tuple[Space, list[Problem]]:

@@ -1,0 +1,132 @@
+"""What a task is to everything but the training loop: its data, options, model, objectives and test metric.
+
+Nothing outside `hpsearch.tasks` asks which task a study has; it asks the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hpsearch.errors import Problem, UsageError
+from hpsearch.registry import TASKS
+from hpsearch.spec.sections import DataSpec
+from hpsearch.spec.settings import ModelSettings, Strict
+
+if TYPE_CHECKING:
+    from hpsearch.data.shards import DataCard
+    from hpsearch.metrics.metric import Metric
+    from hpsearch.records import TrialConfig
+    from hpsearch.tasks.base import Task
+
+
+Marks = Literal["stream", "before", "behind"]
+LABEL_SEPARATOR = "|"
+"""Between the labels of one example, where several are given as text."""
+
+
+class NoOptions(Strict):
+    """Of a task that has none."""
+
+
+class TaskDefinition:
+    """A task. Subclass it, and name the class in a study file (`task: package.module:Class`) or by an entry point.
+
+    A definition is made once in a process and holds no state. Loading its module should import neither torch nor
+    transformers where it can: commands that only read a study load it, too.
+    """
+
+    name: ClassVar[str]
+    """An identifier. A study file has the task's options under it."""
+    options: ClassVar[type[Strict]] = NoOptions
+    as_written: ClassVar[tuple[str, ...]] = ()
+    """Options that are text as it stands in the file, whatever YAML takes it for: `1`, `yes`."""
+
+    fields: ClassVar[tuple[str, ...]] = ("text",)
+    """Names of the texts of an example, in the order of its columns; the last is what the model predicts. Two of them
+    may each have a language, a vocabulary and a file whose lines are aligned with the other's."""
+    has_labels: ClassVar[bool] = False
+    """Whether an example has labels, in the column behind its texts: splits are stratified by them."""
+    marks: ClassVar[Marks] = "stream"
+    """Where end-of-text stands. In a stream it parts the documents, which are read one after the other; elsewhere an
+    example is cut to the model's context, and padded."""
+    compares_text: ClassVar[bool] = False
+    """Whether the last text of held-out examples is kept as it is, to score what the model writes in its place."""
+    corpora: ClassVar[tuple[str, ...]] = ()
+    """Built-in corpora (`data.corpus`) that fit."""
+
+    architecture: ClassVar[str]
+    """Of models that are trained from scratch, where the study names none."""
+    objectives: ClassVar[tuple[str, ...]] = ("loss",)
+    """What a study may search for: the validation loss, and metrics that the task takes of the validation split."""
+    metric: ClassVar[str]
+    """The test metric that trials are ranked by."""
+    loss_unit: ClassVar[str] = "nats per token"
+
+    @property
+    def is_stream(self) -> bool:
+        return self.marks == "stream"
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.fields) == 2
+
+    def columns(self, data: DataSpec) -> tuple[str, ...]:
+        """The columns that an example is read from: one for each field, then that of the labels."""
+        return (data.column, data.label_column) if self.has_labels else (data.column,)
+
+    def labels(self, written: str, options: Any) -> list[str]:
+        """The labels of an example, as its column has them."""
+        return [written]
+
+    def split_key(self, text: str) -> str:
+        """Examples whose first texts have the same key fall into the same split."""
+        return text
+
+    def data_options(self, options: Any) -> dict[str, Any]:
+        """Of the options, what decides the prepared data: it is prepared again when this changes."""
+        return {}
+
+    def prefix(self, field: str, options: Any) -> str:
+        """What a pretrained model wants in front of the texts of a field."""
+        return ""
+
+    def metrics(self) -> Sequence[Metric]:
+        """Test metrics of its own, beside those of `hpsearch.metrics.statistics`."""
+        return ()
+
+    def problems(self, options: Any) -> Iterator[Problem]:
+        """Mistakes that only show when several options are seen together; paths begin with the task's name."""
+        return iter(())
+
+    def check_score(self, options: Any) -> None:
+        """Raise UsageError when the scores cannot be taken on this machine."""
+
+    def check_data(self, options: Any, card: DataCard) -> None:
+        """Raise DataError when the options do not fit the prepared data."""
+
+    def notes(self, options: Any, card: DataCard) -> Iterator[str]:
+        """What a person should know of the prepared data before trials run on it, a sentence each."""
+        return iter(())
+
+    def check_model(self, settings: ModelSettings, card: DataCard) -> None:
+        """Raise UsageError if the task cannot build and train such a model. Found out before any trial starts."""
+
+    def build(self, config: TrialConfig) -> Task:
+        """The task of a trial, its data opened and its model built (weights drawn from torch's current seed)."""
+        raise NotImplementedError
+
+
+@cache
+def task_named(name: str) -> TaskDefinition:
+    """The definition of a name that a study file may have under `task`. Raises UsageError."""
+    found = TASKS.load(name)
+    definition = found() if isinstance(found, type) else found
+    if not isinstance(definition, TaskDefinition):
+        raise UsageError(f"task {name}: expected a TaskDefinition, got {type(definition).__name__}")
+    if own := definition.metrics():
+        from hpsearch.metrics.statistics import METRICS
+
+        METRICS.update({metric.name: metric for metric in own})
+    return definition

@@ -1,0 +1,1 @@
+"""Causal language modelling: perplexity and bits per byte of held-out text."""

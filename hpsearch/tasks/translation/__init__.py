@@ -1,0 +1,1 @@
+"""Translation by encoder-decoders: BLEU, chrF2++ and TER of decoded text."""
