@@ -40,15 +40,15 @@ def train(file: str, runs: int, seed: int) -> list[dict[str, object]]:
         )
         curves = []
         for row in study.trials():
-            points = study.trial(row["number"])["points"]
-            if row["state"] == "completed":
+            points = study.trial(row.number).points
+            if row.state == "completed":
                 # Published tables have the untrained model first.
                 curves.append(
                     {
-                        "hp": row["params"],
+                        "hp": row.params,
                         "cosine": True,
-                        "train": {"loss": [None, *(point["train_loss"] for point in points)]},
-                        "valid": {"loss": [None, *(point["valid_loss"] for point in points)]},
+                        "train": {"loss": [None, *(point.train_loss for point in points)]},
+                        "valid": {"loss": [None, *(point.valid_loss for point in points)]},
                     }
                 )
         return curves

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from hpsearch.records import Listener
-from hpsearch.results.leaderboard import Choice, Leaderboard
+from hpsearch.results.leaderboard import Choice, Comparison, Leaderboard
 from hpsearch.results.study import Study
 from hpsearch.spec.load import LaunchOptions, load_study
 from hpsearch.spec.parsing.environment import environment_store
 from hpsearch.spec.study import DEFAULT_STORE
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import LeadingTrial, RankedTrial, StudySummary, WholeTrial
 from hpsearch.store.store import opened_store
 
 if TYPE_CHECKING:
     from hpsearch.backends.ray.jobs import Job
+    from hpsearch.results.status import StudyStatus, WatchedStudy
     from hpsearch.upkeep.doctor import Finding
     from hpsearch.upkeep.retention import Garbage
 
@@ -138,7 +139,7 @@ def stop(job_id: str, *, address: str | None = None) -> Job:
 # Reading a store
 
 
-def studies(*, store: str | None = None) -> list[Row]:
+def studies(*, store: str | None = None) -> list[StudySummary]:
     """All studies of a store, oldest first, with trials by state, best test score and lease."""
     with opened_store(store_url(store)) as opened:
         return opened.studies()
@@ -152,7 +153,7 @@ def open_study(study: str, *, store: str | None = None) -> Study:
     return Study(name=study, store=url)
 
 
-def status(study: str, *, store: str | None = None) -> dict[str, Any]:
+def status(study: str, *, store: str | None = None) -> StudyStatus:
     """How far a study is: trials by state, the best, its driver, and about how long the rest will take.
 
     The rest is estimated from the trials that have ended, as if as many ran side by side as now.
@@ -164,7 +165,7 @@ def status(study: str, *, store: str | None = None) -> dict[str, Any]:
         return study_status(opened, study, url)
 
 
-def watch(study: str, *, store: str | None = None, every_s: float = 2.0) -> Iterator[dict[str, Any]]:
+def watch(study: str, *, store: str | None = None, every_s: float = 2.0) -> Iterator[WatchedStudy]:
     """How far a study is, again and again until it is finished: `status` with the trials; the running have `points`.
 
     Reads the store and nothing else, so that it works wherever the store is reached.
@@ -190,17 +191,17 @@ def rank(*studies: str, top: int | None = None, mixed: bool = False, store: str 
     return open_study(studies[0], store=store).board(*studies[1:], top=top, mixed=mixed)
 
 
-def show(study: str, trial: int, *, store: str | None = None) -> Row:
-    """One trial with its curve (`points`), `scores`, `decisions` and `details`."""
+def show(study: str, trial: int, *, store: str | None = None) -> WholeTrial:
+    """One trial with its curve, scores, decisions and details."""
     return open_study(study, store=store).trial(trial)
 
 
-def compare(study: str, first: int, second: int, *, store: str | None = None) -> dict[str, Any]:
+def compare(study: str, first: int, second: int, *, store: str | None = None) -> Comparison:
     """The paired test of two ranked trials."""
     return open_study(study, store=store).compare(first, second)
 
 
-def best(study: str, *, by: Choice = "test", store: str | None = None) -> Row | None:
+def best(study: str, *, by: Choice = "test", store: str | None = None) -> RankedTrial | LeadingTrial | None:
     """The winner by its test score or on validation; while there are no test scores, the trial that leads."""
     return open_study(study, store=store).choose(by)
 

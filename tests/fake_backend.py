@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,6 +22,7 @@ from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
 from hpsearch.spec.sections import OverfitRule
 from hpsearch.store.leases import owner_of
+from hpsearch.store.rows import TrialRow
 from hpsearch.store.store import Store
 from hpsearch.store.studies import NewStudy
 
@@ -200,13 +200,13 @@ class FakeBackend:
         self.outbox.close()
         self.search.close()
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[TrialRow]:
         self.flush()
-        return self.store.trials(self.row["id"])
+        return self.store.trials(self.row.id)
 
     def states(self) -> dict[int, str]:
         """Of the trials in the store."""
-        return {row["number"]: row["state"] for row in self.rows()}
+        return {row.number: row.state for row in self.rows()}
 
     def _result(self, number: int, state: TrialState) -> TrialResult:
         curve = self.curves.get(number, [])

@@ -37,38 +37,32 @@ from hpsearch.reports.text import (
     score_text,
     short,
 )
+from hpsearch.results.status import WatchedStudy
 
 _CURVE_ROWS = 10
 _ROWS_BELOW_A_CURVE = 13
 """Of a screen that shows one: the report above it, its axis, the lines between."""
 
 
-def watch_report(found: dict[str, Any], width: int, height: int) -> Group:
+def watch_report(found: WatchedStudy, width: int, height: int) -> Group:
     """How far a study is and what runs, for a person who looks on; a running trial's curve, too, if there is room."""
-    running = [trial for trial in found["trials"] if trial["state"] == TrialState.RUNNING]
-    ended = sorted(
-        (trial for trial in found["trials"] if trial["ended_at"] and trial["state"] not in LIVE),
-        key=lambda trial: trial["ended_at"],
-    )
+    running = [trial for trial in found.trials if trial.state == TrialState.RUNNING]
+    ends = ((trial.ended_at, trial.number, trial) for trial in found.trials if trial.state not in LIVE)
+    ended = [trial for _, _, trial in sorted((end, number, trial) for end, number, trial in ends if end)]
     table = new_table("trial", "epoch", "train", "valid", "settings")
     for trial in running:
-        point, epochs = (trial["points"] or [None])[-1], trial["settings"]["training"]["num_epochs"]
-        values = (
-            [f"{point['epoch']:.4g}/{epochs}", _loss(point["train_loss"]), _loss(point["valid_loss"])] if point else []
-        )
-        settings = ", ".join(f"{name}={short(value)}" for name, value in trial["params"].items())
-        table.add_row(str(trial["number"]), *(values or [f"0/{epochs}", "-", "-"]), plain(settings))
+        point = trial.points[-1] if trial.points else None
+        epochs = trial.settings["training"]["num_epochs"]
+        values = [f"{point.epoch:.4g}/{epochs}", _loss(point.train_loss), _loss(point.valid_loss)] if point else []
+        settings = ", ".join(f"{name}={short(value)}" for name, value in trial.params.items())
+        table.add_row(str(trial.number), *(values or [f"0/{epochs}", "-", "-"]), plain(settings))
     parts: list[Any] = [Text(status_report(found)), Text("")]
     parts += [table, Text("")] if running else []
     last = [Text(ended_line(trial)[:width]) for trial in ended[-8:]]
-    longest = max(running, key=lambda trial: len(trial["points"]), default=None)
-    if (
-        longest
-        and len(longest["points"]) > 1
-        and height >= _ROWS_BELOW_A_CURVE + _CURVE_ROWS + len(running) + len(last)
-    ):
-        parts += [Text(f"trial {longest['number']}")]
-        parts += [Text(curve_plot(longest["points"], width=min(width, 100), height=_CURVE_ROWS)), Text("")]
+    longest = max(running, key=lambda trial: len(trial.points), default=None)
+    if longest and len(longest.points) > 1 and height >= _ROWS_BELOW_A_CURVE + _CURVE_ROWS + len(running) + len(last):
+        parts += [Text(f"trial {longest.number}")]
+        parts += [Text(curve_plot(longest.points, width=min(width, 100), height=_CURVE_ROWS)), Text("")]
     return Group(*parts, *last)
 
 
@@ -76,7 +70,7 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def watch_study(states: Iterator[dict[str, Any]], console: Console) -> None:
+def watch_study(states: Iterator[WatchedStudy], console: Console) -> None:
     """Show how a study goes until it is finished: redrawn in a terminal, a line for each end of a trial elsewhere."""
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -85,9 +79,9 @@ def watch_study(states: Iterator[dict[str, Any]], console: Console) -> None:
         return
     told: set[tuple[int, int]] = set()
     for found in states:
-        for trial in found["trials"]:
-            key = (trial["number"], trial["attempt"])
-            if trial["ended_at"] and trial["state"] not in LIVE and key not in told:
+        for trial in found.trials:
+            key = (trial.number, trial.attempt)
+            if trial.ended_at and trial.state not in LIVE and key not in told:
                 told.add(key)
                 console.print(Text(ended_line(trial)), soft_wrap=True)
     console.print(Text(status_report(found)), soft_wrap=True)

@@ -26,6 +26,7 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
     from hpsearch.cli import output, summaries
     from hpsearch.errors import StoreError, UnknownStudyError
 
+    job = None
     try:
         found = api.status(name, store=store)
     except (UnknownStudyError, StoreError):
@@ -36,12 +37,13 @@ def status(name: str, address: str | None, store: str | None, as_json: bool) -> 
         job = Cluster(address).job(name)
         if not job.study:
             raise click.UsageError(f"job {name} was not submitted by hpsearch: give the study's name") from None
-        found = {**api.status(job.study, store=store), "job": job.__dict__}
+        found = api.status(job.study, store=store)
     if as_json:
-        print(output.to_json(found))
+        also = {} if job is None else {"job": job}
+        print(output.to_json({"schema_version": 1, **vars(found), **also}))
         return
-    if "job" in found:
-        print(f"job     {plain(name)}: {found['job']['status']}")
+    if job is not None:
+        print(f"job     {plain(name)}: {job.status}")
     print(summaries.status_report(found))
 
 
@@ -104,7 +106,7 @@ def compare(study: str, first: int, second: int, store: str | None, as_json: boo
 
     found = api.compare(study, first, second, store=store)
     if as_json:
-        print(output.to_json(found))
+        print(output.to_json({"schema_version": 1, **vars(found)}))
     else:
         open_console().print(tables.comparison_table(found))
 
@@ -166,7 +168,7 @@ def show(study: str, trial: int, store: str | None, as_json: bool) -> None:
 
     row = api.show(study, trial, store=store)
     if as_json:
-        print(output.to_json({"schema_version": 1, "study": study, **row}))
+        print(output.to_json({"schema_version": 1, "study": study, **vars(row)}))
     else:
         console = open_console()
         console.print(summaries.trial_report(row, console.width))
@@ -220,10 +222,10 @@ def best(study: str, by: Any, store: str | None, as_json: bool) -> int:
     for note in wording.choice_notes(board, by):
         print(note, file=sys.stderr)
     if as_json:
-        print(output.to_json({"schema_version": 1, "study": study, "by": by, **chosen}))
+        print(output.to_json({"schema_version": 1, "study": study, "by": by, **vars(chosen)}))
     else:
         console = open_console()
-        console.print(summaries.trial_report(opened.trial(chosen["trial"]), console.width))
+        console.print(summaries.trial_report(opened.trial(chosen.trial), console.width))
     return 0
 
 

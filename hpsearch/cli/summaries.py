@@ -20,8 +20,9 @@ from hpsearch.reports.text import (
     short,
     trial_facts,
 )
+from hpsearch.results.status import StudyStatus
 from hpsearch.spec.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import WholeTrial
 
 
 def log_line(line: dict[str, Any]) -> str:
@@ -32,24 +33,24 @@ def log_line(line: dict[str, Any]) -> str:
     return "\n".join(plain(text) for text in [said, *more])
 
 
-def status_report(found: dict[str, Any]) -> str:
+def status_report(found: StudyStatus) -> str:
     """How far a study is, for a person."""
-    best, left = found["best"], found["seconds_left"]
-    ended = sum(count for state, count in found["states"].items() if state not in UNFINISHED)
+    best, left = found.best, found.seconds_left
+    ended = sum(count for state, count in found.states.items() if state not in UNFINISHED)
     lines = [
-        f"study   {found['study']} in {found['store']}",
-        f"trials  {counts(found['states']) or 'none yet'}; {ended} of {found['budget']} have ended",
-        f"best    {found['metric']} {score_text(found['metric'], best['score'])} (trial {best['trial']})"
+        f"study   {found.study} in {found.store}",
+        f"trials  {counts(found.states) or 'none yet'}; {ended} of {found.budget} have ended",
+        f"best    {found.metric} {score_text(found.metric, best.score)} (trial {best.trial})"
         if best
         else "best    none can be ranked yet",
     ]
-    if found["holder"]:
+    if found.holder:
         lines.append(
-            f"driver  {found['holder']} since {found['since']:%Y-%m-%d %H:%M:%S} UTC, "
-            f"last sign of life {found['heartbeat_at']:%H:%M:%S}"
+            f"driver  {found.holder} since {found.since:%Y-%m-%d %H:%M:%S} UTC, "
+            f"last sign of life {found.heartbeat_at:%H:%M:%S}"
         )
     else:
-        lines.append("driver  none: " + ("it is finished" if found["is_finished"] else "launch it to resume"))
+        lines.append("driver  none: " + ("it is finished" if found.is_finished else "launch it to resume"))
     if left is not None:
         lines.append(f"left    about {left / 60:.0f} minutes" if left >= 90 else f"left    about {left:.0f} seconds")
     return "\n".join(plain(line) for line in lines)
@@ -124,32 +125,30 @@ def _classes(counts: dict[str, dict[str, int]], width: int = 100) -> str:
     return f"{len(shown)}: {', '.join(shown[:fitting])}{', ...' if fitting < len(shown) else ''}"
 
 
-def trial_report(trial: Row, width: int) -> Group:
+def trial_report(trial: WholeTrial, width: int) -> Group:
     """Settings, curve, verdict with its evidence, and test score of one trial."""
     facts = new_table("", "", header=False)
-    settings = {**trial["settings"]["model"], **trial["settings"]["training"]}
+    settings = {**trial.settings["model"], **trial.settings["training"]}
     rows: list[tuple[str, Any]] = [
         *trial_facts(trial),
-        ("sampled", ", ".join(f"{name}={short(value)}" for name, value in trial["params"].items()) or "nothing"),
-        ("fixed", _fixed(settings, trial["params"])),
+        ("sampled", ", ".join(f"{name}={short(value)}" for name, value in trial.params.items()) or "nothing"),
+        ("fixed", _fixed(settings, trial.params)),
     ]
-    if trial["checkpoint"]:
-        rows.append(("checkpoint", trial["checkpoint"]))
+    if trial.checkpoint:
+        rows.append(("checkpoint", trial.checkpoint))
     for name, value in rows:
         facts.add_row(Text(name, style="dim"), plain(value))
     parts: list[Any] = [facts]
-    points = trial["points"]
+    points = trial.points
     if points:
-        parts += [Text(), Text(curve_plot(points, width=min(width, 100), best=trial["best_evaluation"]))]
-    parts += _details(trial["details"])
-    for decision in trial["decisions"]:
-        evidence = ", ".join(
-            f"{key}={short(value)}" for key, value in decision["evidence"].items() if value is not None
-        )
-        line = f"evaluation {decision['evaluation']:>3}: {decision['verdict']} -> {decision['action']} ({evidence})"
+        parts += [Text(), Text(curve_plot(points, width=min(width, 100), best=trial.best_evaluation))]
+    parts += _details(trial.details)
+    for decision in trial.decisions:
+        evidence = ", ".join(f"{key}={short(value)}" for key, value in decision.evidence.items() if value is not None)
+        line = f"evaluation {decision.evaluation:>3}: {decision.verdict} -> {decision.action} ({evidence})"
         parts.append(Text(plain(line)))
-    if trial["error"]:
-        parts += [Text(), Text("\n".join(plain(line) for line in trial["error"].splitlines()), style="red")]
+    if trial.error:
+        parts += [Text(), Text("\n".join(plain(line) for line in trial.error.splitlines()), style="red")]
     return Group(*parts)
 
 

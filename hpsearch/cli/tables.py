@@ -17,8 +17,8 @@ from hpsearch.reports.text import (
     short,
     valid_text,
 )
-from hpsearch.results.leaderboard import Leaderboard, param_names
-from hpsearch.store.schema.tables import Row
+from hpsearch.results.leaderboard import Comparison, Finalist, Leaderboard, param_names
+from hpsearch.store.rows import StudySummary
 
 _LEADERBOARD_WIDTH = 80
 """Columns of the leaderboard before the settings, with room for the longest state."""
@@ -27,24 +27,23 @@ _LEADERBOARD_WIDTH = 80
 def leaderboard_table(board: Leaderboard, width: int) -> Table:
     """The leaderboard; a terminal that is too narrow for a column per setting gets them in one."""
     names = param_names(board.rows)
-    settings = [[short(row["params"].get(name)) for name in names] for row in board.rows]
+    settings = [[short(row.params.get(name)) for name in names] for row in board.rows]
     columns = sum(2 + max(len(cell) for cell in column) for column in zip(names, *settings, strict=True))
     if columns + _LEADERBOARD_WIDTH > width:
-        settings = [[" ".join(f"{name}={short(value)}" for name, value in row["params"].items())] for row in board.rows]
+        settings = [[" ".join(f"{name}={short(value)}" for name, value in row.params.items())] for row in board.rows]
         names = ["settings"]
     choice = board.validation_choice
     several = len(board.studies) > 1
     cells: list[dict[str, str | Text]] = [
         {
-            "rank": row["tie"],
-            **({"study": plain(row["study"])} if several else {}),
-            "trial": str(row["trial"]),
-            board.metric: Text(score_text(board.metric, row["score"]), style="bold"),
+            "rank": row.tie,
+            **({"study": plain(row.study)} if several else {}),
+            "trial": str(row.trial),
+            board.metric: Text(score_text(board.metric, row.score), style="bold"),
             "95 % interval": interval(row),
-            f"valid {board.objective}": valid_text(board, row)
-            + (" *" if choice and row["trial"] == choice["trial"] else ""),
-            "epoch": f"{row['best_epoch']:.3g}/{row['last_epoch']:.3g}",
-            "state": state_text(row["state"]),
+            f"valid {board.objective}": valid_text(board, row) + (" *" if choice and row.trial == choice.trial else ""),
+            "epoch": f"{row.best_epoch:.3g}/{row.last_epoch:.3g}",
+            "state": state_text(row.state),
         }
         for row in board.rows
     ]
@@ -59,63 +58,60 @@ def leaderboard_table(board: Leaderboard, width: int) -> Table:
     return table
 
 
-def finals_table(rows: Sequence[Row]) -> Table:
+def finals_table(rows: Sequence[Finalist]) -> Table:
     """Settings that were run again with new seeds, best mean first."""
-    metric = rows[0]["metric"]
+    metric = rows[0].metric
     table = new_table(
         "trial", f"{metric} that chose it", "seeds", "mean of new seeds", "spread", "worse by", "settings"
     )
     for row in rows:
-        spread = row["standard_deviation"]
+        spread = row.standard_deviation
         table.add_row(
-            str(row["trial"]),
-            score_text(metric, row["chosen_score"]),
-            str(row["seeds"]),
-            score_text(metric, row["mean"]),
+            str(row.trial),
+            score_text(metric, row.chosen_score),
+            str(row.seeds),
+            score_text(metric, row.mean),
             "-" if spread is None else f"±{score_text(metric, spread)}",
-            score_text(metric, row["sank"]),
-            plain(", ".join(f"{name}={short(value)}" for name, value in row["params"].items())),
+            score_text(metric, row.sank),
+            plain(", ".join(f"{name}={short(value)}" for name, value in row.params.items())),
         )
     return table
 
 
-def finals_note(rows: Sequence[Row]) -> str:
+def finals_note(rows: Sequence[Finalist]) -> str:
     """How the winner of the finals compares with the score that chose it."""
     best = rows[0]
-    sank = best["sank"]
-    moved = f"{score_text(best['metric'], abs(sank))} {'worse' if sank > 0 else 'better'} than the score that chose it"
+    sank = best.sank
+    moved = f"{score_text(best.metric, abs(sank))} {'worse' if sank > 0 else 'better'} than the score that chose it"
     return (
-        f"finals: trial {best['trial']}'s settings are best, {best['metric']} "
-        f"{score_text(best['metric'], best['mean'])} on average over {best['seeds']} new seeds, {moved}"
+        f"finals: trial {best.trial}'s settings are best, {best.metric} "
+        f"{score_text(best.metric, best.mean)} on average over {best.seeds} new seeds, {moved}"
     )
 
 
-def comparison_table(found: dict[str, Any]) -> Table:
+def comparison_table(found: Comparison) -> Table:
     """The paired test of two trials, a row a metric."""
-    first, second = found["trials"]
+    first, second = found.trials
     table = new_table("metric", f"trial {first}", f"trial {second}", "difference", "95 % interval", "p", "better")
-    for entry in found["metrics"]:
-        name = entry["metric"]
-        text = [
-            score_text(name, value) for value in (*entry["scores"], entry["difference"], entry["low"], entry["high"])
-        ]
-        better = "cannot tell" if entry["better"] is None else f"trial {entry['better']}"
-        table.add_row(name, text[0], text[1], text[2], f"{text[3]} to {text[4]}", f"{entry['p_value']:.4f}", better)
+    for entry in found.metrics:
+        name = entry.metric
+        text = [score_text(name, value) for value in (*entry.scores, entry.difference, entry.low, entry.high)]
+        better = "cannot tell" if entry.better is None else f"trial {entry.better}"
+        table.add_row(name, text[0], text[1], text[2], f"{text[3]} to {text[4]}", f"{entry.p_value:.4f}", better)
     return table
 
 
-def studies_table(rows: Sequence[Row]) -> Table:
+def studies_table(rows: Sequence[StudySummary]) -> Table:
     table = new_table("study", "task", "trials", "best", "launched", "driver")
     for row in rows:
-        best, lease = row["best"], row["lease"]
-        held = lease is not None and lease["beat"] >= 0
+        best, lease = row.best, row.lease
         table.add_row(
-            plain(row["name"]),
-            plain(row["task"]),
-            f"{counts(row['states']) or 'none yet'} (of {row['budget_trials']})",
-            f"{row['metric']} {score_text(row['metric'], best['score'])} (trial {best['trial']})" if best else "-",
-            f"{row['created_at']:%Y-%m-%d %H:%M}",
-            plain(lease["holder"]) if held else "-",
+            plain(row.name),
+            plain(row.task),
+            f"{counts(row.states) or 'none yet'} (of {row.budget_trials})",
+            f"{row.metric} {score_text(row.metric, best.score)} (trial {best.trial})" if best else "-",
+            f"{row.created_at:%Y-%m-%d %H:%M}",
+            plain(lease.holder) if lease is not None and lease.is_held else "-",
         )
     return table
 

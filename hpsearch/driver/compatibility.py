@@ -12,7 +12,7 @@ from hpsearch.files.storage import locate
 from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.space import narrowed
 from hpsearch.spec.study import DEFAULT_STORE, StudySpec, recorded_space, recorded_study
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow
 from hpsearch.store.store import Store, opened_store
 
 
@@ -29,7 +29,7 @@ def existing_trials(spec: StudySpec, *, extend: bool = False, moves: bool = Fals
         refuse_difference(row, spec, extend=extend)
         if not moves:
             _refuse_other_folder(store, row, spec)
-        return {counted["state"]: counted["trials"] for counted in store.counts(row["id"]) if not counted["is_repeat"]}
+        return {counted.state: counted.trials for counted in store.counts(row.id) if not counted.is_repeat}
 
 
 def with_its_defaults(spec: StudySpec) -> StudySpec:
@@ -49,23 +49,23 @@ def _refuse_other_study(spec: StudySpec) -> None:
         )
 
 
-def _refuse_other_folder(store: Store, row: Row, spec: StudySpec) -> None:
+def _refuse_other_folder(store: Store, row: StudyRow, spec: StudySpec) -> None:
     """Raise UsageError when the study's files lie elsewhere: it may be somebody else's, under the same name."""
-    ours, theirs = str(locate(spec.folder)), (row["placement"] or {}).get("folder")
-    lease = store.lease(row["id"])
+    ours, theirs = str(locate(spec.folder)), (row.placement or {}).get("folder")
+    lease = store.lease(row.id)
     if theirs in (None, ours) or lease is None:
         return
     raise UsageError(
-        f"study '{spec.name}' is in the store already: {lease['holder']} launched it at "
-        f"{lease['acquired_at']:%Y-%m-%d %H:%M} UTC, and its files lie in {theirs}, not in {ours}.\n"
+        f"study '{spec.name}' is in the store already: {lease.holder} launched it at "
+        f"{lease.acquired_at:%Y-%m-%d %H:%M} UTC, and its files lie in {theirs}, not in {ours}.\n"
         f"Give the new study a name of its own with --name. To resume that one, give --folder {theirs} where this "
         f"machine reaches it, or --folder {spec.folder} to train its unfinished trials from the start"
     )
 
 
-def refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
+def refuse_difference(row: StudyRow, spec: StudySpec, *, extend: bool) -> None:
     """Raise UsageError when the study of the store says something else, and may not be (or was not) extended."""
-    old, new = {**_completed(row), "budget": {"trials": row["budget_trials"]}}, spec.record()
+    old, new = {**_completed(row), "budget": {"trials": row.budget_trials}}, spec.record()
     new["budget"] = {"trials": spec.budget.trials}
     differences = list(_differences(old, new))
     if not differences:
@@ -76,9 +76,9 @@ def refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
         for path, _, _ in differences
         if not path.startswith(("search.", "budget."))
     ]
-    if spec.budget.trials < row["budget_trials"]:
-        problems.append(f"  budget.trials: {spec.budget.trials} is less than the {row['budget_trials']} it has")
-    problems += [f"  {problem}" for problem in narrowed(recorded_space(row["spec"]), spec.space)]
+    if spec.budget.trials < row.budget_trials:
+        problems.append(f"  budget.trials: {spec.budget.trials} is less than the {row.budget_trials} it has")
+    problems += [f"  {problem}" for problem in narrowed(recorded_space(row.spec), spec.space)]
     if extend and not problems:
         return
     heading = f"study '{spec.name}' is in the store already, from a file that says something else:\n{changed}\n"
@@ -92,20 +92,20 @@ def refuse_difference(row: Row, spec: StudySpec, *, extend: bool) -> None:
     )
 
 
-def _completed(row: Row) -> dict[str, Any]:
+def _completed(row: StudyRow) -> dict[str, Any]:
     """The record of a study with today's defaults for settings that there were none of when it was begun."""
     try:
-        spec = recorded_study(row["spec"], row["placement"] or {}, DEFAULT_STORE, trials=row["budget_trials"])
+        spec = recorded_study(row.spec, row.placement or {}, DEFAULT_STORE, trials=row.budget_trials)
     except ValueError:  # what it says is not allowed any more
-        return dict(row["spec"])
-    return {**spec.record(), "data": {**spec.record()["data"], "files": row["spec"]["data"].get("files")}}
+        return dict(row.spec)
+    return {**spec.record(), "data": {**spec.record()["data"], "files": row.spec["data"].get("files")}}
 
 
-def as_begun(spec: StudySpec, row: Row) -> StudySpec:
+def as_begun(spec: StudySpec, row: StudyRow) -> StudySpec:
     """The study with the defaults that it was begun with, where its file says nothing: today's may be others."""
     update = {}
     for section, defaults in spec.defaults.items():
-        recorded = row["spec"].get(section, {})
+        recorded = row.spec.get(section, {})
         values = {name: recorded[name] for name in defaults if recorded.get(name) is not None}
         update[section] = getattr(spec, section).model_copy(update=values)
     begun = spec.model_copy(update=update)

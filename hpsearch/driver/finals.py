@@ -19,23 +19,23 @@ def run_finals(url: str, name: str, *, top: int, seeds: int, listen: Listener | 
     """Launch the repeats that are not done yet; see `hpsearch.finals`."""
     with opened_store(url) as opened:
         row = opened.study(name)
-        if row["placement"] is None:
+        if row.placement is None:
             raise UsageError(f"'{name}' was last launched by an older hpsearch; launch it once more before its finals")
-        spec = recorded_study(row["spec"], row["placement"], url, trials=row["budget_trials"])
+        spec = recorded_study(row.spec, row.placement, url, trials=row.budget_trials)
         rows = list(finalists(leaderboard(opened, name), top))
         if not rows:
             raise UsageError(f"no trial of '{name}' can be ranked yet, so there are no finals")
         done = {
-            (trial["repeat_of"], trial["seed"])
-            for trial in opened.trials(row["id"])
-            if trial["repeat_of"] is not None and trial["state"] not in _RUN_AGAIN
+            (trial.repeat_of, trial.seed)
+            for trial in opened.trials(row.id)
+            if trial.repeat_of is not None and trial.state not in _RUN_AGAIN
         }
     wanted = [
-        Repeat(of=finalist["trial"], seed=(spec.seed + number) % 2**32)
+        Repeat(of=finalist.trial, seed=(spec.seed + number) % 2**32)
         for number in range(1, seeds + 1)
         for finalist in rows
     ]
     repeats = [repeat for repeat in wanted if (repeat.of, repeat.seed) not in done]
     if not repeats:
         return Study(name=name, store=url)
-    return launch_spec(spec, row["overrides"], listen, repeats)
+    return launch_spec(spec, row.overrides, listen, repeats)

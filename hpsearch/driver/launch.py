@@ -32,7 +32,7 @@ from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.study import StudySpec
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow
 from hpsearch.store.store import Store, opened_store
 from hpsearch.store.studies import NewStudy
 
@@ -91,17 +91,17 @@ def launch_spec(
         spec = as_begun(spec, row)
         lease = stack.enter_context(leases.hold(store, row, note))
         # What another driver did while this one waited for the lease counts.
-        row = _go_on(store, store.study(spec.name), spec, overrides, extend=extend, is_final=repeats is not None)
-        store.fence(row["id"], lease.token)
+        row = _update(store, store.study(spec.name), spec, overrides, extend=extend, is_final=repeats is not None)
+        store.fence(row.id, lease.token)
         outbox = stack.enter_context(closing(Outbox(note)))
         search = stack.enter_context(
-            closing(Search(spec, spec.store, starts=starts, lease=(row["id"], lease.token), write=outbox.put))
+            closing(Search(spec, spec.store, starts=starts, lease=(row.id, lease.token), write=outbox.put))
         )
 
         signals = _Signals()
 
         def cluster_lost() -> None:
-            store.release_lease(row["id"], lease.token)
+            store.release_lease(row.id, lease.token)
             if on_cluster_lost is not None:
                 on_cluster_lost(signals.exit_code or run.stop_code)
 
@@ -152,7 +152,7 @@ def _import_what_decides() -> None:
         import_module(name)
 
 
-def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCard) -> Row:
+def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCard) -> StudyRow:
     row = store.find_study(spec.name)
     if row is None:
         metric = spec.definition.metric
@@ -171,23 +171,25 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
                 placement=spec.placement(),
             )
         )
-    if row["data"]["fingerprint"] != card.fingerprint:
+    if row.data["fingerprint"] != card.fingerprint:
         raise UsageError(
-            f"study '{spec.name}' was begun on other text (data fingerprint {row['data']['fingerprint']}, now "
+            f"study '{spec.name}' was begun on other text (data fingerprint {row.data['fingerprint']}, now "
             f"{card.fingerprint}): another Python or changed files. Its scores would not compare; use a new --name"
         )
     return row
 
 
-def _go_on(store: Store, row: Row, spec: StudySpec, overrides: list[str], *, extend: bool, is_final: bool) -> Row:
+def _update(
+    store: Store, row: StudyRow, spec: StudySpec, overrides: list[str], *, extend: bool, is_final: bool
+) -> StudyRow:
     """Make the study in the store the one that is launched, as far as that is allowed."""
     if not is_final:
         refuse_difference(row, spec, extend=extend)
-        if (row["fingerprint"], row["budget_trials"]) != (spec.fingerprint, spec.budget.trials):
+        if (row.fingerprint, row.budget_trials) != (spec.fingerprint, spec.budget.trials):
             store.extend_study(
-                row["id"], spec=spec.record(), fingerprint=spec.fingerprint, budget_trials=spec.budget.trials
+                row.id, spec=spec.record(), fingerprint=spec.fingerprint, budget_trials=spec.budget.trials
             )
-    store.update_study(row["id"], overrides=overrides, placement=spec.placement())
+    store.update_study(row.id, overrides=overrides, placement=spec.placement())
     return store.study(spec.name)
 
 

@@ -65,7 +65,7 @@ from hpsearch.records import (
 from hpsearch.search.study import Search, Suggestion
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow, TrialRow
 from hpsearch.store.store import Store
 from hpsearch.training.memory import PeakMemory
 from hpsearch.upkeep.retention import CheckpointKeeper, begun
@@ -91,7 +91,7 @@ class StudyRun:
         self,
         *,
         spec: StudySpec,
-        study: Row,
+        study: StudyRow,
         store: Store,
         search: Search,
         outbox: Outbox,
@@ -133,7 +133,7 @@ class StudyRun:
         """When workers were last looked at."""
         self._on_cluster_lost = on_cluster_lost
         self._repeats = None if repeats is None else list(repeats)
-        rows = [row for row in store.trials(study["id"]) if (row["repeat_of"] is not None) == (repeats is not None)]
+        rows = [row for row in store.trials(study.id) if (row.repeat_of is not None) == (repeats is not None)]
         self._keeper = CheckpointKeeper(store, study, spec.limits.keep_checkpoints, self._folder, remove=owner.remove)
         self._queue: deque[WaitingTrial] = deque()
         self._paused: dict[int, WaitingTrial] = {}
@@ -145,14 +145,15 @@ class StudyRun:
         """Of trials that are being scored."""
         self.scored: set[int] = set()
         """Trials that have not ended, and can be ranked all the same."""
-        scores = store.study_scores(study["id"], [study["metric"]])
-        ranked = [row for row in rows if row["number"] in scores and row["state"] in RANKED]
-        value, sign = ("best_valid_loss", 1.0) if spec.objective == "loss" else ("best_valid_score", -1.0)
-        self._best_ranked = min((sign * row[value] for row in ranked), default=math.inf)
+        scores = store.study_scores(study.id, [study.metric])
+        ranked = [row for row in rows if row.number in scores and row.state in RANKED]
+        sign = 1.0 if spec.objective == "loss" else -1.0
+        bests = (row.best_valid(spec.objective) for row in ranked)
+        self._best_ranked = min((sign * value for value in bests if value is not None), default=math.inf)
         self.states: dict[str, int] = {}
         for row in rows:
-            self._count(TrialState(row["state"]))
-            self._memory.learn(row["settings"], row["micro_batch_size"], row["provenance"])
+            self._count(TrialState(row.state))
+            self._memory.learn(row.settings, row.micro_batch_size, row.provenance)
         self._attempts = newest_first(self._folder)
         """Folders that earlier launches have left."""
         self._adopt()
@@ -548,7 +549,7 @@ class StudyRun:
     def _begun(self, number: int) -> TrialConfig | None:
         """The newest attempt at a trial that a worker has begun, also one that is not on record."""
         config = begun(self._attempts.get(number, ()))
-        return config if config is not None and config.origin == f"{self._study['uid']}/{number}" else None
+        return config if config is not None and config.origin == f"{self._study.uid}/{number}" else None
 
     def _since(self, waiting: WaitingTrial) -> WaitingTrial:
         """The trial, with what has become of it since the store last heard."""
@@ -557,18 +558,18 @@ class StudyRun:
             return waiting
         return replace(waiting, attempt=found.attempt, settings=settings_of(found))
 
-    def _take_up(self, rows: Sequence[Row]) -> int:
+    def _take_up(self, rows: Sequence[TrialRow]) -> int:
         """Queue what an earlier launch did not end, and tell Optuna what it did not hear; returns how many wait."""
-        by_number = {row["number"]: row for row in self._store.trials(self._study["id"])}
+        by_number = {row.number: row for row in self._store.trials(self._study.id)}
         for number in self._search.unfinished:
             row = by_number.get(number)
-            state = TrialState(row["state"]) if row else TrialState.INTERRUPTED
+            state = TrialState(row.state) if row else TrialState.INTERRUPTED
             if state is TrialState.PAUSED:
                 self._search.pause(number)
                 continue
             if state is TrialState.RUNNING:
                 state = TrialState.INTERRUPTED
-            value = self._objective(row["best_valid_loss"], row["best_valid_score"]) if row else None
+            value = self._objective(row.best_valid_loss, row.best_valid_score) if row else None
             self._search.tell(number, state, value=value, notes={"outcome": state.value})
             repeat = self._search.repeated(number)
             if row is None and (repeat is not None) == (self._repeats is not None):
@@ -577,33 +578,33 @@ class StudyRun:
                 self._queue.append(self._since(WaitingTrial(number, repeat_of=of, seed=seed)))
                 self._count(TrialState.INTERRUPTED)
         for row in by_number.values():
-            if TrialState(row["state"]) is TrialState.RUNNING:
-                self._outbox.put(partial(self._store.requeue_trial, row["id"], "its driver died"))
+            if TrialState(row.state) is TrialState.RUNNING:
+                self._outbox.put(partial(self._store.requeue_trial, row.id, "its driver died"))
         for row in rows:
-            state = TrialState(row["state"])
-            if row["number"] not in self._search.unfinished or state not in UNFINISHED:
+            state = TrialState(row.state)
+            if row.number not in self._search.unfinished or state not in UNFINISHED:
                 continue
             if state is TrialState.RUNNING:
                 self.states[state.value] -= 1
                 self._count(_INTERRUPTED)
-            self._worker_deaths[row["number"]] = row["worker_deaths"]
-            points = self._store.points(row["id"])
-            losses = [point["valid_loss"] for point in points if point["valid_loss"] is not None]
-            scores = [point["valid_score"] for point in points if point["valid_score"] is not None]
+            self._worker_deaths[row.number] = row.worker_deaths
+            points = self._store.points(row.id)
+            losses = [point.valid_loss for point in points if point.valid_loss is not None]
+            scores = [point.valid_score for point in points if point.valid_score is not None]
             waiting = WaitingTrial(
-                row["number"],
-                row_id=partial(int, row["id"]),
-                attempt=row["attempt"],
-                seed=row["seed"],
-                repeat_of=row["repeat_of"],
-                settings=row["settings"],
+                row.number,
+                row_id=partial(int, row.id),
+                attempt=row.attempt,
+                seed=row.seed,
+                repeat_of=row.repeat_of,
+                settings=row.settings,
                 last=point_of(points[-1]) if points else None,
                 best=min(losses, default=math.inf),
                 best_score=max(scores, default=None),
             )
             waiting = self._since(waiting)
             if state is TrialState.PAUSED:
-                self._paused[row["number"]] = waiting
+                self._paused[row.number] = waiting
             else:
                 self._queue.append(waiting)
         if self._repeats is not None:
@@ -624,7 +625,7 @@ class StudyRun:
         self._owner.remove(folder)
         return TrialConfig(
             study=self.spec.name,
-            study_uid=self._study["uid"],
+            study_uid=self._study.uid,
             number=suggestion.number,
             task=self.spec.task,
             seed=self.spec.seed if waiting.seed is None else waiting.seed,
@@ -664,7 +665,7 @@ class StudyRun:
         self._live[config.number] = live
 
         def write() -> None:
-            live.row_id = self._store.start_trial(self._study["id"], config)
+            live.row_id = self._store.start_trial(self._study.id, config)
 
         self._put(live, write)
         self._listen(

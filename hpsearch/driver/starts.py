@@ -33,13 +33,13 @@ def _transferred(store: Store, name: str, spec: StudySpec) -> list[dict[str, Any
         earlier = store.study(name)
     except UnknownStudyError as error:
         raise UsageError(f"transfer_from: {error}") from error
-    if name == spec.name or earlier["task"] != spec.task:
-        what = "this study itself" if name == spec.name else f"of another task, {earlier['task']}"
+    if name == spec.name or earlier.task != spec.task:
+        what = "this study itself" if name == spec.name else f"of another task, {earlier.task}"
         raise UsageError(f"transfer_from: '{name}' is {what}")
     rows = list(finalists(leaderboard(store, name), TRANSFERRED))
     # What it fixed, it has found good, too.
-    fixed = recorded_space(earlier["spec"]).fixed
-    found = [spec.space.overlap({**fixed, **row["params"]}) for row in rows]
+    fixed = recorded_space(earlier.spec).fixed
+    found = [spec.space.overlap({**fixed, **row.params}) for row in rows]
     if not any(found):
         why = "has no ranked trial yet" if not rows else "has found no setting that lies in this search space"
         raise UsageError(f"transfer_from: '{name}' {why}")

@@ -13,7 +13,7 @@ from hpsearch.records import (
     TrialResult,
     TrialState,
 )
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import PointRow
 
 
 @dataclass
@@ -61,9 +61,9 @@ class Repeat:
     seed: int
 
 
-def point_of(row: Row) -> Point:
+def point_of(row: PointRow) -> Point:
     """A point from its row; a NaN or infinite loss is NULL there."""
-    values = {key: row[key] for key in Point.__dataclass_fields__}
+    values = {key: getattr(row, key) for key in Point.__dataclass_fields__}
     for key in ("train_loss", "valid_loss"):
         values[key] = math.nan if values[key] is None else values[key]
     return Point(**values)

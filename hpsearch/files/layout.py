@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from hpsearch.files import storage
 from hpsearch.files.storage import Folder, locate
@@ -12,15 +12,25 @@ from hpsearch.files.storage import Folder, locate
 _FOLDER = re.compile(r"trial-(\d{5,})(?:-attempt-(\d+))?")
 
 
-def run_folder(folder: str, study: Mapping[str, Any]) -> Folder:
+class LaunchedStudy(Protocol):
+    """What names the folder of a study."""
+
+    @property
+    def spec(self) -> dict[str, Any]: ...
+
+    @property
+    def uid(self) -> str: ...
+
+
+def run_folder(folder: str, study: LaunchedStudy) -> Folder:
     """The folder of a study, below one that other studies may share."""
     return locate(folder) / run_name(study)
 
 
-def run_name(study: Mapping[str, Any]) -> str:
+def run_name(study: LaunchedStudy) -> str:
     """Name of a study's folder: no other study has it, whatever its store."""
     # The name in the spec stays when a study is archived under another one.
-    return f"{study['spec']['name']}-{study['uid']}"
+    return f"{study.spec['name']}-{study.uid}"
 
 
 def attempt_folder(run: Folder, number: int, attempt: int) -> Folder:

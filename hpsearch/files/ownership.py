@@ -8,13 +8,12 @@ run folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpsearch.errors import LeaseLostError, RunFolderError
 from hpsearch.files import storage
-from hpsearch.files.layout import run_name, trial_of
+from hpsearch.files.layout import LaunchedStudy, run_name, trial_of
 from hpsearch.files.storage import Folder
 
 OWNER_FILE = "owner.json"
@@ -65,10 +64,10 @@ class Owner:
         return bool(there["study"] == self.study and set(there["store"]) & set(self.store))
 
 
-def is_own(folder: Folder, study: Mapping[str, Any]) -> bool:
+def is_own(folder: Folder, study: LaunchedStudy) -> bool:
     """Whether the folder of an attempt at a trial belongs to this study, as far as its run folder says."""
     there = _read(folder.parent)
-    return folder.parent.name == run_name(study) and (there is None or there.get("study") == study["uid"])
+    return folder.parent.name == run_name(study) and (there is None or there.get("study") == study.uid)
 
 
 def _read(run: Folder) -> dict[str, Any] | None:

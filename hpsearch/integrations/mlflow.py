@@ -9,7 +9,7 @@ from typing import Any
 from hpsearch.files.storage import Folder
 from hpsearch.integrations.trackers import metrics_of, results_of, run_name_of
 from hpsearch.records import Point, TrialResult, TrialState
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow
 
 
 class MLflow:
@@ -19,16 +19,16 @@ class MLflow:
     def problem(cls, folder: Folder) -> str | None:
         return None if find_spec("mlflow") else "is an extra: pip install 'hpsearch[mlflow]'"
 
-    def __init__(self, study: Row, folder: Folder) -> None:
+    def __init__(self, study: StudyRow, folder: Folder) -> None:
         from mlflow import MlflowClient
 
         # A server that is away would hold a launch up for four minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         self._client = MlflowClient()
-        name = study["name"]
+        name = study.name
         there = self._client.get_experiment_by_name(name)
         self._experiment = there.experiment_id if there else self._client.create_experiment(name)
-        self._birth = study["created_at"].isoformat()
+        self._birth = study.created_at.isoformat()
         self._runs: dict[int, str] = {}
 
     def begin(self, trial: int, params: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from hpsearch.reports.text import (
 )
 from hpsearch.search.annotations import Annotations, Artifact, artifact_not_found
 from hpsearch.search.study import Search
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow, TrialRow, WholeTrial
 from hpsearch.store.store import Store
 
 EVERY_S = 20.0
@@ -58,7 +58,7 @@ def artifact_folder(folder: str) -> Folder:
     return locate(folder) / "artifacts"
 
 
-def trial_note(study: Row, trial: Row) -> str:
+def trial_note(study: StudyRow, trial: WholeTrial) -> str:
     """Markdown on a trial that has ended: verdict, evidence, scores, curve, and commands for the next steps.
 
     `trial` has its `points`, `scores` and `decisions`.
@@ -66,12 +66,12 @@ def trial_note(study: Row, trial: Row) -> str:
     (_, outcome), *facts = trial_facts(trial)
     state, colon, why = outcome.partition(":")
     lines = [f"**{state}**{colon}{markdown(why)}", "", "| | |", "| --- | --- |"]
-    if trial["state"] in PRUNED and trial["decisions"]:
-        evidence = trial["decisions"][-1]["evidence"]
+    if trial.state in PRUNED and trial.decisions:
+        evidence = trial.decisions[-1].evidence
         facts.append(("evidence", ", ".join(f"{key} {short(it)}" for key, it in evidence.items() if it is not None)))
     lines += [*(f"| {name} | {markdown(value)} |" for name, value in facts), ""]
-    if trial["points"]:
-        lines += [*_code(curve_plot(trial["points"], width=78, best=trial["best_evaluation"])), ""]
+    if trial.points:
+        lines += [*_code(curve_plot(trial.points, width=78, best=trial.best_evaluation)), ""]
     commands = trial_commands(study, trial)
     return "\n".join([*lines, *(line for what, command in commands for line in (f"{what}:", "", *_code(command), ""))])
 
@@ -105,18 +105,18 @@ def figures(data: StudyData) -> dict[str, str]:
     return found
 
 
-def model_card(study: Row, trial: Row) -> str:
+def model_card(study: StudyRow, trial: WholeTrial) -> str:
     """Markdown that says what the checkpoint of a trial is, and how to load it."""
-    data = study["data"] or {}
-    settings = {**trial["settings"]["model"], **trial["settings"]["training"]}
+    data = study.data or {}
+    settings = {**trial.settings["model"], **trial.settings["training"]}
     facts = [
-        ("task", study["task"]),
-        ("parameters", f"{trial['num_parameters']:,}" if trial["num_parameters"] else "unknown"),
+        ("task", study.task),
+        ("parameters", f"{trial.num_parameters:,}" if trial.num_parameters else "unknown"),
         ("data", ", ".join(f"{name} {value}" for name, value in data.items() if isinstance(value, str))),
         ("settings", ", ".join(f"{name}={short(it)}" for name, it in settings.items() if it not in (None, {}))),
-        ("checkpoint", trial["checkpoint"]),
+        ("checkpoint", trial.checkpoint),
     ]
-    title = f"# Trial {trial['number']} of {markdown(study['name'])}"
+    title = f"# Trial {trial.number} of {markdown(study.name)}"
     rows = [f"| {name} | {markdown(value)} |" for name, value in facts]
     return "\n".join([title, "", trial_note(study, trial), "", "| | |", "| --- | --- |", *rows, ""])
 
@@ -150,7 +150,7 @@ class StudyArtifacts:
     def _folders(self) -> list[Folder]:
         store = Store(self._url)
         try:
-            placements = [study["placement"] for study in store.studies()]
+            placements = [study.placement for study in store.studies()]
         finally:
             store.close()
         return [artifact_folder(name) for name in dict.fromkeys(there["folder"] for there in placements if there)]
@@ -184,14 +184,14 @@ class Annotator:
     def __init__(
         self,
         url: str,
-        study: Row,
+        study: StudyRow,
         search: Search,
         put: Callable[[Callable[[], None]], None],
         note: Callable[[str], None],
     ) -> None:
         self._url = url
         self._note = note
-        self._name = study["name"]
+        self._name = study.name
         self._search = search
         self._put = put
         self._known: _Known | None = None
@@ -246,13 +246,13 @@ class Annotator:
                 noted, artifacts = self._search.annotated()
                 self._known = _Known(noted, artifacts)
             known = self._known
-            rows = {row["number"]: row for row in store.trials(data.study["id"])}
+            rows = {row.number: row for row in store.trials(data.study.id)}
             notes = {
                 trial: trial_note(data.study, store.whole_trial(row))
                 for trial, row in rows.items()
-                if row["state"] not in UNFINISHED and trial not in known.notes
+                if row.state not in UNFINISHED and trial not in known.notes
             }
-            kept = {trial: row for trial, row in rows.items() if row["checkpoint"] and row["state"] in RANKED}
+            kept = {trial: row for trial, row in rows.items() if row.checkpoint and row.state in RANKED}
             added = [
                 artifact
                 for trial, row in kept.items()
@@ -275,30 +275,30 @@ class Annotator:
         for artifact in added:
             known.artifacts.setdefault(artifact.trial, set()).add(artifact.name)
 
-    def _artifacts(self, store: Store, study: Row, row: Row) -> Sequence[Artifact]:
+    def _artifacts(self, store: Store, study: StudyRow, row: TrialRow) -> Sequence[Artifact]:
         """Files about a trial whose checkpoint is kept, written where the dashboard finds them by their ids."""
         trial = store.whole_trial(row)
-        run = run_folder(study["placement"]["folder"], study)
+        run = run_folder(study.placement["folder"], study)
         contents = {
             "model-card.md": model_card(study, trial).encode(),
-            "samples.txt": (samples(trial["details"]) or "").encode(),
-            "log.jsonl": storage.read(log_file(run, row["number"])) or b"",
+            "samples.txt": (samples(trial.details) or "").encode(),
+            "log.jsonl": storage.read(log_file(run, row.number)) or b"",
         }
         made = []
         for name, content in contents.items():
             if not content:
                 continue
-            place = self._place(study, row["number"], name)
+            place = self._place(study, row.number, name)
             storage.make(place.parent)
             storage.write(place, content)
             kind = {"md": "text/markdown", "txt": "text/plain", "jsonl": "application/jsonl"}[name.rpartition(".")[2]]
-            made.append(Artifact(trial=row["number"], name=name, id=place.name, kind=kind))
+            made.append(Artifact(trial=row.number, name=name, id=place.name, kind=kind))
         return made
 
-    def _place(self, study: Row, number: int, name: str) -> Folder:
+    def _place(self, study: StudyRow, number: int, name: str) -> Folder:
         # The same for every launch of the study, so that a file is written over and not beside.
-        identity = uuid.uuid5(_NAMESPACE, f"{study['spec']['name']}/{study['created_at']}/{number}/{name}")
-        return artifact_folder(study["placement"]["folder"]) / str(identity)
+        identity = uuid.uuid5(_NAMESPACE, f"{study.spec['name']}/{study.created_at}/{number}/{name}")
+        return artifact_folder(study.placement["folder"]) / str(identity)
 
 
 def _code(text: str) -> list[str]:

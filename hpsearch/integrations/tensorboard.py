@@ -10,7 +10,7 @@ from typing import Any
 from hpsearch.files.storage import Folder, is_remote
 from hpsearch.integrations.trackers import metrics_of, results_of
 from hpsearch.records import UNFINISHED, Point, TrialResult
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow
 
 
 class TensorBoard:
@@ -27,7 +27,7 @@ class TensorBoard:
             )
         return None
 
-    def __init__(self, study: Row, folder: Folder) -> None:
+    def __init__(self, study: StudyRow, folder: Folder) -> None:
         from tensorboardX import SummaryWriter
 
         assert isinstance(folder, Path)

@@ -18,7 +18,7 @@ from hpsearch.errors import RunFolderError, UsageError
 from hpsearch.files.storage import Folder
 from hpsearch.records import Event, Listener, Point, PointReported, TrialEnded, TrialResult, TrialStarted
 from hpsearch.registry import TRACKERS
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow
 
 _ENDS_S = 60.0
 """What a tracker gets to send what is left when a launch ends."""
@@ -55,7 +55,9 @@ def check_trackers(names: Sequence[str], folder: Folder) -> None:
 
 
 @contextmanager
-def tracked(names: Sequence[str], study: Row, folder: Folder, note: Callable[[str], None]) -> Iterator[list[Listener]]:
+def tracked(
+    names: Sequence[str], study: StudyRow, folder: Folder, note: Callable[[str], None]
+) -> Iterator[list[Listener]]:
     """Listeners that tell these trackers of a launch. Raises UsageError, RunFolderError."""
     told: list[_Told] = []
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from hpsearch.files.storage import Folder
 from hpsearch.integrations.trackers import metrics_of, results_of, run_name_of
 from hpsearch.records import Point, TrialResult, TrialState
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow
 
 
 class WandB:
@@ -26,12 +26,12 @@ class WandB:
                 return "finds no API key: `wandb login`, or WANDB_API_KEY, or WANDB_MODE=offline"
         return None
 
-    def __init__(self, study: Row, folder: Folder) -> None:
+    def __init__(self, study: StudyRow, folder: Folder) -> None:
         import wandb
 
         self._wandb = wandb
-        self._study = study["name"]
-        self._prefix = f"{run_name_of(study['name'])[:60]}-{study['created_at']:%Y%m%d%H%M%S}"
+        self._study = study.name
+        self._prefix = f"{run_name_of(study.name)[:60]}-{study.created_at:%Y%m%d%H%M%S}"
         self._runs: dict[int, Any] = {}
 
     def begin(self, trial: int, params: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import short
 from hpsearch.reports.theme import CURVE_COLOURS, Drawn, escaped, hover
 from hpsearch.spec.task import task_named
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import PointRow, WholeTrial
 
 _CURVES = 8
 """Trials whose curves are drawn in colour; of the others the validation loss alone, in grey."""
@@ -33,8 +33,8 @@ def curves(data: StudyData) -> Drawn:
     for number in grey:
         points = data.points[number]
         kept = points[::step] if (len(points) - 1) % step == 0 else [*points[::step], points[-1]]
-        xs += [point["epoch"] for point in kept] + [None]
-        ys += [point["valid_loss"] for point in kept] + [None]
+        xs += [point.epoch for point in kept] + [None]
+        ys += [point.valid_loss for point in kept] + [None]
     if xs:
         figure.add_scattergl(
             x=xs,
@@ -44,14 +44,14 @@ def curves(data: StudyData) -> Drawn:
             line={"color": "rgba(128,128,128,0.35)", "width": 1},
             hoverinfo="skip",
         )
-    rows = {row["number"]: row for row in data.trials}
+    rows = {row.number: row for row in data.trials}
     for place, number in enumerate(shown):
         points, row = data.points[number], rows[number]
         colour = CURVE_COLOURS[place % len(CURVE_COLOURS)]
-        common = {"legendgroup": str(number), "x": [point["epoch"] for point in points]}
+        common = {"legendgroup": str(number), "x": [point.epoch for point in points]}
         figure.add_scatter(
             **common,
-            y=[point["train_loss"] for point in points],
+            y=[point.train_loss for point in points],
             mode="lines",
             showlegend=False,
             line={"color": colour, "dash": "dot", "width": 1.5},
@@ -60,17 +60,17 @@ def curves(data: StudyData) -> Drawn:
         )
         figure.add_scatter(
             **common,
-            y=[point["valid_loss"] for point in points],
+            y=[point.valid_loss for point in points],
             mode="lines",
             line={"color": colour, "width": 2},
-            name=f"trial {number} ({row['state']})",
+            name=f"trial {number} ({row.state})",
             hovertemplate=f"validation, {hover(row)}<br>epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>",
         )
-        best = row["best_evaluation"]
+        best = row.best_evaluation
         if best is not None and best <= len(points):
             figure.add_scatter(
-                x=[points[best - 1]["epoch"]],
-                y=[points[best - 1]["valid_loss"]],
+                x=[points[best - 1].epoch],
+                y=[points[best - 1].valid_loss],
                 mode="markers",
                 showlegend=False,
                 legendgroup=str(number),
@@ -78,18 +78,18 @@ def curves(data: StudyData) -> Drawn:
                 name=f"trial {number} best",
                 hovertemplate=f"best checkpoint of trial {number}<br>epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>",
             )
-        if row["state"] in PRUNED:
+        if row.state in PRUNED:
             figure.add_scatter(
-                x=[points[-1]["epoch"]],
-                y=[points[-1]["valid_loss"]],
+                x=[points[-1].epoch],
+                y=[points[-1].valid_loss],
                 mode="markers",
                 showlegend=False,
                 legendgroup=str(number),
                 name=f"trial {number} pruned",
                 marker={"symbol": "x", "size": 10, "color": colour},
-                hovertemplate=f"pruned: {escaped(row['reason'] or row['state'])}<extra></extra>",
+                hovertemplate=f"pruned: {escaped(row.reason or row.state)}<extra></extra>",
             )
-    unit = task_named(data.study["task"]).loss_unit
+    unit = task_named(data.study.task).loss_unit
     figure.update_layout(xaxis_title="epoch", yaxis_title=f"loss ({unit})", hovermode="closest")
     low, high = _usual_range([point for number in data.points for point in data.points[number]])
     if high > low:
@@ -104,9 +104,9 @@ def curves(data: StudyData) -> Drawn:
     )
 
 
-def _usual_range(points: Sequence[Row]) -> tuple[float, float]:
+def _usual_range(points: Sequence[PointRow]) -> tuple[float, float]:
     """A range of losses that a few exploding runs do not stretch."""
-    losses = [point[key] for point in points for key in ("train_loss", "valid_loss") if point[key] is not None]
+    losses = [value for point in points for value in (point.train_loss, point.valid_loss) if value is not None]
     if not losses:
         return 0.0, 0.0
     low, high = float(np.min(losses)), float(np.quantile(losses, 0.99))
@@ -115,18 +115,18 @@ def _usual_range(points: Sequence[Row]) -> tuple[float, float]:
 
 def _curves_to_show(data: StudyData) -> list[int]:
     """The best trials and the clearest overfit ones, by number."""
-    best = [row["trial"] for row in data.board.rows if data.points.get(row["trial"])]
-    overfit = [row["number"] for row in data.trials if row["state"] == "overfit" and data.points[row["number"]]]
-    running = [row["number"] for row in data.trials if row["state"] == "running" and data.points[row["number"]]]
+    best = [row.trial for row in data.board.rows if data.points.get(row.trial)]
+    overfit = [row.number for row in data.trials if row.state == "overfit" and data.points[row.number]]
+    running = [row.number for row in data.trials if row.state == "running" and data.points[row.number]]
     rest = [number for number, points in data.points.items() if points]
     wanted = dict.fromkeys([*best[: _CURVES // 2], *overfit[: _CURVES // 4], *running, *best, *overfit, *rest])
     return sorted(list(wanted)[:_CURVES])
 
 
-def trial_figures(data: StudyData, trial: Row) -> list[Drawn]:
+def trial_figures(data: StudyData, trial: WholeTrial) -> list[Drawn]:
     """Figures of one trial (a row of `Store.whole_trial`): its curve, and what its task kept of it."""
-    number = trial["number"]
-    alone = replace(data, trials=[trial], points={number: trial["points"]}, details=trial["details"])
+    number = trial.number
+    alone = replace(data, trials=[trial], points={number: trial.points}, details=trial.details)
     found = [
         (curves(alone), "Training against validation loss"),
         (confusion(alone), "What it takes for what"),
@@ -135,12 +135,12 @@ def trial_figures(data: StudyData, trial: Row) -> list[Drawn]:
     drawn = [replace(figure, title=title) for figure, title in found if figure is not None]
     verdicts = [
         [
-            str(one["evaluation"]),
-            one["verdict"],
-            one["action"],
-            ", ".join(f"{name} {short(it)}" for name, it in one["evidence"].items() if it is not None),
+            str(one.evaluation),
+            one.verdict,
+            one.action,
+            ", ".join(f"{name} {short(it)}" for name, it in one.evidence.items() if it is not None),
         ]
-        for one in trial["decisions"]
+        for one in trial.decisions
     ]
     if verdicts:
         drawn.append(

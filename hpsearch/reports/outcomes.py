@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,7 +12,7 @@ from hpsearch.records import PRUNED
 from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import score_text, short
 from hpsearch.reports.theme import BLACK, BLUE, SKY, STATES, Drawn, escaped, hover
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import RankedTrial
 
 _TOP = 25
 
@@ -20,24 +21,24 @@ def leaderboard_figure(data: StudyData) -> Drawn:
     rows = data.board.rows[:_TOP]
     figure = go.Figure()
     for is_tied, name, symbol in ((True, "not told from the winner", "circle"), (False, "worse", "circle-open")):
-        part = [row for row in rows if (row["tie"] in ("1", "1=")) == is_tied]
+        part = [row for row in rows if (row.tie in ("1", "1=")) == is_tied]
         figure.add_scatter(
-            x=[row["score"] for row in part],
-            y=[f"trial {row['trial']}" for row in part],
+            x=[row.score for row in part],
+            y=[f"trial {row.trial}" for row in part],
             mode="markers",
             name=name,
             error_x={
                 "type": "data",
                 "symmetric": False,
-                "array": [row["score_high"] - row["score"] for row in part],
-                "arrayminus": [row["score"] - row["score_low"] for row in part],
+                "array": [row.score_high - row.score for row in part],
+                "arrayminus": [row.score - row.score_low for row in part],
             },
             marker={"symbol": symbol, "size": 10, "color": BLUE if is_tied else BLACK},
-            customdata=[[row["tie"], row["state"], row["score_n"]] for row in part],
+            customdata=[[row.tie, row.state, row.score_n] for row in part],
             hovertemplate="%{y}, rank %{customdata[0]}, %{customdata[1]}<br>%{x:.4g} on %{customdata[2]} test "
             "examples<extra></extra>",
         )
-    figure.update_yaxes(categoryorder="array", categoryarray=[f"trial {row['trial']}" for row in rows][::-1])
+    figure.update_yaxes(categoryorder="array", categoryarray=[f"trial {row.trial}" for row in rows][::-1])
     metric = data.board.metric
     figure.update_layout(
         xaxis_title=f"test {metric.replace('_', ' ')} with its 95 % interval", height=160 + 22 * len(rows)
@@ -52,33 +53,33 @@ def leaderboard_figure(data: StudyData) -> Drawn:
 
 
 def timeline(data: StudyData) -> Drawn:
-    rows = sorted((row for row in data.trials if row["started_at"] is not None), key=lambda row: row["started_at"])
-    ends = [row["ended_at"] for row in rows if row["ended_at"] is not None]
-    now = max([*ends, *(row["started_at"] for row in rows)], default=None)
-    hosts = {row["host"] for row in rows} - {None}
+    rows = sorted(data.trials, key=lambda row: row.started_at)
+    ends = [row.ended_at for row in rows if row.ended_at is not None]
+    now = max([*ends, *(row.started_at for row in rows)], default=datetime.now(UTC))
+    hosts = {row.host for row in rows if row.host is not None}
     only = hosts.pop() if len(hosts) == 1 else "unknown host"
     free: list[tuple[Any, str]] = []
     lanes = []
     for row in rows:
         # Which device of a host a trial had is not always known: the first lane of its host that is free.
-        end, own = row["ended_at"] or now, row["host"] or only
-        fitting = (place for place, (until, host) in enumerate(free) if until <= row["started_at"] and host == own)
+        end, own = row.ended_at or now, row.host or only
+        fitting = (place for place, (until, host) in enumerate(free) if until <= row.started_at and host == own)
         lane = next(fitting, len(free))
         free[lane : lane + 1] = [(end, own)]
         lanes.append(f"{escaped(own)} #{lane}")
     figure = go.Figure()
-    took = [((row["ended_at"] or now) - row["started_at"]).total_seconds() for row in rows]
+    took = [((row.ended_at or now) - row.started_at).total_seconds() for row in rows]
     for state, (colour, _) in STATES.items():
-        part = [place for place, row in enumerate(rows) if row["state"] == state]
+        part = [place for place, row in enumerate(rows) if row.state == state]
         if part:
             figure.add_bar(
-                base=[rows[place]["started_at"].isoformat() for place in part],
+                base=[rows[place].started_at.isoformat() for place in part],
                 x=[1000 * took[place] for place in part],
                 y=[lanes[place] for place in part],
                 orientation="h",
                 name=state,
                 marker={"color": colour, "line": {"width": 1, "color": "#fff"}},
-                text=[str(rows[place]["number"]) for place in part],
+                text=[str(rows[place].number) for place in part],
                 textposition="inside",
                 customdata=[hover(rows[place]) for place in part],
                 hovertemplate="%{customdata}<extra></extra>",
@@ -102,11 +103,11 @@ def compute(data: StudyData) -> Drawn:
     spent: dict[str, float] = {}
     spared: dict[str, float] = {}
     for row in data.ended:
-        hours = (row["device_seconds"] or 0.0) / 3600
-        spent[row["state"]] = spent.get(row["state"], 0.0) + hours
-        planned, run = row["settings"]["training"]["num_epochs"], row["last_epoch"] or 0.0
-        if row["state"] in PRUNED and run > 0:
-            spared[row["state"]] = spared.get(row["state"], 0.0) + hours * max(0.0, planned / run - 1)
+        hours = (row.device_seconds or 0.0) / 3600
+        spent[row.state] = spent.get(row.state, 0.0) + hours
+        planned, run = row.settings["training"]["num_epochs"], row.last_epoch or 0.0
+        if row.state in PRUNED and run > 0:
+            spared[row.state] = spared.get(row.state, 0.0) + hours * max(0.0, planned / run - 1)
     states = [state for state in STATES if state in spent]
     figure = go.Figure()
     figure.add_bar(
@@ -143,21 +144,21 @@ def optimism(data: StudyData) -> Drawn:
     xs = [value for row in rows if (value := _shown_validation(row, is_perplexity)) is not None]
     figure.add_scatter(
         x=xs,
-        y=[row["score"] for row in rows],
+        y=[row.score for row in rows],
         mode="markers",
         name="ranked trials",
         error_y={
             "type": "data",
             "symmetric": False,
             "thickness": 1,
-            "array": [row["score_high"] - row["score"] for row in rows],
-            "arrayminus": [row["score"] - row["score_low"] for row in rows],
+            "array": [row.score_high - row.score for row in rows],
+            "arrayminus": [row.score - row.score_low for row in rows],
         },
         marker={"color": BLUE, "size": 8},
-        customdata=[row["trial"] for row in rows],
+        customdata=[row.trial for row in rows],
         hovertemplate="trial %{customdata}<br>validation %{x:.4g}, test %{y:.4g}<extra></extra>",
     )
-    is_same_unit = is_perplexity or (not data.minimises and data.board.metric == data.study["objective"])
+    is_same_unit = is_perplexity or (not data.minimises and data.board.metric == data.study.objective)
     if rows and is_same_unit:
         ends = [min(xs), max(xs)]
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"dash": "dash", "color": BLACK})
@@ -171,31 +172,31 @@ def optimism(data: StudyData) -> Drawn:
     )
 
 
-def _shown_validation(row: Row, is_perplexity: bool) -> float | None:
-    if row["valid_score"] is not None and not is_perplexity:
-        return float(row["valid_score"])
-    loss = row["valid_loss"]
+def _shown_validation(row: RankedTrial, is_perplexity: bool) -> float | None:
+    if row.valid_score is not None and not is_perplexity:
+        return float(row.valid_score)
+    loss = row.valid_loss
     if loss is None:
         return None
     return math.exp(min(loss, 700.0)) if is_perplexity else float(loss)
 
 
 def every_trial(data: StudyData) -> Drawn:
-    scores = {row["trial"]: row for row in data.board.rows}
+    scores = {row.trial: row for row in data.board.rows}
     metric = data.board.metric.replace("_", " ")
     rows = []
     for row in data.trials:
-        value, score = data.value(row), scores.get(row["number"])
-        last = next((f"{point['epoch']:.4g}" for point in data.points[row["number"]][-1:]), "0")
+        value, score = data.value(row), scores.get(row.number)
+        last = next((f"{point.epoch:.4g}" for point in data.points[row.number][-1:]), "0")
         rows.append(
             [
-                str(row["number"]),
-                row["state"] + (" (pruned)" if row["state"] in PRUNED else ""),
-                score_text(data.board.metric, score["score"]) if score else "-",
+                str(row.number),
+                row.state + (" (pruned)" if row.state in PRUNED else ""),
+                score_text(data.board.metric, score.score) if score else "-",
                 "-" if value is None else f"{value:.4f}",
                 last,
-                ", ".join(f"{name} {short(it)}" for name, it in row["params"].items()),
-                row["reason"] or "",
+                ", ".join(f"{name} {short(it)}" for name, it in row.params.items()),
+                row.reason or "",
             ]
         )
     return Drawn(

@@ -33,8 +33,7 @@ from hpsearch.results.leaderboard import count_states
 from hpsearch.spec.parsing.space import readable
 from hpsearch.spec.parsing.yaml_file import read_study_file
 from hpsearch.spec.settings import Strict
-from hpsearch.store.leases import is_held
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudySummary, WholeTrial
 
 _PLACES = (Path(__file__).parents[2] / "dashboards", Path(sys.prefix) / "share" / "hpsearch" / "dashboards")
 """In a checkout, and where a wheel puts them."""
@@ -112,20 +111,20 @@ def render(page: Page, studies: Sequence[StudyData], *, is_live: bool = False) -
     return _document(f"{page.title}: {' + '.join(data.name for data in studies)}", sections, is_live=is_live)
 
 
-def render_index(studies: Sequence[Row]) -> str:
+def render_index(studies: Sequence[StudySummary]) -> str:
     """All studies of a store (rows of `Store.studies`) with links to their live pages."""
     rows = []
     for study in studies:
-        best, lease = study["best"], study["lease"]
-        ended = sum(count for state, count in study["states"].items() if state not in UNFINISHED)
+        best, lease = study.best, study.lease
+        ended = sum(count for state, count in study.states.items() if state not in UNFINISHED)
         rows.append(
             [
-                {"text": study["name"], "href": f"/study?{urlencode({'name': study['name']})}"},
-                str(study["task"]).replace("_", " "),
-                f"{ended} of {study['budget_trials']}",
-                ", ".join(f"{count} {state}" for state, count in sorted(study["states"].items())) or "none yet",
-                f"{study['metric'].replace('_', ' ')} {best['score']:.4g} (trial {best['trial']})" if best else "-",
-                lease["holder"] if is_held(lease) else "-",
+                {"text": study.name, "href": f"/study?{urlencode({'name': study.name})}"},
+                str(study.task).replace("_", " "),
+                f"{ended} of {study.budget_trials}",
+                ", ".join(f"{count} {state}" for state, count in sorted(study.states.items())) or "none yet",
+                f"{study.metric.replace('_', ' ')} {best.score:.4g} (trial {best.trial})" if best else "-",
+                lease.holder if lease is not None and lease.is_held else "-",
             ]
         )
     heads = ("study", "task", "trials ended", "states", "best on the test split", "driver")
@@ -134,14 +133,14 @@ def render_index(studies: Sequence[Row]) -> str:
     return _document("hpsearch", [section], is_live=True)
 
 
-def render_trial(data: StudyData, trial: Row) -> str:
+def render_trial(data: StudyData, trial: WholeTrial) -> str:
     """The live page of one trial (a row of `Store.whole_trial`)."""
-    name, number = data.name, trial["number"]
+    name, number = data.name, trial.number
     link = {"text": name, "href": f"/study?{urlencode({'name': name})}"}
     facts = _Section(id="trial", title="Trial", facts=[("study", link), *_trial_facts(data, trial)])
     sections = [facts, _section(1, "Training", trial_figures(data, trial))]
-    if trial["error"]:
-        sections.append(_Section(id="error", title="Error", facts=[("traceback", trial["error"])]))
+    if trial.error:
+        sections.append(_Section(id="error", title="Error", facts=[("traceback", trial.error)]))
     sections.append(_Section(id="on", title="Next steps", facts=trial_commands(data.study, trial)))
     return _document(f"Trial {number} of {name}", sections, is_live=True)
 
@@ -150,16 +149,16 @@ def _trial_link(study: str, number: str) -> dict[str, str]:
     return {"text": number, "href": f"/trial?{urlencode({'study': study, 'number': number})}"}
 
 
-def _trial_facts(data: StudyData, trial: Row) -> list[tuple[str, Any]]:
-    settings = {**trial["settings"]["model"], **trial["settings"]["training"]}
-    fixed = {name: value for name, value in settings.items() if name not in trial["params"] and value not in (None, {})}
-    rank = next((row["tie"] for row in data.board.rows if row["trial"] == trial["number"]), None)
+def _trial_facts(data: StudyData, trial: WholeTrial) -> list[tuple[str, Any]]:
+    settings = {**trial.settings["model"], **trial.settings["training"]}
+    fixed = {name: value for name, value in settings.items() if name not in trial.params and value not in (None, {})}
+    rank = next((row.tie for row in data.board.rows if row.trial == trial.number), None)
     return [
         *trial_facts(trial),
         *([("rank", rank)] if rank else []),
-        ("sampled", ", ".join(f"{name} {short(value)}" for name, value in trial["params"].items()) or "nothing"),
+        ("sampled", ", ".join(f"{name} {short(value)}" for name, value in trial.params.items()) or "nothing"),
         ("fixed", ", ".join(f"{name} {short(value)}" for name, value in fixed.items())),
-        ("checkpoint", trial["checkpoint"] or "none is kept"),
+        ("checkpoint", trial.checkpoint or "none is kept"),
     ]
 
 
@@ -223,20 +222,20 @@ def _facts(data: StudyData) -> list[tuple[str, str]]:
     states = count_states(data.trials)
     best = data.board.best
     facts = [
-        ("task", str(data.study["task"]).replace("_", " ")),
+        ("task", str(data.study.task).replace("_", " ")),
         (
             "trials",
-            ", ".join(f"{count} {state}" for state, count in states.items()) + f" of {data.study['budget_trials']}",
+            ", ".join(f"{count} {state}" for state, count in states.items()) + f" of {data.study.budget_trials}",
         ),
         ("objective", data.objective),
     ]
     if best is not None:
-        score = f"{best['score']:.4g} ({best['score_low']:.4g} to {best['score_high']:.4g})"
+        score = f"{best.score:.4g} ({best.score_low:.4g} to {best.score_high:.4g})"
         facts += [
-            ("best", f"trial {best['trial']}, test {data.board.metric.replace('_', ' ')} {score}"),
-            ("its settings", ", ".join(f"{name} {short(value)}" for name, value in best["params"].items())),
+            ("best", f"trial {best.trial}, test {data.board.metric.replace('_', ' ')} {score}"),
+            ("its settings", ", ".join(f"{name} {short(value)}" for name, value in best.params.items())),
         ]
-    seconds = sum(row["device_seconds"] or 0.0 for row in data.trials)
+    seconds = sum(row.device_seconds or 0.0 for row in data.trials)
     facts.append(("compute", f"{seconds / 3600:.2f} device-hours"))
     return facts
 

@@ -24,7 +24,7 @@ from hpsearch.reports.theme import (
     log_axis,
     value_axis,
 )
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import TrialRow
 
 FEW_TRIALS = 20
 """Below so many finished trials an importance is a guess."""
@@ -34,12 +34,12 @@ def progress(data: StudyData) -> Drawn:
     rows = [row for row in data.ended if data.value(row) is not None]
     values = [data.value(row) for row in rows]
     best = _best_so_far(data, rows)
-    hours = np.cumsum([row["device_seconds"] or 0.0 for row in data.ended]) / 3600
-    spent = {row["number"]: hour for row, hour in zip(data.ended, hours, strict=True)}
+    hours = np.cumsum([row.device_seconds or 0.0 for row in data.ended]) / 3600
+    spent = {row.number: hour for row, hour in zip(data.ended, hours, strict=True)}
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.04)
-    for column, xs in ((1, list(range(1, len(rows) + 1))), (2, [spent[row["number"]] for row in rows])):
+    for column, xs in ((1, list(range(1, len(rows) + 1))), (2, [spent[row.number] for row in rows])):
         for state, (colour, symbol) in STATES.items():
-            part = [place for place, row in enumerate(rows) if row["state"] == state]
+            part = [place for place, row in enumerate(rows) if row.state == state]
             if part:
                 figure.add_scatter(
                     x=[xs[place] for place in part],
@@ -76,7 +76,7 @@ def progress(data: StudyData) -> Drawn:
     )
 
 
-def _best_so_far(data: StudyData, rows: Sequence[Row]) -> list[float]:
+def _best_so_far(data: StudyData, rows: Sequence[TrialRow]) -> list[float]:
     values = np.array([data.value(row) for row in rows], dtype=np.float64)
     best: list[float] = (np.minimum if data.minimises else np.maximum).accumulate(values).tolist()
     return best
@@ -247,7 +247,7 @@ def comparison(studies: Sequence[StudyData]) -> Drawn | None:
     figure = go.Figure()
     for place, data in enumerate(studies):
         rows = [row for row in data.ended if data.value(row) is not None]
-        hours = np.cumsum([row["device_seconds"] or 0.0 for row in rows]) / 3600
+        hours = np.cumsum([row.device_seconds or 0.0 for row in rows]) / 3600
         figure.add_scatter(
             x=hours.tolist(),
             y=_best_so_far(data, rows),

@@ -12,7 +12,7 @@ from hpsearch.records import UNFINISHED
 from hpsearch.results.leaderboard import Leaderboard, leaderboard, param_names
 from hpsearch.spec.space import Range, Space
 from hpsearch.spec.study import recorded_space
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import PointRow, StudyRow, TrialRow
 from hpsearch.store.store import Store
 
 
@@ -20,9 +20,9 @@ from hpsearch.store.store import Store
 class StudyData:
     """One study as rows, read once for all its figures."""
 
-    study: Row
-    trials: list[Row]
-    points: dict[int, list[Row]]
+    study: StudyRow
+    trials: list[TrialRow]
+    points: dict[int, list[PointRow]]
     """Curves by trial number."""
     board: Leaderboard
     details: dict[str, Any]
@@ -32,31 +32,31 @@ class StudyData:
 
     @property
     def name(self) -> str:
-        return str(self.study["name"])
+        return str(self.study.name)
 
     @property
     def objective(self) -> str:
-        return "best validation loss" if self.study["objective"] == "loss" else f"validation {self.study['objective']}"
+        return "best validation loss" if self.study.objective == "loss" else f"validation {self.study.objective}"
 
     @property
     def minimises(self) -> bool:
-        return bool(self.study["objective"] == "loss")
+        return bool(self.study.objective == "loss")
 
-    def value(self, trial: Row) -> float | None:
+    def value(self, trial: TrialRow) -> float | None:
         """What the search sees of a trial."""
-        value = trial["best_valid_loss" if self.minimises else "best_valid_score"]
-        return None if value is None else float(value)
+        return trial.best_valid(self.study.objective)
 
     @cached_property
-    def ended(self) -> list[Row]:
+    def ended(self) -> list[TrialRow]:
         """Trials that have ended, in the order of their ends."""
-        return sorted((row for row in self.trials if row["state"] not in UNFINISHED), key=lambda row: row["ended_at"])
+        ended = [(row.ended_at, row.number, row) for row in self.trials if row.ended_at and row.state not in UNFINISHED]
+        return [row for _, _, row in sorted(ended, key=lambda entry: entry[:2])]
 
     @cached_property
     def settings(self) -> pd.DataFrame:
         """Sampled settings and value of the trials that have one, a row each."""
         rows = [
-            {**row["params"], "trial": row["number"], "state": row["state"], "value": self.value(row)}
+            {**row.params, "trial": row.number, "state": row.state, "value": self.value(row)}
             for row in self.trials
             if self.value(row) is not None
         ]
@@ -73,21 +73,21 @@ class StudyData:
 
     @cached_property
     def space(self) -> Space:
-        return recorded_space(self.study["spec"])
+        return recorded_space(self.study.spec)
 
 
 def read_study(store: Store, name: str, importances: dict[str, float] | None = None) -> StudyData:
     """Everything that the figures of a study are drawn from. Raises UnknownStudyError."""
     study = store.study(name)
-    trials = [row for row in store.trials(study["id"]) if row["repeat_of"] is None]
-    curves = store.study_points(study["id"])
+    trials = [row for row in store.trials(study.id) if row.repeat_of is None]
+    curves = store.study_points(study.id)
     board = leaderboard(store, name)
-    best = next((row for row in trials if board.best and row["number"] == board.best["trial"]), None)
+    best = next((row for row in trials if board.best and row.number == board.best.trial), None)
     return StudyData(
         study=study,
         trials=trials,
-        points={row["number"]: curves.get(row["id"], []) for row in trials},
+        points={row.number: curves.get(row.id, []) for row in trials},
         board=board,
-        details=store.details(best["id"]) if best else {},
+        details=store.details(best.id) if best else {},
         importances=importances,
     )

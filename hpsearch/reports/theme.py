@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import short
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import TrialRow
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#777777",
@@ -61,10 +61,10 @@ class Drawn:
     warning: str | None = None
 
 
-def hover(row: Row) -> str:
+def hover(row: TrialRow) -> str:
     """What the mouse tells of a trial. Plotly reads a little HTML in hovers, so that text is escaped."""
-    settings = "<br>".join(f"{escaped(name)} {escaped(short(value))}" for name, value in row["params"].items())
-    return f"trial {row['number']}: {row['state']}<br>{settings}"
+    settings = "<br>".join(f"{escaped(name)} {escaped(short(value))}" for name, value in row.params.items())
+    return f"trial {row.number}: {row.state}<br>{settings}"
 
 
 def escaped(text: Any) -> str:

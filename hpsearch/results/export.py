@@ -10,7 +10,6 @@ import pandas as pd
 
 from hpsearch.errors import RunFolderError
 from hpsearch.results.leaderboard import param_names
-from hpsearch.store.schema.tables import Row
 from hpsearch.store.store import Store
 
 _POINT = (
@@ -49,31 +48,31 @@ _TRIAL = (
 def study_tables(store: Store, name: str) -> dict[str, pd.DataFrame]:
     """Frames `trials`, `curves` and `scores`; sampled settings are columns `param_NAME`. Raises UnknownStudyError."""
     study = store.study(name)
-    trials = store.trials(study["id"])
-    curves = store.study_points(study["id"])
-    scores = store.study_scores(study["id"])
+    trials = store.trials(study.id)
+    curves = store.study_points(study.id)
+    scores = store.study_scores(study.id)
     names = param_names(trials)
-    rows: list[Row] = [
+    rows: list[dict[str, Any]] = [
         {
             "study": name,
-            "trial": row["number"],
-            **{f"param_{setting}": row["params"].get(setting) for setting in names},
-            **{key: row[key] for key in _TRIAL},
-            **{f"test_{metric}": score["value"] for metric, score in scores.get(row["number"], {}).items()},
+            "trial": row.number,
+            **{f"param_{setting}": row.params.get(setting) for setting in names},
+            **{key: getattr(row, key) for key in _TRIAL},
+            **{f"test_{metric}": score.value for metric, score in scores.get(row.number, {}).items()},
         }
         for row in trials
     ]
-    points: list[Row] = [
-        {"study": name, "trial": row["number"], **{key: point[key] for key in _POINT}}
+    points: list[dict[str, Any]] = [
+        {"study": name, "trial": row.number, **{key: getattr(point, key) for key in _POINT}}
         for row in trials
-        for point in curves.get(row["id"], [])
+        for point in curves.get(row.id, [])
     ]
-    results: list[Row] = [
+    results: list[dict[str, Any]] = [
         {
             "study": name,
             "trial": number,
-            **{key: score[key] for key in _SCORE},
-            "contract": json.dumps(score["contract"]),
+            **{key: getattr(score, key) for key in _SCORE},
+            "contract": json.dumps(score.contract),
         }
         for number, by_metric in sorted(scores.items())
         for score in by_metric.values()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpsearch.errors import (
     EXIT_FINISHED,
 )
-from hpsearch.results.leaderboard import Choice, Leaderboard, compare, frame, leaderboard
-from hpsearch.store.schema.tables import Row
+from hpsearch.results.leaderboard import Choice, Comparison, Leaderboard, compare, frame, leaderboard
+from hpsearch.store.rows import LeadingTrial, RankedTrial, TrialRow, WholeTrial
 from hpsearch.store.store import opened_store
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Study:
         with opened_store(self.store) as store:
             return leaderboard(store, self.name, *others, top=top, mixed=mixed)
 
-    def compare(self, first: int, second: int) -> dict[str, Any]:
+    def compare(self, first: int, second: int) -> Comparison:
         """The paired test of two ranked trials. Raises UnknownStudyError, UsageError."""
         with opened_store(self.store) as store:
             return compare(store, self.name, first, second)
@@ -42,20 +42,20 @@ class Study:
         return frame(self.board(top=top))
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> RankedTrial | LeadingTrial | None:
         """The trial with the best test score; while there is none, the one that leads on validation, if any."""
         return self.choose("test")
 
-    def choose(self, by: Choice) -> Row | None:
+    def choose(self, by: Choice) -> RankedTrial | LeadingTrial | None:
         """The winner by its test score, or on validation; see `Leaderboard.chosen`."""
         return self.board(top=1).chosen(by)
 
-    def trials(self) -> list[Row]:
+    def trials(self) -> list[TrialRow]:
         """Every trial in any state, by number."""
         with opened_store(self.store) as store:
-            return store.trials(store.study(self.name)["id"])
+            return store.trials(store.study(self.name).id)
 
-    def trial(self, number: int) -> Row:
-        """One trial with its curve (`points`), `scores`, `decisions` and `details`. Raises UnknownStudyError."""
+    def trial(self, number: int) -> WholeTrial:
+        """One trial with its curve, scores, decisions and details. Raises UnknownStudyError."""
         with opened_store(self.store) as store:
             return store.whole_trial(store.trial(store.study(self.name), number))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
 
@@ -16,7 +16,8 @@ from hpsearch.store.addresses import parse_url, sqlite_file
 from hpsearch.store.engines import guarded, make_engine
 from hpsearch.store.fence import fence
 from hpsearch.store.schema import migrations
-from hpsearch.store.schema.tables import Row
+
+Record = TypeVar("Record")
 
 
 class Connection:
@@ -118,7 +119,10 @@ class Connection:
         """From here on, change nothing through this store without the lease. Writes raise LeaseLostError."""
         fence(self._engine, study_id, token)
 
-    def _rows(self, query: sa.Select[Any]) -> list[Row]:
+    def _records(self, query: sa.Select[Any], kind: type[Record]) -> list[Record]:
+        return [kind(**row) for row in self._rows(query)]
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._guarded(), self._engine.connect() as connection:
             result = connection.execute(query)
             names = list(result.keys())

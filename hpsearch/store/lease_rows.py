@@ -7,18 +7,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from hpsearch.store.connection import Connection
-from hpsearch.store.schema.tables import LEASES, STUDIES, Row, insert, now
+from hpsearch.store.rows import LeaseRow
+from hpsearch.store.schema.tables import LEASES, insert, now
 
 
 class LeaseRows(Connection):
-    def lease(self, study_id: int) -> Row | None:
-        rows = self._rows(sa.select(LEASES).where(LEASES.c.study_id == study_id))
+    def lease(self, study_id: int) -> LeaseRow | None:
+        rows = self._records(sa.select(LEASES).where(LEASES.c.study_id == study_id), LeaseRow)
         return rows[0] if rows else None
-
-    def leases(self) -> list[Row]:
-        """Every lease that is held, with its study's name."""
-        query = sa.select(LEASES, STUDIES.c.name.label("study")).join(STUDIES, STUDIES.c.id == LEASES.c.study_id)
-        return self._rows(query.where(LEASES.c.beat >= 0).order_by(STUDIES.c.name))
 
     def take_lease(
         self, study_id: int, *, holder: str, process: dict[str, Any], dead: tuple[int, int] | None = None

@@ -18,7 +18,7 @@ from hpsearch.errors import HpsearchError, StudyBusyError
 from hpsearch.files.layout import run_name
 from hpsearch.files.ownership import Owner
 from hpsearch.files.scratch import is_gone, this_process
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import LeaseRow, StudyRow
 from hpsearch.store.store import Store
 
 TIMEOUT_S = 30.0
@@ -36,7 +36,7 @@ class Lease:
 
 
 @contextmanager
-def hold(store: Store, study: Row, note: Callable[[str], None]) -> Iterator[Lease]:
+def hold(store: Store, study: StudyRow, note: Callable[[str], None]) -> Iterator[Lease]:
     """Hold a study's lease, with a heart that beats in a thread. Raises StudyBusyError."""
     lease = Lease(_take(store, study, note))
     done = threading.Event()
@@ -44,11 +44,11 @@ def hold(store: Store, study: Row, note: Callable[[str], None]) -> Iterator[Leas
     def beat() -> None:
         while not done.wait(BEAT_S):
             with suppress(HpsearchError):  # a store that is away for now may be there at the next beat
-                if not store.renew_lease(study["id"], lease.token):
+                if not store.renew_lease(study.id, lease.token):
                     lease.on_loss()
                     return
         with suppress(HpsearchError):
-            store.release_lease(study["id"], lease.token)
+            store.release_lease(study.id, lease.token)
 
     heart = threading.Thread(target=beat, name="hpsearch-lease", daemon=True)
     heart.start()
@@ -59,43 +59,43 @@ def hold(store: Store, study: Row, note: Callable[[str], None]) -> Iterator[Leas
         heart.join(_RELEASE_S)
 
 
-def is_held(lease: Row | None) -> bool:
+def is_held(lease: LeaseRow | None) -> bool:
     """Whether somebody holds the lease, dead or alive."""
-    return lease is not None and lease["beat"] >= 0
+    return lease is not None and lease.beat >= 0
 
 
-def is_dead(store: Store, lease: Row, *, watch_s: float | None = None) -> bool:
+def is_dead(store: Store, lease: LeaseRow, *, watch_s: float | None = None) -> bool:
     """Whether the holder of a lease is gone; one that we cannot see is watched for `watch_s` seconds (TIMEOUT_S)."""
-    if is_gone(lease["process"]):
+    if is_gone(lease.process):
         return True
-    seen = (lease["token"], lease["beat"])
+    seen = (lease.token, lease.beat)
     watch_s = TIMEOUT_S if watch_s is None else watch_s
     until = time.monotonic() + watch_s
     while time.monotonic() < until:
         time.sleep(min(1.0, watch_s))
-        now = store.lease(lease["study_id"])
-        if now is None or (now["token"], now["beat"]) != seen:
+        now = store.lease(lease.study_id)
+        if now is None or (now.token, now.beat) != seen:
             return False
     return True
 
 
-def _take(store: Store, study: Row, note: Callable[[str], None]) -> int:
+def _take(store: Store, study: StudyRow, note: Callable[[str], None]) -> int:
     holder = f"{_user()} at {socket.gethostname()}, process {os.getpid()}"
-    token = store.take_lease(study["id"], holder=holder, process=this_process())
+    token = store.take_lease(study.id, holder=holder, process=this_process())
     if token is not None:
         return token
-    lease = store.lease(study["id"])
+    lease = store.lease(study.id)
     assert lease is not None
-    since = f"{lease['holder']} since {lease['acquired_at']:%Y-%m-%d %H:%M:%S} UTC"
-    if not is_gone(lease["process"]):
-        note(f"'{study['name']}' is held by {since}; waiting up to {TIMEOUT_S:.0f} s for a sign of life")
+    since = f"{lease.holder} since {lease.acquired_at:%Y-%m-%d %H:%M:%S} UTC"
+    if not is_gone(lease.process):
+        note(f"'{study.name}' is held by {since}; waiting up to {TIMEOUT_S:.0f} s for a sign of life")
     if is_dead(store, lease):
-        dead = (lease["token"], lease["beat"])
-        token = store.take_lease(study["id"], holder=holder, process=this_process(), dead=dead)
+        dead = (lease.token, lease.beat)
+        token = store.take_lease(study.id, holder=holder, process=this_process(), dead=dead)
         if token is not None:
-            note(f"took the study over from {lease['holder']}, which is dead")
+            note(f"took the study over from {lease.holder}, which is dead")
             return token
-    raise StudyBusyError(f"study '{study['name']}' is held by {since}, and it is alive; stop that launch first")
+    raise StudyBusyError(f"study '{study.name}' is held by {since}, and it is alive; stop that launch first")
 
 
 def _user() -> str:
@@ -105,10 +105,10 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
-def owner_of(store: Store, study: Row, token: int) -> Owner:
+def owner_of(store: Store, study: StudyRow, token: int) -> Owner:
     """The holder of a study's lease as an owner of files."""
     return Owner(
-        study=study["uid"],
+        study=study.uid,
         run=run_name(study),
         store=store.identities(),
         place=store.shown_url,

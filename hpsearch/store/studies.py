@@ -12,11 +12,12 @@ from hpsearch.errors import (
     UnknownStudyError,
 )
 from hpsearch.store.connection import Connection
-from hpsearch.store.schema.tables import LEADERBOARD, LEASES, SPECS, STUDIES, TRIALS, Row, insert, now
+from hpsearch.store.rows import LeaseRow, RankedTrial, SpecRow, StudyRow, StudySummary
+from hpsearch.store.schema.tables import LEADERBOARD, LEASES, SPECS, STUDIES, TRIALS, insert, now
 
 
 class Studies(Connection):
-    def add_study(self, study: NewStudy) -> Row:
+    def add_study(self, study: NewStudy) -> StudyRow:
         """The study of this name: this one, or the one that another launch has added at the same moment."""
         with self._guarded(), self._engine.begin() as connection:
             values = {**asdict(study), "created_at": now(), "uid": secrets.token_hex(8)}
@@ -39,24 +40,25 @@ class Studies(Connection):
             connection.execute(sa.update(STUDIES).where(STUDIES.c.id == study_id).values(values))
             _record_spec(connection, study_id, spec, fingerprint, budget_trials)
 
-    def spec_versions(self, study_id: int) -> list[Row]:
+    def spec_versions(self, study_id: int) -> list[SpecRow]:
         """Every spec that the study has had, oldest first."""
-        return self._rows(sa.select(SPECS).where(SPECS.c.study_id == study_id).order_by(SPECS.c.version))
+        query = sa.select(SPECS).where(SPECS.c.study_id == study_id).order_by(SPECS.c.version)
+        return self._records(query, SpecRow)
 
-    def archive_study(self, study: Row) -> str:
+    def archive_study(self, study: StudyRow) -> str:
         """Give a study, in our tables and Optuna's, a name that says when it was put aside; returns the name."""
-        name = f"{study['name'][:40]}.{now():%Y%m%d-%H%M%S-%f}"
+        name = f"{study.name[:40]}.{now():%Y%m%d-%H%M%S-%f}"
         with self._guarded(), self._engine.begin() as connection:
-            connection.execute(sa.update(STUDIES).where(STUDIES.c.id == study["id"]).values(name=name))
+            connection.execute(sa.update(STUDIES).where(STUDIES.c.id == study.id).values(name=name))
             rename = sa.text("UPDATE studies SET study_name = :new WHERE study_name = :old")
-            connection.execute(rename, {"new": name, "old": study["name"]})
+            connection.execute(rename, {"new": name, "old": study.name})
         return name
 
-    def find_study(self, name: str) -> Row | None:
-        rows = self._rows(sa.select(STUDIES).where(STUDIES.c.name == name))
+    def find_study(self, name: str) -> StudyRow | None:
+        rows = self._records(sa.select(STUDIES).where(STUDIES.c.name == name), StudyRow)
         return rows[0] if rows else None
 
-    def study(self, name: str) -> Row:
+    def study(self, name: str) -> StudyRow:
         """The study of this name. Raises UnknownStudyError with the names that there are."""
         row = self.find_study(name)
         if row is None:
@@ -65,7 +67,7 @@ class Studies(Connection):
             raise UnknownStudyError(f"no study named '{name}' in {self.shown_url}; {there}")
         return row
 
-    def studies(self) -> list[Row]:
+    def studies(self) -> list[StudySummary]:
         """Every study with its number of trials by state, its lease holder and its best test score."""
         counts: dict[int, dict[str, int]] = {}
         for row in self._rows(
@@ -75,16 +77,13 @@ class Studies(Connection):
         ):
             counts.setdefault(row["study_id"], {})[row["state"]] = row["count"]
         first = sa.select(LEADERBOARD).where(LEADERBOARD.c.test_rank == 1)
-        winners = self._rows(first.order_by(LEADERBOARD.c.valid_rank.desc(), LEADERBOARD.c.trial.desc()))
-        best = {row["study"]: row for row in winners}
-        holders = {row["study_id"]: row for row in self._rows(sa.select(LEASES))}
+        first = first.order_by(LEADERBOARD.c.valid_rank.desc(), LEADERBOARD.c.trial.desc())
+        best = {row.study: row for row in self._records(first, RankedTrial)}
+        holders = {row.study_id: row for row in self._records(sa.select(LEASES), LeaseRow)}
         return [
-            {
-                **row,
-                "states": counts.get(row["id"], {}),
-                "best": best.get(row["name"]),
-                "lease": holders.get(row["id"]),
-            }
+            StudySummary(
+                **row, states=counts.get(row["id"], {}), best=best.get(row["name"]), lease=holders.get(row["id"])
+            )
             for row in self._rows(sa.select(STUDIES).order_by(STUDIES.c.created_at))
         ]
 

@@ -38,34 +38,34 @@ def retry_trials(url: str, name: str, trials: Sequence[int]) -> list[int]:
     with opened_store(url, create=True) as opened:
         row = opened.study(name)
         chosen = [opened.trial(row, number) for number in dict.fromkeys(trials)]
-        if wrong := [trial for trial in chosen if trial["state"] != TrialState.FAILED]:
-            raise UsageError(f"trial {wrong[0]['number']} of '{name}' has not failed: it is {wrong[0]['state']}")
-        failed = chosen or [trial for trial in opened.trials(row["id"]) if trial["state"] == TrialState.FAILED]
+        if wrong := [trial for trial in chosen if trial.state != TrialState.FAILED]:
+            raise UsageError(f"trial {wrong[0].number} of '{name}' has not failed: it is {wrong[0].state}")
+        failed = chosen or [trial for trial in opened.trials(row.id) if trial.state == TrialState.FAILED]
         if not failed:
             return []
         with leases.hold(opened, row, lambda text: None) as lease:
-            opened.fence(row["id"], lease.token)
-            spec = recorded_study(row["spec"], row["placement"], url, trials=row["budget_trials"])
-            with closing(Search(spec, url, lease=(row["id"], lease.token))) as search:
+            opened.fence(row.id, lease.token)
+            spec = recorded_study(row.spec, row.placement, url, trials=row.budget_trials)
+            with closing(Search(spec, url, lease=(row.id, lease.token))) as search:
                 for trial in failed:
-                    opened.reopen_trial(trial["id"], "failed, and was put back by `hpsearch retry`")
-                    search.reopen(trial["number"])
-    return [trial["number"] for trial in failed]
+                    opened.reopen_trial(trial.id, "failed, and was put back by `hpsearch retry`")
+                    search.reopen(trial.number)
+    return [trial.number for trial in failed]
 
 
 def collect_garbage(url: str, name: str, *, keep: int | None, dry_run: bool) -> list[Garbage]:
     """What was removed of a study's files, or would be. Raises StudyBusyError."""
     with opened_store(url, create=not dry_run) as opened, ExitStack() as stack:
         row = opened.study(name)
-        if row["placement"] is None:
+        if row.placement is None:
             raise UsageError(f"'{name}' was last launched by an older hpsearch; launch it once more before gc")
         if not dry_run:
             lease = stack.enter_context(leases.hold(opened, row, lambda text: None))
-            opened.fence(row["id"], lease.token)
-        limits = LimitSpec.model_validate(row["placement"].get("limits", {}))
+            opened.fence(row.id, lease.token)
+        limits = LimitSpec.model_validate(row.placement.get("limits", {}))
         garbage = find_garbage(opened, row, keep=keep or limits.keep_checkpoints)
         if not dry_run:
             owner = owner_of(opened, row, lease.token)
-            owner.claim(run_folder(row["placement"]["folder"], row))
+            owner.claim(run_folder(row.placement["folder"], row))
             collect(opened, garbage, remove=owner.remove)
         return garbage

@@ -21,7 +21,7 @@ from hpsearch.search.study import OPTUNA_STATE, Search
 from hpsearch.spec.study import recorded_study
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import LeaseRow, PointRow, StudyRow, TrialRow
 from hpsearch.store.store import Store
 from hpsearch.training import checkpoints
 from hpsearch.upkeep.retention import collect, find_garbage
@@ -46,9 +46,9 @@ class Finding:
 
 @dataclass
 class _Study:
-    row: Row
-    trials: list[Row]
-    curves: dict[int, list[Row]]
+    row: StudyRow
+    trials: list[TrialRow]
+    curves: dict[int, list[PointRow]]
     recorded: dict[int, RecordedTrial]
     is_running: bool
     repairs: list[Callable[[], None]] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Study:
     def found(self, problem: str, *, trial: int | None = None, mend: str | None = None) -> Finding:
         """A finding, which `--repair` mends if it is said how."""
         remedy = mend or "needs a person: see `hpsearch show`"
-        return Finding(study=self.row["name"], trial=trial, problem=problem, remedy=remedy, can_repair=mend is not None)
+        return Finding(study=self.row.name, trial=trial, problem=problem, remedy=remedy, can_repair=mend is not None)
 
 
 def examine(store: Store, *, only: str | None = None, repair: bool = False) -> list[Finding]:
@@ -65,17 +65,17 @@ def examine(store: Store, *, only: str | None = None, repair: bool = False) -> l
     Raises UnknownStudyError, StudyBusyError when a driver takes a study while it is being repaired, RunFolderError when
     the store is a copy and the files are the original's.
     """
-    names = [only] if only is not None else [row["name"] for row in store.studies()]
+    names = [only] if only is not None else [row.name for row in store.studies()]
     found: list[Finding] = []
     for name in names:
         row = store.study(name)
-        lease = store.lease(row["id"])
+        lease = store.lease(row.id)
         is_held = leases.is_held(lease)
         is_dead = is_held and lease is not None and leases.is_dead(store, lease, watch_s=WATCH_S)
         study = _Study(
             row=row,
-            trials=store.trials(row["id"]),
-            curves=store.study_points(row["id"]),
+            trials=store.trials(row.id),
+            curves=store.study_points(row.id),
             recorded=recorded_trials(store.url, name),
             is_running=is_held and not is_dead,
         )
@@ -91,11 +91,11 @@ def examine(store: Store, *, only: str | None = None, repair: bool = False) -> l
     return found
 
 
-def _findings(store: Store, study: _Study, dead_lease: Row | None) -> Iterator[Finding]:
+def _findings(store: Store, study: _Study, dead_lease: LeaseRow | None) -> Iterator[Finding]:
     if dead_lease is not None:
-        yield study.found(f"its lease is held by {dead_lease['holder']}, which is dead", mend="release it")
+        yield study.found(f"its lease is held by {dead_lease.holder}, which is dead", mend="release it")
     for row in study.trials:
-        number, state = row["number"], TrialState(row["state"])
+        number, state = row.number, TrialState(row.state)
         for problem in (*_wrong_state(row), *_wrong_curve(study, row)):
             yield study.found(problem, trial=number)
         if state not in LIVE:
@@ -104,40 +104,41 @@ def _findings(store: Store, study: _Study, dead_lease: Row | None) -> Iterator[F
             yield study.found("is running, and no driver holds the study", trial=number, mend="back to the queue")
         yield from _wrong_files(study, row, state)
     if not study.is_running:
-        for number in sorted(study.recorded.keys() - {row["number"] for row in study.trials}):
+        for number in sorted(study.recorded.keys() - {row.number for row in study.trials}):
             there = study.recorded[number].state
             if there != "WAITING":  # a trial whose driver died at once is in the queue like this
                 mend = "back to the queue" if there == "RUNNING" else None
                 yield study.found("is in Optuna's tables and not in ours", trial=number, mend=mend)
-        if study.row["placement"] is not None:
+        if study.row.placement is not None:
             for piece in find_garbage(store, study.row, keep=len(study.trials) + 1):
                 yield study.found(f"{piece.folder}: {piece.why}", mend="remove it")
     yield from _wrong_ranking(store, study)
 
 
-def _wrong_state(row: Row) -> Iterator[str]:
-    has_ended = row["state"] not in UNFINISHED
-    if has_ended != (row["ended_at"] is not None):
-        yield f"is {row['state']}, " + ("but has no time of its end" if has_ended else "but has an end")
+def _wrong_state(row: TrialRow) -> Iterator[str]:
+    has_ended = row.state not in UNFINISHED
+    if has_ended != (row.ended_at is not None):
+        yield f"is {row.state}, " + ("but has no time of its end" if has_ended else "but has an end")
 
 
-def _wrong_curve(study: _Study, row: Row) -> Iterator[str]:
-    points = study.curves.get(row["id"], [])
-    if [point["evaluation"] for point in points] != list(range(1, len(points) + 1)):
-        yield f"its curve has gaps: {len(points)} points, the last is evaluation {points[-1]['evaluation']}"
-    if any(later["step"] <= earlier["step"] for earlier, later in pairwise(points)):
+def _wrong_curve(study: _Study, row: TrialRow) -> Iterator[str]:
+    points = study.curves.get(row.id, [])
+    if [point.evaluation for point in points] != list(range(1, len(points) + 1)):
+        yield f"its curve has gaps: {len(points)} points, the last is evaluation {points[-1].evaluation}"
+    if any(later.step <= earlier.step for earlier, later in pairwise(points)):
         yield "the steps of its curve do not rise"
-    if row["state"] not in RANKED:
+    if row.state not in RANKED:
         return
-    column, best = ("valid_loss", min) if study.row["objective"] == "loss" else ("valid_score", max)
-    told = row[f"best_{column}"]
-    there = [point[column] for point in points if point[column] is not None]
+    objective = study.row.objective
+    kind, best = ("loss", min) if objective == "loss" else ("score", max)
+    told = row.best_valid(objective)
+    there = [value for point in points if (value := point.valid(objective)) is not None]
     if there and (told is None or not math.isclose(told, best(there), rel_tol=_TOLERANCE)):
-        yield f"its best {column.replace('_', ' ')} is said to be {told}, and is {best(there)} in its curve"
+        yield f"its best valid {kind} is said to be {told}, and is {best(there)} in its curve"
 
 
-def _against_optuna(study: _Study, row: Row, state: TrialState) -> Iterator[Finding]:
-    number = row["number"]
+def _against_optuna(study: _Study, row: TrialRow, state: TrialState) -> Iterator[Finding]:
+    number = row.number
     there, wanted = study.recorded.get(number), OPTUNA_STATE[state].name
     if there is None:
         yield study.found("is not in Optuna's tables", trial=number)
@@ -146,22 +147,22 @@ def _against_optuna(study: _Study, row: Row, state: TrialState) -> Iterator[Find
         if not (study.is_running and is_open):  # its driver may be about to tell
             problem = f"is {state}, and {there.state} for Optuna, which should have {wanted}"
             yield study.found(problem, trial=number, mend="tell Optuna" if is_open else None)
-    elif there.params != row["params"]:
-        yield study.found(f"ran {row['params']}, and Optuna has {there.params}", trial=number)
+    elif there.params != row.params:
+        yield study.found(f"ran {row.params}, and Optuna has {there.params}", trial=number)
     elif wanted == "COMPLETE":
-        value = row["best_valid_loss"] if study.row["objective"] == "loss" else row["best_valid_score"]
-        if there.value is None or not math.isclose(there.value, value, rel_tol=_TOLERANCE):
+        value = row.best_valid(study.row.objective)
+        if there.value is None or value is None or not math.isclose(there.value, value, rel_tol=_TOLERANCE):
             yield study.found(f"its value is {value}, and {there.value} for Optuna", trial=number)
 
 
-def _wrong_files(study: _Study, row: Row, state: TrialState) -> Iterator[Finding]:
-    number = row["number"]
-    if row["checkpoint"] is not None and not (locate(row["checkpoint"]) / "config.json").is_file():
-        yield study.found(f"its checkpoint {row['checkpoint']} is gone", trial=number)
-    if state not in (TrialState.INTERRUPTED, TrialState.PAUSED) or study.is_running or study.row["placement"] is None:
+def _wrong_files(study: _Study, row: TrialRow, state: TrialState) -> Iterator[Finding]:
+    number = row.number
+    if row.checkpoint is not None and not (locate(row.checkpoint) / "config.json").is_file():
+        yield study.found(f"its checkpoint {row.checkpoint} is gone", trial=number)
+    if state not in (TrialState.INTERRUPTED, TrialState.PAUSED) or study.is_running or study.row.placement is None:
         return
-    folder = run_folder(study.row["placement"]["folder"], study.row)
-    for place in earlier_attempts(folder, number, row["attempt"] + 1):
+    folder = run_folder(study.row.placement["folder"], study.row)
+    for place in earlier_attempts(folder, number, row.attempt + 1):
         for name in (*checkpoints.names(place, "resume"), *checkpoints.names(place, "best")):
             if not checkpoints.is_whole(place / name):
                 study.repairs.append((place / name).unlink)
@@ -169,44 +170,44 @@ def _wrong_files(study: _Study, row: Row, state: TrialState) -> Iterator[Finding
 
 
 def _wrong_ranking(store: Store, study: _Study) -> Iterator[Finding]:
-    metric = study.row["metric"]
-    scores = store.study_scores(study.row["id"])
-    ranked = [row["number"] for row in study.trials if row["state"] in RANKED and row["repeat_of"] is None]
+    metric = study.row.metric
+    scores = store.study_scores(study.row.id)
+    ranked = [row.number for row in study.trials if row.state in RANKED and row.repeat_of is None]
     for number in ranked:
         if metric not in scores.get(number, {}):
             yield study.found(f"has no test {metric}", trial=number)
-    sign = -1.0 if study.row["higher_is_better"] else 1.0
+    sign = -1.0 if study.row.higher_is_better else 1.0
     # A trial that was stopped is ranked when its best checkpoint was scored.
-    stopped = [row["number"] for row in study.trials if row["state"] in STOPPED and row["repeat_of"] is None]
+    stopped = [row.number for row in study.trials if row.state in STOPPED and row.repeat_of is None]
     numbers = [number for number in (*ranked, *stopped) if metric in scores.get(number, {})]
-    values = {number: sign * scores[number][metric]["value"] for number in numbers}
+    values = {number: sign * scores[number][metric].value for number in numbers}
     ordered = sorted(values.values())
     wanted = {number: 1 + bisect_left(ordered, value) for number, value in values.items()}
-    if {row["trial"]: row["test_rank"] for row in store.leaderboard(study.row["name"])} != wanted:
+    if {row.trial: row.test_rank for row in store.leaderboard(study.row.name)} != wanted:
         yield study.found("its leaderboard does not follow from its scores")
 
 
 def _repair(store: Store, study: _Study) -> None:
     """Do what the next launch would do first, and remove what nobody needs. Raises StudyBusyError."""
     if study.is_running:
-        raise StudyBusyError(f"study '{study.row['name']}' is running; repair it when its launch has ended")
+        raise StudyBusyError(f"study '{study.row.name}' is running; repair it when its launch has ended")
     row = study.row
     with leases.hold(store, row, lambda text: None) as lease:
-        if row["placement"] is not None:
+        if row.placement is not None:
             owner = owner_of(store, row, lease.token)
-            owner.claim(run_folder(row["placement"]["folder"], row))
+            owner.claim(run_folder(row.placement["folder"], row))
         for trial in study.trials:
-            if TrialState(trial["state"]) is TrialState.RUNNING:
-                store.requeue_trial(trial["id"], "its driver died")
-        if row["placement"] is not None:
-            spec = recorded_study(row["spec"], row["placement"], store.url, trials=row["budget_trials"])
-            search = Search(spec, store.url, lease=(row["id"], lease.token))
-            states = {trial["number"]: trial for trial in store.trials(row["id"])}
+            if TrialState(trial.state) is TrialState.RUNNING:
+                store.requeue_trial(trial.id, "its driver died")
+        if row.placement is not None:
+            spec = recorded_study(row.spec, row.placement, store.url, trials=row.budget_trials)
+            search = Search(spec, store.url, lease=(row.id, lease.token))
+            states = {trial.number: trial for trial in store.trials(row.id)}
             for number in search.unfinished:
                 known = states.get(number)
-                state = TrialState(known["state"]) if known else TrialState.INTERRUPTED
-                best = "best_valid_loss" if row["objective"] == "loss" else "best_valid_score"
-                search.tell(number, state, value=known[best] if known else None, notes={"outcome": state.value})
+                state = TrialState(known.state) if known else TrialState.INTERRUPTED
+                value = known.best_valid(row.objective) if known else None
+                search.tell(number, state, value=value, notes={"outcome": state.value})
             search.close()
             collect(store, find_garbage(store, row, keep=len(study.trials) + 1), remove=owner.remove)
         for mend in study.repairs:

@@ -13,7 +13,7 @@ from hpsearch.files import storage
 from hpsearch.files.layout import TRIAL, run_folder, trial_folders, trial_of
 from hpsearch.files.storage import Folder, locate
 from hpsearch.records import RANKED, UNFINISHED, TrialConfig, TrialResult, TrialState
-from hpsearch.store.schema.tables import Row
+from hpsearch.store.rows import StudyRow
 from hpsearch.store.store import Store
 
 
@@ -29,29 +29,32 @@ def begun(attempts: Iterable[Folder]) -> TrialConfig | None:
 class CheckpointKeeper:
     """Collects the checkpoints of a running study that nobody needs any more."""
 
-    def __init__(self, store: Store, study: Row, keep: int, run: Folder, *, remove: Callable[[Folder], None]) -> None:
+    def __init__(
+        self, store: Store, study: StudyRow, keep: int, run: Folder, *, remove: Callable[[Folder], None]
+    ) -> None:
         """Recover the study's checkpoints, and `remove` what a launch that was killed had begun to."""
         self._store = store
         self._remove = remove
-        self._metric = study["metric"]
-        self._sign = -1.0 if study["higher_is_better"] else 1.0
+        self._metric = study.metric
+        self._sign = -1.0 if study.higher_is_better else 1.0
         self._keep = keep
-        scores = store.study_scores(study["id"])
-        rows = {row["number"]: row for row in store.trials(study["id"])}
+        scores = store.study_scores(study.id)
+        rows = {row.number: row for row in store.trials(study.id)}
         self._kept = sorted(
             (
-                self._sign * scores[row["number"]][self._metric]["value"],
-                _valid_merit(row["best_valid_loss"], row["best_valid_score"]),
-                row["number"],
-                row["id"],
-                row["checkpoint"],
+                self._sign * scores[row.number][self._metric].value,
+                _valid_merit(row.best_valid_loss, row.best_valid_score),
+                row.number,
+                row.id,
+                row.checkpoint,
             )
             for row in rows.values()
-            if row["checkpoint"] is not None and row["repeat_of"] is None and row["number"] in scores
+            if row.checkpoint is not None and row.repeat_of is None and row.number in scores
         )
         for _, folder in trial_folders(run):
-            row = rows.get(trial_of(folder))
-            if row and row["state"] not in UNFINISHED and str(folder) != row["checkpoint"]:
+            number = trial_of(folder)
+            row = None if number is None else rows.get(number)
+            if row and row.state not in UNFINISHED and str(folder) != row.checkpoint:
                 self._remove(folder)
         self._collect_below_the_top()
 
@@ -100,29 +103,29 @@ class Garbage:
     """Row whose checkpoint it is."""
 
 
-def find_garbage(store: Store, study: Row, *, keep: int) -> list[Garbage]:
+def find_garbage(store: Store, study: StudyRow, *, keep: int) -> list[Garbage]:
     """What can be removed of a study's files: checkpoints below the top, and folders that no row refers to."""
-    rows = {row["number"]: row for row in store.trials(study["id"])}
-    top = {row["trial"] for row in store.leaderboard(study["name"], top=keep)}
+    rows = {row.number: row for row in store.trials(study.id)}
+    top = {row.trial for row in store.leaderboard(study.name, top=keep)}
     found = []
     for _, folder in sorted(
-        trial_folders(run_folder(study["placement"]["folder"], study)), key=lambda found: str(found[1])
+        trial_folders(run_folder(study.placement["folder"], study)), key=lambda found: str(found[1])
     ):
         number = trial_of(folder)
         assert number is not None
         row = rows.get(number)
-        state = TrialState(row["state"]) if row else None
+        state = TrialState(row.state) if row else None
         size = storage.size(folder)
         if row is None or state is None:
             found.append(Garbage(folder=folder, why="no trial of the store has this number", size=size))
         elif state in UNFINISHED:
             continue
-        elif str(folder) != row["checkpoint"]:
+        elif str(folder) != row.checkpoint:
             why = f"trial {number} has ended ({state}), and this is not its checkpoint"
             found.append(Garbage(folder=folder, why=why, size=size))
-        elif number not in top and row["repeat_of"] is None and state in RANKED:
+        elif number not in top and row.repeat_of is None and state in RANKED:
             why = f"trial {number} is not among the best {keep}"
-            found.append(Garbage(folder=folder, why=why, size=size, row_id=row["id"]))
+            found.append(Garbage(folder=folder, why=why, size=size, row_id=row.id))
     return found
 
 

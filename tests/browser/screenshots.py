@@ -18,7 +18,7 @@ WIDTH = 1000
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    name, best = studies()[0]["name"], studies()[0]["best"]["trial"]
+    name, best = studies()[0].name, studies()[0].best.trial
     with open_dashboard(store_url(), port=0) as server, sync_playwright() as playwright:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = playwright.chromium.launch(

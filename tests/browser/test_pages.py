@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -17,6 +18,7 @@ from playwright.sync_api import Browser, Page
 import hpsearch as package
 from hpsearch.integrations.optuna_dashboard import trial_note
 from hpsearch.server.app import open_dashboard
+from hpsearch.store.store import opened_store
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -80,20 +82,20 @@ def test_every_figure_of_a_study_is_drawn_with_its_trials(study: package.Study, 
     assert page.locator(".drawn svg.main-svg").count() >= len(titles)
     assert page.locator("figcaption").count() == len(titles), "each says what it means"
     trials = study.trials()
-    overfit = [trial["number"] for trial in trials if trial["state"] == "overfit"]
+    overfit = [trial.number for trial in trials if trial.state == "overfit"]
     assert overfit, "this study is made to overfit"
     curves = {trace["name"]: trace for trace in traces(page, "Training against validation loss")}
     number = overfit[0]
-    points = study.trial(number)["points"]
-    assert curves[f"trial {number} (overfit)"]["y"] == [point["valid_loss"] for point in points]
-    assert curves[f"trial {number} training"]["y"] == [point["train_loss"] for point in points]
-    best = trials[number]["best_evaluation"]
-    assert curves[f"trial {number} best"]["x"] == [points[best - 1]["epoch"]]
-    assert curves[f"trial {number} pruned"]["x"] == [points[-1]["epoch"]], "where its verdict fell"
+    points = study.trial(number).points
+    assert curves[f"trial {number} (overfit)"]["y"] == [point.valid_loss for point in points]
+    assert curves[f"trial {number} training"]["y"] == [point.train_loss for point in points]
+    best = trials[number].best_evaluation
+    assert curves[f"trial {number} best"]["x"] == [points[best - 1].epoch]
+    assert curves[f"trial {number} pruned"]["x"] == [points[-1].epoch], "where its verdict fell"
     board = [trace for trace in traces(page, "Leaderboard") if trace["x"]]
-    assert sorted(x for trace in board for x in trace["x"]) == [row["score"] for row in study.board().rows]
+    assert sorted(x for trace in board for x in trace["x"]) == [row.score for row in study.board().rows]
     spent = {trace["name"]: trace for trace in traces(page, "Compute spent and spared")}
-    assert sum(spent["spent"]["y"]) == pytest.approx(sum(trial["device_seconds"] for trial in trials) / 3600)
+    assert sum(spent["spent"]["y"]) == pytest.approx(sum(trial.device_seconds for trial in trials) / 3600)
     assert sum(spent["spared by pruning"]["y"]) > 0
     assert "5 finished trials" in page.inner_text("body")
     assert "too few to tell" in page.inner_text("body")
@@ -218,21 +220,19 @@ def visit(browser: Browser) -> Iterator[Callable[[str, str], Page]]:
 def test_a_trial_has_a_page_that_its_study_leads_to(study: package.Study, visit: Callable[..., Page]) -> None:
     page = visit(study.store, "/")
     page.click(f'td a >> text="{study.name}"')
-    overfit = next(trial for trial in study.trials() if trial["state"] == "overfit")
-    page.click(f'td a >> text="{overfit["number"]}"')
+    overfit = next(trial for trial in study.trials() if trial.state == "overfit")
+    page.click(f'td a >> text="{overfit.number}"')
     page.wait_for_url("**/trial?*")
-    assert page.inner_text("h1") == f"Trial {overfit['number']} of {study.name}"
+    assert page.inner_text("h1") == f"Trial {overfit.number} of {study.name}"
     text = page.inner_text("main")
-    assert overfit["reason"] in text
+    assert overfit.reason in text
     assert "overfitting" in text
-    assert f"hpsearch export {study.name} {overfit['number']}" in text
+    assert f"hpsearch export {study.name} {overfit.number}" in text
     page.evaluate("drawAll()")
     drawn = page.evaluate("document.querySelector('.drawn').data.map(trace => ({name: trace.name, y: trace.y}))")
-    points = study.trial(overfit["number"])["points"]
-    assert [trace["y"] for trace in drawn if trace["name"].endswith("training")] == [
-        [one["train_loss"] for one in points]
-    ]
-    assert [trace["y"] for trace in drawn if trace["name"].endswith("pruned")] == [[points[-1]["valid_loss"]]]
+    points = study.trial(overfit.number).points
+    assert [trace["y"] for trace in drawn if trace["name"].endswith("training")] == [[one.train_loss for one in points]]
+    assert [trace["y"] for trace in drawn if trace["name"].endswith("pruned")] == [[points[-1].valid_loss]]
     page.click(f'td a >> text="{study.name}"')
     page.wait_for_url("**/study?*")
 
@@ -251,11 +251,11 @@ def test_the_optuna_dashboard_shows_our_curves_notes_and_artifacts(
     page.wait_for_selector("text=Training against validation loss")
     page.wait_for_selector("text=test perplexity with its 95 % interval")
     assert page.locator("text=(overfit)").count() >= 1
-    overfit = next(trial for trial in study.trials() if trial["state"] == "overfit")
-    page.goto(f"{page.url.rpartition('/dashboard')[0]}/dashboard/studies/1/trials?numbers={overfit['number']}")
-    page.wait_for_selector(f"text={overfit['reason']}")
+    overfit = next(trial for trial in study.trials() if trial.state == "overfit")
+    page.goto(f"{page.url.rpartition('/dashboard')[0]}/dashboard/studies/1/trials?numbers={overfit.number}")
+    page.wait_for_selector(f"text={overfit.reason}")
     page.wait_for_selector("text=o validation, . training loss")
-    best = study.board().rows[0]["trial"]
+    best = study.board().rows[0].trial
     page.goto(f"{page.url.rpartition('/dashboard')[0]}/dashboard/studies/1/trials?numbers={best}")
     page.wait_for_selector("text=model-card.md")
     page.goto(f"{page.url.rpartition('/dashboard')[0]}/dashboard/studies/1/note")
@@ -269,8 +269,9 @@ def test_nothing_of_a_study_runs_in_the_optuna_dashboard_or_our_pages(
     file = tmp_path / "hostile.db"
     shutil.copy(study.store.removeprefix("sqlite:///"), file)
     evil = f"{IMAGE}</script>[x](javascript:alert(1))"
-    trial = {**study.trial(0), "reason": evil, "host": evil, "params": {evil: evil}}
-    note = json.dumps(trial_note({"name": evil, "overrides": []}, trial))
+    trial = replace(study.trial(0), reason=evil, host=evil, params={evil: evil})
+    with opened_store(study.store) as store:
+        note = json.dumps(trial_note(replace(store.study(study.name), name=evil, overrides=[]), trial))
     with sqlite3.connect(file) as database:
         database.execute("UPDATE studies SET study_name = ?", (evil,))
         database.execute("UPDATE trial_user_attributes SET value_json = ?", (json.dumps(evil),))

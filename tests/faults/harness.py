@@ -188,10 +188,10 @@ class Study:
     def _judge_rows(self, row: Row, seen: set[int]) -> None:
         opened = hpsearch.open_study("suffering", store=self.store)
         trials = opened.trials()
-        ended = [trial for trial in trials if trial["state"] not in ("running", "paused", "interrupted")]
+        ended = [trial for trial in trials if trial.state not in ("running", "paused", "interrupted")]
         row.lost = self.trials - len(ended)
-        if [trial["number"] for trial in trials] != list(range(self.trials)):
-            row.wrong.append(f"trials {[trial['number'] for trial in trials]} of {self.trials}")
+        if [trial.number for trial in trials] != list(range(self.trials)):
+            row.wrong.append(f"trials {[trial.number for trial in trials]} of {self.trials}")
         loaded = optuna.load_study(study_name="suffering", storage=self.store)
         if [trial.number for trial in loaded.trials] != list(range(self.trials)):
             row.wrong.append(f"Optuna has {len(loaded.trials)} rows of {self.trials}")
@@ -200,24 +200,22 @@ class Study:
             for trial in loaded.trials
             if not trial.state.is_finished()
         ]
-        row.wrong += [f"trial {number} trained and has no row" for number in seen - {t["number"] for t in trials}]
+        row.wrong += [f"trial {number} trained and has no row" for number in seen - {t.number for t in trials}]
         told = {(event["trial"], event["point"]["evaluation"]) for event in self.events() if event["event"] == "point"}
         kept = Counter(
-            (trial["number"], point["evaluation"])
-            for trial in trials
-            for point in opened.trial(trial["number"])["points"]
+            (trial.number, point.evaluation) for trial in trials for point in opened.trial(trial.number).points
         )
         if lost := told - set(kept):
             row.wrong.append(f"points that were acknowledged are gone: {sorted(lost)}")
         if any(count > 1 for count in kept.values()):
             row.wrong.append("points are doubled")
-        ranked = [trial for trial in trials if trial["state"] in ("completed", "overfit", "plateau")]
-        if ranked and not math.isclose(loaded.best_value, min(trial["best_valid_loss"] for trial in ranked)):
+        ranked = [trial for trial in trials if trial.state in ("completed", "overfit", "plateau")]
+        if ranked and not math.isclose(loaded.best_value, min(trial.best_valid_loss for trial in ranked)):
             row.wrong.append("Optuna's best is not ours")
         for trial in ranked:
-            whole = [epoch for number, epoch in kept if number == trial["number"]]
-            if trial["last_epoch"] == EPOCHS and sorted(whole) != list(range(1, EPOCHS + 1)):
-                row.wrong.append(f"the curve of trial {trial['number']} has gaps: {sorted(whole)}")
+            whole = [epoch for number, epoch in kept if number == trial.number]
+            if trial.last_epoch == EPOCHS and sorted(whole) != list(range(1, EPOCHS + 1)):
+                row.wrong.append(f"the curve of trial {trial.number} has gaps: {sorted(whole)}")
         row.wrong += [f"doctor: {finding.trial}: {finding.problem}" for finding in hpsearch.doctor(store=self.store)]
         for command in (["rank", "suffering"], ["show", "suffering", "0"]):
             done = subprocess.run(

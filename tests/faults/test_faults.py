@@ -27,7 +27,7 @@ long = pytest.mark.faults
 
 
 def states(study: Study) -> list[str]:
-    return [trial["state"] for trial in hpsearch.open_study("suffering", store=study.store).trials()]
+    return [trial.state for trial in hpsearch.open_study("suffering", store=study.store).trials()]
 
 
 def test_a_worker_is_killed(suffer: Suffer, survive: Survive) -> None:
@@ -39,7 +39,7 @@ def test_a_worker_is_killed(suffer: Suffer, survive: Survive) -> None:
     row = Row("SIGKILL of a worker", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 2, 1)
+    assert (trial.state, trial.attempt, trial.worker_deaths) == ("completed", 2, 1)
     said = f"trial {victim['trial']}: the trial's process was ended by SIGKILL; trying again from its checkpoint"
     assert said in [event.get("text") for event in study.events()]
     assert row.repeated <= 1
@@ -55,7 +55,7 @@ def test_a_worker_is_preempted(suffer: Suffer, survive: Survive) -> None:
     row = Row("SIGTERM of a worker", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["attempt"], trial["worker_deaths"]) == (2, 0), "a preemption is nobody's fault"
+    assert (trial.attempt, trial.worker_deaths) == (2, 0), "a preemption is nobody's fault"
     assert row.repeated == 0
 
 
@@ -72,7 +72,7 @@ def test_a_preemption_uses_up_no_retry(suffer: Suffer, survive: Survive) -> None
     row = Row("SIGTERM, then SIGKILL of a worker", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 3, 1)
+    assert (trial.state, trial.attempt, trial.worker_deaths) == ("completed", 3, 1)
 
 
 @long
@@ -85,7 +85,7 @@ def test_a_worker_is_frozen(suffer: Suffer, survive: Survive) -> None:
     row = Row("SIGSTOP of a worker for ever", seconds=watch.next_worker(launch, victim["trial"]))
     survive(study.judge(row, launch.wait(240)))
     trial = hpsearch.open_study("suffering", store=study.store).trial(victim["trial"])
-    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 2, 1)
+    assert (trial.state, trial.attempt, trial.worker_deaths) == ("completed", 2, 1)
     assert not psutil.pid_exists(victim["pid"])
     assert row.repeated <= 1
 
@@ -313,13 +313,13 @@ def test_memory_runs_out(suffer: Suffer, survive: Survive, fits: int) -> None:
     opened = hpsearch.open_study("suffering", store=study.store)
     trial = opened.trial(1)
     if fits:
-        assert (trial["state"], trial["micro_batch_size"]) == ("completed", 4)
+        assert (trial.state, trial.micro_batch_size) == ("completed", 4)
         said = [line["message"] for line in hpsearch.logs("suffering", 1, store=study.store)]
         assert "out of memory; continues in micro-batches of 4" in said
     else:
-        assert trial["state"] == "infeasible"
-        assert "micro-batch 1" in trial["reason"]
-        assert [row["trial"] for row in opened.board().rows] in ([0, 2], [2, 0])
+        assert trial.state == "infeasible"
+        assert "micro-batch 1" in trial.reason
+        assert [row.trial for row in opened.board().rows] in ([0, 2], [2, 0])
 
 
 @long
@@ -334,11 +334,11 @@ def test_a_worker_hangs(suffer: Suffer, survive: Survive, only_first: bool) -> N
     survive(study.judge(row, study.finish()))
     trial = hpsearch.open_study("suffering", store=study.store).trial(1)
     if only_first:
-        assert (trial["state"], trial["attempt"]) == ("completed", 2)
+        assert (trial.state, trial.attempt) == ("completed", 2)
     else:
-        assert (trial["state"], trial["attempt"]) == ("failed", 2)
-        assert "made no step for" in trial["reason"]
-        assert "sitecustomize.py" in trial["error"], "it says where it hung"
+        assert (trial.state, trial.attempt) == ("failed", 2)
+        assert "made no step for" in trial.reason
+        assert "sitecustomize.py" in trial.error, "it says where it hung"
 
 
 @long
@@ -357,7 +357,7 @@ def test_the_clock_jumps(suffer: Suffer, survive: Survive, tmp_path: Path, secon
     study.launches.reverse()
     survive(study.judge(row, first.wait(240)))
     assert row.repeated == 0
-    ends = [trial["ended_at"] for trial in hpsearch.open_study("suffering", store=study.store).trials()]
+    ends = [trial.ended_at for trial in hpsearch.open_study("suffering", store=study.store).trials()]
     assert any(abs((end - datetime.now(UTC)).total_seconds()) > 3000 for end in ends), "the clock was wrong"
 
 

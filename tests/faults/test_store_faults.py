@@ -78,7 +78,7 @@ def test_results_of_a_launch_whose_store_stayed_away_are_taken_up(suffer: Suffer
     assert row.repeated <= 1
     for name, result in results.items():
         trial = hpsearch.open_study("suffering", store=study.store).trial(int(name.split("-")[1]))
-        assert trial["best_valid_loss"] == json.loads(json.loads(result)["result"])["best_valid_loss"]
+        assert trial.best_valid_loss == json.loads(json.loads(result)["result"])["best_valid_loss"]
 
 
 def test_somebody_locks_the_lease(suffer: Suffer, survive: Survive, postgres_store: str) -> None:

@@ -51,38 +51,38 @@ def test_a_launch_leaves_notes_figures_and_artifacts_for_the_dashboard(
     there = Recorded(tmp_path)
     ranked = study.board().rows
     note = get_note(there.study)
-    assert f"| {ranked[0]['tie']} | {ranked[0]['trial']} | {ranked[0]['score']:.2f} |" in note
+    assert f"| {ranked[0].tie} | {ranked[0].trial} | {ranked[0].score:.2f} |" in note
     figures = {name: json.loads(content) for name, content in get_plotly_graph_objects(there.attributes).items()}
     assert set(figures) == {"hpsearch-curves", "hpsearch-leaderboard"}
-    best = study.trial(ranked[0]["trial"])
+    best = study.trial(ranked[0].trial)
     (curve,) = [
-        trace for trace in figures["hpsearch-curves"]["data"] if trace["name"].startswith(f"trial {best['number']} (")
+        trace for trace in figures["hpsearch-curves"]["data"] if trace["name"].startswith(f"trial {best.number} (")
     ]
-    assert curve["y"] == [point["valid_loss"] for point in best["points"]]
+    assert curve["y"] == [point.valid_loss for point in best.points]
     for trial in study.trials():
-        assert there.note(trial["number"]).startswith(f"**{trial['state']}**")
+        assert there.note(trial.number).startswith(f"**{trial.state}**")
 
-    kept = {row["trial"] for row in ranked[:2]}
+    kept = {row.trial for row in ranked[:2]}
     assert {number for number in range(4) if there.artifacts(number)} == kept
-    files = there.artifacts(best["number"])
+    files = there.artifacts(best.number)
     assert set(files) == {"model-card.md", "log.jsonl"}
     folder = tmp_path / "runs" / "artifacts"
     assert {file.name for file in folder.iterdir()} == {
         artifact for number in kept for artifact in there.artifacts(number).values()
     }
     card = FileSystemArtifactStore(folder).open_reader(files["model-card.md"]).read().decode()
-    assert f"Trial {best['number']} of tiny" in card
-    assert best["checkpoint"] in card.replace("\\", "")
+    assert f"Trial {best.number} of tiny" in card
+    assert best.checkpoint in card.replace("\\", "")
     assert b"ends as" in StudyArtifacts(f"sqlite:///{tmp_path}/studies.db").open_reader(files["log.jsonl"]).read()
 
     # The command of the note does what it says.
-    (command,) = re.findall(r"^hpsearch launch .*$", there.note(best["number"]), re.MULTILINE)
+    (command,) = re.findall(r"^hpsearch launch .*$", there.note(best.number), re.MULTILINE)
     words = shlex.split(command.replace("STUDY.yaml", "tiny.yaml"))
     again = hpsearch(*words[1:])
     assert again.returncode == 0, again.stderr
     repeated = package.open_study(words[words.index("--name") + 1], store=study.store)
-    assert repeated.board().rows[0]["score"] == ranked[0]["score"]
-    exported = hpsearch(*shlex.split(re.findall(r"^hpsearch export .*$", there.note(best["number"]), re.MULTILINE)[0])[1:],
+    assert repeated.board().rows[0].score == ranked[0].score
+    exported = hpsearch(*shlex.split(re.findall(r"^hpsearch export .*$", there.note(best.number), re.MULTILINE)[0])[1:],
                         "--store", study.store)  # fmt: skip
     assert exported.returncode == 0, exported.stderr
 

@@ -84,7 +84,7 @@ def test_a_study_of_an_earlier_version_goes_on_with_the_optimizer_that_it_was_be
             )
     second = package.launch(tiny, trials=2, extend=True)
     assert second.exit_code == 0
-    settings = [trial["settings"]["training"]["optimizer"] for trial in second.trials()]
+    settings = [trial.settings["training"]["optimizer"] for trial in second.trials()]
     assert settings == ["muon", "adamw"]
     assert first.store == second.store
 
@@ -108,7 +108,7 @@ def test_a_small_space_is_tried_through_once_and_the_study_says_so(tiny: Path) -
         listen=lambda event: notes.append(event.text) if event.kind == "note" else None,
     )  # fmt: skip
     assert study.exit_code == 0
-    assert sorted(trial["params"]["batch_size"] for trial in study.trials()) == [16, 32]
+    assert sorted(trial.params["batch_size"] for trial in study.trials()) == [16, 32]
     assert any(
         "every setting of the search space has been tried: the study ends after 2 trials" in note for note in notes
     )
@@ -150,7 +150,7 @@ def test_a_run_folder_that_is_away_for_a_while_costs_a_trial_nothing(
     study = package.launch(tiny, trials=3, listen=listen)
     assert study.exit_code == 0
     assert any("trying again from its checkpoint" in note for note in notes)
-    assert {trial["state"] for trial in study.trials()} <= {"completed", "overfit", "plateau", "unpromising"}
+    assert {trial.state for trial in study.trials()} <= {"completed", "overfit", "plateau", "unpromising"}
 
 
 def test_failed_trials_are_put_back_by_a_command(tiny: Path, tmp_path: Path, hpsearch: Run) -> None:
@@ -162,13 +162,13 @@ def test_failed_trials_are_put_back_by_a_command(tiny: Path, tmp_path: Path, hps
             away[0].rename(tmp_path / "away")
 
     study = package.launch(tiny, trials=2, overrides=["limits.retries=0"], listen=listen)
-    assert [trial["state"] for trial in study.trials()].count("failed") == 1
+    assert [trial.state for trial in study.trials()].count("failed") == 1
     (tmp_path / "away").rename(away[0])
     said = hpsearch("retry", "tiny", "--store", study.store)
     assert said.returncode == 0, said.stderr
     assert "put back: 1;" in said.stderr
     again = package.launch(tiny, trials=2, overrides=["limits.retries=0"])
-    assert "failed" not in {trial["state"] for trial in again.trials()}
+    assert "failed" not in {trial.state for trial in again.trials()}
     assert package.doctor(store=study.store) == []
     refused = hpsearch("retry", "tiny", "0", "--store", study.store)
     assert refused.returncode == 2
@@ -182,7 +182,7 @@ def test_a_loss_too_large_for_a_perplexity_is_a_divergence(tiny: Path) -> None:
     ]  # fmt: skip
     study = package.launch(tiny, trials=1, overrides=overrides)
     assert study.exit_code == 3
-    assert [trial["state"] for trial in study.trials()] == ["diverged"]
+    assert [trial.state for trial in study.trials()] == ["diverged"]
 
 
 def test_a_name_of_a_file_is_no_pattern(tmp_path: Path, hpsearch: Run) -> None:

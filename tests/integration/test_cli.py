@@ -281,16 +281,16 @@ def test_tables_hold_what_the_study_holds(launched: tuple[Path, subprocess.Compl
         }
     for tables in frames.values():
         trials = opened.trials()
-        assert tables["trials"]["trial"].tolist() == [trial["number"] for trial in trials]
+        assert tables["trials"]["trial"].tolist() == [trial.number for trial in trials]
         assert tables["trials"]["param_learning_rate"].tolist() == pytest.approx(
-            [trial["params"]["learning_rate"] for trial in trials]
+            [trial.params["learning_rate"] for trial in trials]
         )
-        points = [point for trial in trials for point in opened.trial(trial["number"])["points"]]
-        assert tables["curves"]["valid_loss"].tolist() == pytest.approx([point["valid_loss"] for point in points])
+        points = [point for trial in trials for point in opened.trial(trial.number).points]
+        assert tables["curves"]["valid_loss"].tolist() == pytest.approx([point.valid_loss for point in points])
         best = opened.best
         assert best is not None
         scores = tables["scores"].query("metric == 'perplexity'").set_index("trial")["value"]
-        assert scores[best["trial"]] == pytest.approx(best["score"])
+        assert scores[best.trial] == pytest.approx(best.score)
     assert read(folder, "export-data", "tiny", "-o", "tiny.yaml").returncode == 2
 
 
@@ -300,7 +300,7 @@ def test_watching_tells_how_each_trial_ended(launched: tuple[Path, subprocess.Co
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for trial in package.open_study("tiny", store=f"sqlite:///{folder}/hpsearch.db").trials():
-        assert any(line.startswith(f"trial {trial['number']} {trial['state']}") for line in lines)
+        assert any(line.startswith(f"trial {trial.number} {trial.state}") for line in lines)
     assert lines[-1] == "driver  none: it is finished"
     assert read(folder, "watch", "nope").returncode == 2
 

@@ -145,7 +145,7 @@ def study(tmp_path: Path) -> Path:
 
 def board(folder: Path, name: str = "tiny") -> list[tuple[Any, ...]]:
     opened = package.open_study(name, store=f"sqlite:///{folder}.db")
-    return [(row["trial"], row["score"], row["params"]) for row in opened.board().rows]
+    return [(row.trial, row.score, row.params) for row in opened.board().rows]
 
 
 def test_one_study_file_runs_everywhere_with_the_same_result(cluster: Cluster, study: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_job_is_listed_asked_after_and_stopped(cluster: Cluster, study: Path, 
     assert followed.returncode != 0
     assert "stopped by SIGTERM. To resume:" in followed.stdout
     opened = package.open_study("tiny", store=store)
-    assert [trial["state"] for trial in opened.trials()] == ["interrupted"]
+    assert [trial.state for trial in opened.trials()] == ["interrupted"]
     missing = cluster.run("logs", "nope")
     assert missing.returncode == 2
     assert "no job nope" in missing.stderr
@@ -243,7 +243,7 @@ def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tm
         process.wait()
         cluster.start("--address", cluster.address)
     trials = package.open_study("tiny", store=store).trials()
-    assert [(trial["number"], trial["state"]) for trial in trials] == [(n, "completed") for n in range(6)]
+    assert [(trial.number, trial.state) for trial in trials] == [(n, "completed") for n in range(6)]
     for number in victims:
         assert (trials[number]["attempt"], trials[number]["worker_deaths"]) == (2, 0), "no fault of the trial"
     assert package.doctor(store=store) == []
@@ -256,7 +256,7 @@ def test_trials_share_gpus_and_go_where_their_resources_are(cluster: Cluster, st
     done = cluster.run("launch", "study.yaml", "--store", store, "--address", cluster.address, resources, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 at a time, 1 CPU and 0.5 GPU each" in done.stderr, "as many as the CPUs beside the GPUs take"
-    seen = {trial["provenance"]["visible_gpus"] for trial in package.open_study("tiny", store=store).trials()}
+    seen = {trial.provenance["visible_gpus"] for trial in package.open_study("tiny", store=store).trials()}
     assert seen <= {"0", "1"}
     assert seen
     fast = "--set=resources={gpus_per_trial: 0, custom_per_trial: {fast: 1}}"
@@ -298,10 +298,10 @@ def test_a_trial_on_several_gpus_has_a_process_for_each(
             cluster.nodes.pop()
             cluster.wait_for(lambda: cluster.count() == 3)
     for one, several in zip(alone.trials(), together.trials(), strict=True):
-        assert several["state"] == one["state"] == "completed"
-        assert several["provenance"]["processes"] == 1 + nodes
+        assert several.state == one.state == "completed"
+        assert several.provenance["processes"] == 1 + nodes
         curves = [
-            [(point["train_loss"], point["valid_loss"]) for point in opened.trial(one["number"])["points"]]
+            [(point.train_loss, point.valid_loss) for point in opened.trial(one.number).points]
             for opened in (alone, together)
         ]
         assert curves[0] == [pytest.approx(point, abs=1e-4) for point in curves[1]]
@@ -329,7 +329,7 @@ def test_a_trial_that_loses_one_of_its_processes_goes_on(cluster: Cluster, study
     assert launched.returncode == 0, said
     assert "process 1 of 2 ended" in said
     (trial,) = package.open_study("loses", store=store).trials()
-    assert (trial["state"], trial["attempt"], trial["worker_deaths"]) == ("completed", 2, 1)
+    assert (trial.state, trial.attempt, trial.worker_deaths) == ("completed", 2, 1)
 
 
 @pytest.mark.parametrize(

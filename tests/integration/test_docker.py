@@ -276,7 +276,7 @@ def test_a_study_submitted_to_the_stack_is_in_its_store_and_its_dashboard(stack:
     opened = package.open_study("tiny", store=(stack.folder / "store_url").read_text())
     assert len(opened.board().rows) >= 1
     assert package.doctor(store=opened.store) == []
-    states = Counter(trial["state"] for trial in opened.trials())
+    states = Counter(trial.state for trial in opened.trials())
     stack.wait_for(lambda: _trials_in_metrics(stack.metrics[0]) == states)
     assert stack.is_healthy("dashboard")
     request = urllib.request.Request(

@@ -61,9 +61,9 @@ def exported(folder: Path, task: str, model: str, more: str = "") -> tuple[str, 
     )
     study = hpsearch.launch(folder / "study.yaml")
     trial = study.trial(0)
-    assert trial["error"] is None, trial["error"]
+    assert trial.error is None, trial.error
     target = export("s", output=folder / "export", store=study.store)
-    return str(target), trial["details"]
+    return str(target), trial.details
 
 
 def gpt(folder: Path) -> Path:

@@ -34,13 +34,13 @@ def launch(folder: Path, name: str, text: str, **options: Any) -> hpsearch.Study
     file.write_text(f"name: {name}\n{text}{WHERE}store: sqlite:///{folder}/store.db\nfolder: {folder}/runs\n")
     study = hpsearch.launch(file, **options)
     for trial in study.trials():
-        assert trial["error"] is None, trial["error"]
+        assert trial.error is None, trial.error
     return study
 
 
 def checkpoint(study: hpsearch.Study) -> Path:
     assert study.best is not None
-    return Path(study.best["checkpoint"])
+    return Path(study.best.checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_fine_tuning_beats_training_from_scratch(gpt: Path, tmp_path: Path) -> N
     alone = launch(tmp_path, "alone", f"{LANGUAGE_MODEL}tokenizer: {{vocab_size: 800}}\n{scratch}{RUN}")
     assert tuned.best is not None
     assert alone.best is not None
-    trained = [study.trials()[0]["settings"]["training"] for study in (tuned, alone)]
+    trained = [study.trials()[0].settings["training"] for study in (tuned, alone)]
     assert [run["optimizer"] for run in trained] == ["adamw", "muon"], "what AdamW has trained goes on with it"
     assert [run["weight_average"] for run in trained] == [0.0, 0.1]
     # The tokenizers differ, so only bits per byte compare; ranked together they are.
-    assert tuned.best["test_bits_per_byte"] < 0.9 * alone.best["test_bits_per_byte"]
+    assert tuned.best.test_bits_per_byte < 0.9 * alone.best.test_bits_per_byte
     board = tuned.board("alone")
-    assert (board.metric, [row["study"] for row in board.rows]) == ("bits_per_byte", ["tuned", "alone"])
-    assert board.rows[1]["tie"] == "2"
+    assert (board.metric, [row.study for row in board.rows]) == ("bits_per_byte", ["tuned", "alone"])
+    assert board.rows[1].tie == "2"
     again = AutoModelForCausalLM.from_pretrained(checkpoint(tuned))
     assert AutoTokenizer.from_pretrained(checkpoint(tuned)).vocab_size == again.config.vocab_size == 800
 
@@ -83,9 +83,9 @@ def test_a_search_over_layers_kept_frozen_and_adapted(gpt: Path, tmp_path: Path)
     rows = study.board().rows
     assert len(rows) == 4
     for row in rows:
-        folder = Path(row["checkpoint"])
+        folder = Path(row.checkpoint)
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.config.num_hidden_layers == row["params"]["num_layers"]
+        assert model.config.num_hidden_layers == row.params["num_layers"]
         after = load_file(folder / "model.safetensors")
         assert not any("lora" in name for name in after), "adapters are merged"
         frozen = [name for name in after if "wte" in name or "wpe" in name or ".h.0." in name]
@@ -94,7 +94,7 @@ def test_a_search_over_layers_kept_frozen_and_adapted(gpt: Path, tmp_path: Path)
         moved = [name for name in after if ".h.1." in name and name.endswith("c_fc.weight")]
         assert not any(torch.equal(before[name], after[name]) for name in moved)
         only_adapters = [name for name in after if ".h.1.ln_1" in name]
-        assert all(torch.equal(before[name], after[name]) == bool(row["params"]["lora_rank"]) for name in only_adapters)
+        assert all(torch.equal(before[name], after[name]) == bool(row.params["lora_rank"]) for name in only_adapters)
 
 
 def test_merged_adapters_compute_what_was_scored(gpt: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_merged_adapters_compute_what_was_scored(gpt: Path, tmp_path: Path) -> N
     )
     assert study.best is not None
     assert same.best is not None
-    assert same.best["test_perplexity"] == pytest.approx(study.best["test_perplexity"], rel=1e-4)
+    assert same.best.test_perplexity == pytest.approx(study.best.test_perplexity, rel=1e-4)
     assert same.board("adapted").metric == "perplexity", "one tokenizer"
 
 
@@ -118,7 +118,7 @@ def test_a_language_model_becomes_a_classifier_by_adapters(gpt: Path, tmp_path: 
     classifier = AutoModelForSequenceClassification.from_pretrained(checkpoint(study))
     assert len(classifier.config.id2label) == 13
     assert study.best is not None
-    assert study.best["test_f1"] > 0.04, "three times what the largest class alone gives"
+    assert study.best.test_f1 > 0.04, "three times what the largest class alone gives"
 
 
 def test_an_encoder_that_models_language_cannot_look_ahead(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_an_encoder_decoder_is_fine_tuned_from_its_own_folder(tmp_path: Path, ar
     )
     config = json.loads((checkpoint(tuned) / "config.json").read_text())
     assert config["encoder_layers" if architecture == "marian" else "num_layers"] == 1
-    assert tuned.trial(0)["details"]["samples"]
+    assert tuned.trial(0).details["samples"]
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_weights_of_another_model_are_not_filled_up_at_random(gpt: Path, tmp_pat
     )
     study = hpsearch.launch(file)
     (trial,) = study.trials()
-    assert trial["state"] == "failed"
-    assert "lacks weights of a gpt2 for this task: transformer.h.3" in trial["reason"]
+    assert trial.state == "failed"
+    assert "lacks weights of a gpt2 for this task: transformer.h.3" in trial.reason
 
 
 def test_the_study_file_names_what_a_pretrained_model_decides(gpt: Path, tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_a_real_pretrained_encoder_beats_its_architecture_from_scratch(tmp_path:
     fresh = "model: {architecture: bert, hidden_size: 384, num_heads: 12, num_layers: 6, context_length: 64, dropout: 0.1}\n"
     alone = launch(tmp_path, "alone", f"{data}tokenizer: {{vocab_size: 8000}}\n{fresh}{run}")
     adapted = launch(tmp_path, "adapted", f"{data}model: {{{start}, lora_rank: 8}}\n{run.replace('3e-4', '3e-3')}")
-    scores = {study.name: study.best["test_f1"] for study in (tuned, alone, adapted) if study.best is not None}
+    scores = {study.name: study.best.test_f1 for study in (tuned, alone, adapted) if study.best is not None}
     print(scores)
     assert scores["tuned"] > scores["alone"] + 0.1
     assert scores["adapted"] > scores["alone"]
     board = tuned.board("alone", "adapted")
-    assert [row["tie"] for row in board.rows if row["study"] == "alone"] == ["3"]
+    assert [row.tie for row in board.rows if row.study == "alone"] == ["3"]

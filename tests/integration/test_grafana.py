@@ -65,7 +65,7 @@ def test_the_panels_say_what_the_store_says(store: str) -> None:
         (query,) = asked(PANELS["study: Best test score"], "rawSql")
         row = connection.exec_driver_sql(query.replace("${study:sqlstring}", "'it.s'")).mappings().one()
         assert opened.best is not None
-        assert row["score"] == opened.best["score"]
+        assert row["score"] == opened.best.score
         (query,) = asked(PANELS["studies: Studies"], "rawSql")
         row = connection.exec_driver_sql(query).mappings().one()
         assert (row["study"], row["trials ended"], row["of"], row["driver"]) == ("it.s", 2, 2, None)

@@ -106,15 +106,15 @@ def test_files_of_nobody_are_removed_and_a_lost_checkpoint_is_told(broken: Path)
 
 def test_only_the_best_checkpoints_stay_as_the_study_runs(tiny: Path) -> None:
     study = hpsearch.launch(tiny, overrides=["limits.keep_checkpoints=2"])
-    assert kept(study) == [row["trial"] for row in study.board().rows[:2]]
+    assert kept(study) == [row.trial for row in study.board().rows[:2]]
     folders = sorted(Path(study.store.removeprefix("sqlite:///")).parent.glob("runs/tiny-*/trial-*"))
     assert len(folders) == 2
     (garbage,) = hpsearch.gc("tiny", keep=1, dry_run=True, store=study.store)
     assert garbage.folder in folders
     assert garbage.size > 1000
-    assert kept(study) == [row["trial"] for row in study.board().rows[:2]], "a dry run removes nothing"
+    assert kept(study) == [row.trial for row in study.board().rows[:2]], "a dry run removes nothing"
     hpsearch.gc("tiny", keep=1, store=study.store)
-    assert kept(study) == [study.board().rows[0]["trial"]]
+    assert kept(study) == [study.board().rows[0].trial]
     assert hpsearch.doctor(store=study.store) == []
 
 
@@ -133,4 +133,4 @@ def test_the_next_launch_ends_a_removal_that_was_cut_short(tiny: Path) -> None:
 
 
 def kept(study: Study) -> list[int]:
-    return [row["trial"] for row in study.board().rows if row["checkpoint"]]
+    return [row.trial for row in study.board().rows if row.checkpoint]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def checkpoints(study: hpsearch.Study) -> dict[int, str]:
-    return {trial["number"]: trial["checkpoint"] for trial in study.trials() if trial["checkpoint"]}
+    return {trial.number: trial.checkpoint for trial in study.trials() if trial.checkpoint}
 
 
 def test_studies_of_one_name_in_two_stores_share_no_files_even_when_they_begin_in_the_same_second(

@@ -78,15 +78,15 @@ def change_contracts(store: Path, trial: int, **changes: Any) -> None:
 
 def test_the_leaderboard_says_who_cannot_be_told_from_the_winner(searched: hpsearch.Study, tmp_path: Path) -> None:
     rows = searched.board().rows
-    assert [row["test_rank"] for row in rows] == [1, 2, 3, 4]
-    assert rows[0]["tie"] == "1"
-    assert rows[0]["p_value"] == 1
+    assert [row.test_rank for row in rows] == [1, 2, 3, 4]
+    assert rows[0].tie == "1"
+    assert rows[0].p_value == 1
     for row in rows[1:]:
-        assert row["tie"] == ("1=" if row["p_value"] > 0.05 else str(row["test_rank"]))
+        assert row.tie == ("1=" if row.p_value > 0.05 else str(row.test_rank))
     # Make the second trial answer as the winner did, document by document, but for a hair.
     store = Store(f"sqlite:///{tmp_path}/studies.db")
-    ids = {row["number"]: row["id"] for row in searched.trials()}
-    winner, second = (ids[row["trial"]] for row in rows[:2])
+    ids = {row.number: row.id for row in searched.trials()}
+    winner, second = (ids[row.trial] for row in rows[:2])
     answers = statistics.unpack(store.examples([winner])[winner])
     nats = answers["nats"].copy()
     nats[::2] *= 1.001
@@ -97,30 +97,30 @@ def test_the_leaderboard_says_who_cannot_be_told_from_the_winner(searched: hpsea
         )
         connection.execute(
             sa.text("UPDATE hpsearch_scores SET value = :value WHERE trial_id = :id AND metric = 'perplexity'"),
-            {"value": rows[0]["score"] * 1.00001, "id": second},
+            {"value": rows[0].score * 1.00001, "id": second},
         )
     store.close()
-    assert [row["tie"] for row in searched.board().rows][:2] == ["1", "1="]
+    assert [row.tie for row in searched.board().rows][:2] == ["1", "1="]
 
 
 def test_compare_tests_two_trials_on_the_same_documents(searched: hpsearch.Study, hpsearch: Run) -> None:
     rows = searched.board().rows
     best, worst = rows[0], rows[-1]
-    found = searched.compare(best["trial"], worst["trial"])
-    metrics = {entry["metric"]: entry for entry in found["metrics"]}
+    found = searched.compare(best.trial, worst.trial)
+    metrics = {entry.metric: entry for entry in found.metrics}
     assert set(metrics) == {"perplexity", "bits_per_byte"}
     entry = metrics["perplexity"]
-    assert entry["scores"] == [best["score"], worst["score"]]
-    assert entry["low"] <= entry["difference"] <= entry["high"]
-    assert (entry["p_value"] <= 0.05) == (entry["better"] == best["trial"])
-    swapped = searched.compare(worst["trial"], best["trial"])["metrics"][0]
-    assert swapped["difference"] == -entry["difference"]
-    assert swapped["better"] == entry["better"]
-    itself = searched.compare(best["trial"], best["trial"])["metrics"][0]
-    assert (itself["difference"], itself["p_value"], itself["better"]) == (0, 1, None)
-    printed = hpsearch("compare", "tiny", str(best["trial"]), str(worst["trial"]), "--store", searched.store)
+    assert entry.scores == [best.score, worst.score]
+    assert entry.low <= entry.difference <= entry.high
+    assert (entry.p_value <= 0.05) == (entry.better == best.trial)
+    swapped = searched.compare(worst.trial, best.trial).metrics[0]
+    assert swapped.difference == -entry.difference
+    assert swapped.better == entry.better
+    itself = searched.compare(best.trial, best.trial).metrics[0]
+    assert (itself.difference, itself.p_value, itself.better) == (0, 1, None)
+    printed = hpsearch("compare", "tiny", str(best.trial), str(worst.trial), "--store", searched.store)
     assert printed.returncode == 0
-    assert f"trial {best['trial']}" in printed.stdout
+    assert f"trial {best.trial}" in printed.stdout
     missing = hpsearch("compare", "tiny", "0", "9", "--store", searched.store)
     assert missing.returncode == 2
     assert "has no trial 9; it has trials 0 to 3" in missing.stderr
@@ -133,7 +133,7 @@ def test_scores_that_do_not_compare_are_not_ranked_together(
     board = searched.board()
     assert board.metric == "bits_per_byte"
     assert "tokenizers differ" in (board.note or "")
-    assert [row["score"] for row in board.rows] == sorted(row["test_bits_per_byte"] for row in board.rows)
+    assert [row.score for row in board.rows] == sorted(row.test_bits_per_byte for row in board.rows)
     change_contracts(tmp_path / "studies.db", 1, context_length=99)
     refused = hpsearch("rank", "tiny", "--store", searched.store)
     assert refused.returncode == 2
@@ -150,9 +150,9 @@ def test_studies_are_ranked_together(searched: hpsearch.Study, tiny: Path, hpsea
     package.launch(tiny, name="other", trials=1)
     board = searched.board("other")
     # The first trial of a study of the same seed is the same run, so two scores are equal.
-    assert len({row["test_rank"] for row in board.rows}) == 4
-    assert [row["score"] for row in board.rows] == sorted(row["score"] for row in board.rows)
-    assert {row["study"] for row in board.rows} == {"tiny", "other"}
+    assert len({row.test_rank for row in board.rows}) == 4
+    assert [row.score for row in board.rows] == sorted(row.score for row in board.rows)
+    assert {row.study for row in board.rows} == {"tiny", "other"}
     printed = hpsearch("rank", "tiny", "other", "--store", searched.store)
     assert "other" in printed.stdout
     package.launch(study_file(tiny.parent, CLASSIFIER), trials=1, store=searched.store)
@@ -166,23 +166,23 @@ def test_finals_run_the_best_settings_again_and_tell_luck_from_merit(
     before = searched.board()
     done = finals("tiny", top=2, seeds=3, store=searched.store)
     assert done.exit_code == 0
-    repeats = [row for row in done.trials() if row["repeat_of"] is not None]
-    assert [row["number"] for row in repeats] == list(range(4, 10))
-    assert {row["repeat_of"] for row in repeats} == {row["trial"] for row in before.rows[:2]}
-    assert {row["seed"] for row in repeats} == {1, 2, 3}
+    repeats = [row for row in done.trials() if row.repeat_of is not None]
+    assert [row.number for row in repeats] == list(range(4, 10))
+    assert {row.repeat_of for row in repeats} == {row.trial for row in before.rows[:2]}
+    assert {row.seed for row in repeats} == {1, 2, 3}
     board = done.board()
-    assert [row["trial"] for row in board.rows] == [row["trial"] for row in before.rows], "repeats are no new entries"
+    assert [row.trial for row in board.rows] == [row.trial for row in before.rows], "repeats are no new entries"
     assert board.states == before.states
-    assert [entry["mean"] for entry in board.finals] == sorted(entry["mean"] for entry in board.finals)
+    assert [entry.mean for entry in board.finals] == sorted(entry.mean for entry in board.finals)
     for entry in board.finals:
-        values = [done.trial(number)["scores"][0]["value"] for number in entry["repeats"]]
-        assert entry["mean"] == pytest.approx(sum(values) / 3)
+        values = [done.trial(number).scores[0].value for number in entry.repeats]
+        assert entry.mean == pytest.approx(sum(values) / 3)
         assert len(set(values)) == 3, "the seeds differ"
-        assert entry["sank"] == pytest.approx(entry["mean"] - entry["chosen_score"])
+        assert entry.sank == pytest.approx(entry.mean - entry.chosen_score)
     view = "SELECT trial, seeds, mean_score FROM hpsearch_finals ORDER BY mean_score"
     with sqlite3.connect(tmp_path / "studies.db") as plain:
         rows = plain.execute(view).fetchall()
-    assert rows == [(entry["trial"], 3, pytest.approx(entry["mean"])) for entry in board.finals]
+    assert rows == [(entry.trial, 3, pytest.approx(entry.mean)) for entry in board.finals]
     # Nothing is run twice; the printed leaderboard shows them; the search goes on as if they had not been.
     again = hpsearch("finals", "tiny", "--top", "2", "--store", searched.store)
     assert again.returncode == 0
@@ -191,7 +191,7 @@ def test_finals_run_the_best_settings_again_and_tell_luck_from_merit(
     assert len(done.trials()) == 10
     loaded = optuna.load_study(study_name="tiny", storage=searched.store)
     assert len(loaded.trials) == 10
-    assert loaded.trials[4].user_attrs["repeats trial"] == repeats[0]["repeat_of"]
+    assert loaded.trials[4].user_attrs["repeats trial"] == repeats[0].repeat_of
 
 
 def test_a_study_goes_on_after_its_finals(searched: hpsearch.Study, tiny: Path) -> None:
@@ -200,8 +200,8 @@ def test_a_study_goes_on_after_its_finals(searched: hpsearch.Study, tiny: Path) 
     finals("tiny", top=1, seeds=1, store=searched.store)
     longer = package.launch(tiny, trials=6, extend=True, overrides=["prune.unpromising=none", "prune.overfit=false"])
     rows = longer.trials()
-    assert [row["number"] for row in rows] == list(range(7))
-    assert [row["repeat_of"] is not None for row in rows] == [False] * 4 + [True] + [False] * 2
+    assert [row.number for row in rows] == list(range(7))
+    assert [row.repeat_of is not None for row in rows] == [False] * 4 + [True] + [False] * 2
 
 
 def stop_at_the_first_point(event: Any) -> None:
@@ -213,11 +213,11 @@ def stop_at_the_first_point(event: Any) -> None:
 
 def test_finals_that_were_stopped_go_on_where_they_were(searched: hpsearch.Study, tiny: Path) -> None:
     finals("tiny", top=1, seeds=1, store=searched.store, listen=stop_at_the_first_point)
-    assert [row["state"] for row in searched.trials()][4:] == ["interrupted"]
+    assert [row.state for row in searched.trials()][4:] == ["interrupted"]
     done = finals("tiny", top=1, seeds=1, store=searched.store)
     rows = done.trials()[4:]
-    assert [(row["number"], row["state"], row["seed"], row["attempt"]) for row in rows] == [(4, "completed", 1, 2)]
-    assert done.board().finals[0]["seeds"] == 1
+    assert [(row.number, row.state, row.seed, row.attempt) for row in rows] == [(4, "completed", 1, 2)]
+    assert done.board().finals[0].seeds == 1
 
 
 def test_a_search_leaves_stopped_finals_alone(searched: hpsearch.Study, tiny: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_search_leaves_stopped_finals_alone(searched: hpsearch.Study, tiny: Pa
     finals("tiny", top=1, seeds=1, store=searched.store, listen=stop_at_the_first_point)
     unpruned = ["prune.unpromising=none", "prune.overfit=false"]
     longer = package.launch(tiny, trials=5, extend=True, overrides=unpruned)
-    assert [(row["repeat_of"] is not None, row["state"]) for row in longer.trials()][4:] == [
+    assert [(row.repeat_of is not None, row.state) for row in longer.trials()][4:] == [
         (True, "interrupted"),
         (False, "completed"),
     ]
@@ -242,17 +242,17 @@ def test_f1_of_the_validation_split_as_the_objective(tmp_path: Path) -> None:
     study = hpsearch.launch(study_file(tmp_path, CLASSIFIER))
     loaded = optuna.load_study(study_name="areas", storage=study.store)
     assert loaded.direction.name == "MAXIMIZE"
-    rows = {row["number"]: row for row in study.trials()}
+    rows = {row.number: row for row in study.trials()}
     for trial in loaded.trials:
         if trial.state.name == "COMPLETE":
-            assert trial.value == rows[trial.number]["best_valid_score"]
-            points = study.trial(trial.number)["points"]
-            taken = [point["valid_score"] for point in points]
-            assert [score is not None for score in taken] == [point["epoch"] % 1 == 0 for point in points]
+            assert trial.value == rows[trial.number].best_valid_score
+            points = study.trial(trial.number).points
+            taken = [point.valid_score for point in points]
+            assert [score is not None for score in taken] == [point.epoch % 1 == 0 for point in points]
             assert trial.value == max(score for score in taken if score is not None)
     board = study.board()
     assert board.validation_choice is not None
-    assert board.validation_choice["valid_score"] == max(row["valid_score"] for row in board.rows)
+    assert board.validation_choice.valid_score == max(row.valid_score for row in board.rows)
 
 
 def test_translation_runs_on_ray_and_its_answers_are_kept(tmp_path: Path, hpsearch: Run) -> None:
@@ -265,15 +265,15 @@ def test_translation_runs_on_ray_and_its_answers_are_kept(tmp_path: Path, hpsear
     study = package.open_study("messages", store=f"sqlite:///{tmp_path}/studies.db")
     rows = study.board().rows
     assert len(rows) == 2
-    assert [row["test_bleu"] for row in rows] == sorted((row["test_bleu"] for row in rows), reverse=True)
-    assert all(0 < row["p_value"] <= 1 for row in rows)
-    assert [entry["metric"] for entry in study.compare(0, 1)["metrics"]] == ["bleu"]
+    assert [row.test_bleu for row in rows] == sorted((row.test_bleu for row in rows), reverse=True)
+    assert all(0 < row.p_value <= 1 for row in rows)
+    assert [entry.metric for entry in study.compare(0, 1).metrics] == ["bleu"]
     shown = hpsearch("show", "messages", "0", "--store", study.store)
     assert "reference" in shown.stdout
     scored = package.launch(file, name="by-bleu", overrides=["objective=bleu"], trials=1, backend="inline")
     (trial,) = scored.trials()
-    points = scored.trial(0)["points"]
-    assert trial["best_valid_score"] == max(point["valid_score"] for point in points)
+    points = scored.trial(0).points
+    assert trial.best_valid_score == max(point.valid_score for point in points)
 
 
 def test_classification_runs_on_ray(tmp_path: Path, hpsearch: Run) -> None:

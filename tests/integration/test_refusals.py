@@ -35,10 +35,10 @@ def test_an_end_that_the_store_refuses_fails_its_trial(
         tiny, store=store_url, overrides=options, listen=lambda event: notes.append(getattr(event, "text", ""))
     )
     assert study.exit_code == 0
-    assert [trial["state"] for trial in study.trials()] == ["completed", "failed", "completed", "completed"]
+    assert [trial.state for trial in study.trials()] == ["completed", "failed", "completed", "completed"]
     failed = study.trial(1)
-    assert "cannot be used" in failed["reason"]
-    assert len(failed["points"]) >= 2, "what it learned stays"
+    assert "cannot be used" in failed.reason
+    assert len(failed.points) >= 2, "what it learned stays"
     assert any(note.startswith("trial 1 failed: the store") for note in notes)
     states = [trial.state.name for trial in optuna.load_study(study_name="tiny", storage=store_url).trials]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -58,6 +58,6 @@ def test_text_with_characters_that_are_none_is_classified(tmp_path: Path, store_
     file.write_text(f"{text}folder: {tmp_path}/runs\n")
     study = hpsearch.launch(file, store=store_url)
     assert study.exit_code == 0
-    details = json.dumps(study.trial(0)["details"])
+    details = json.dumps(study.trial(0).details)
     assert "\\ufffd" in details
     assert "\\u0000" not in details

@@ -71,20 +71,20 @@ def test_a_study_stopped_by_a_signal_has_a_winner_which_the_next_launch_trains_o
     assert stopped.exit_code == EXIT_CODES[number]
     board = stopped.board()
     assert board.best is not None
-    assert board.best["state"] in ("paused", "interrupted")
-    assert board.best["score_low"] < board.best["score"] < board.best["score_high"]
-    row = stopped.trial(board.best["trial"])
-    assert row["best_valid_loss"] == min(point["valid_loss"] for point in row["points"])
+    assert board.best.state in ("paused", "interrupted")
+    assert board.best.score_low < board.best.score < board.best.score_high
+    row = stopped.trial(board.best.trial)
+    assert row.best_valid_loss == min(point.valid_loss for point in row.points)
     assert any("stopped early" in note for note in wording.leaderboard_notes(board))
     assert hpsearch.doctor(store=stopped.store) == []
     model = api.export("tiny", output=tmp_path / "model", store=stopped.store)
     assert (model / "model.safetensors").is_file()
     resumed = hpsearch.launch(tiny, overrides=PAUSING, trials=3)
     assert resumed.exit_code == 0
-    assert {trial["state"] for trial in resumed.trials()} <= {"completed", "unpromising"}
+    assert {trial.state for trial in resumed.trials()} <= {"completed", "unpromising"}
     # What was scored when it was stopped has its last word now, or none if it was never promoted.
-    with_scores = {trial["number"] for trial in resumed.trials() if resumed.trial(trial["number"])["scores"]}
-    assert with_scores == {row["trial"] for row in resumed.board().rows}
+    with_scores = {trial.number for trial in resumed.trials() if resumed.trial(trial.number).scores}
+    assert with_scores == {row.trial for row in resumed.board().rows}
     assert hpsearch.doctor(store=resumed.store) == []
 
 
@@ -104,11 +104,11 @@ def test_a_time_budget_ends_with_the_best_brought_to_their_ends_and_the_rest_sco
     assert study.stop_reason == "the budget of 0.3 minutes is used up"
     rows = study.board().rows
     assert any("goes to the leading trials" in note for note in notes)
-    brought = [row for row in rows if "brought to its end" in row["reason"]]
-    assert {row["state"] for row in brought} == {"completed"}
-    assert brought[0]["last_epoch"] < 300
-    curve = study.trial(brought[0]["trial"])["points"]
-    assert curve[-1]["learning_rate"] < 0.5 * max(point["learning_rate"] for point in curve)
+    brought = [row for row in rows if "brought to its end" in row.reason]
+    assert {row.state for row in brought} == {"completed"}
+    assert brought[0].last_epoch < 300
+    curve = study.trial(brought[0].trial).points
+    assert curve[-1].learning_rate < 0.5 * max(point.learning_rate for point in curve)
 
 
 def test_a_running_study_has_a_best_so_far_that_can_be_exported(tiny: Path, tmp_path: Path, hpsearch: Run) -> None:
@@ -137,8 +137,8 @@ def test_a_signal_to_all_processes_of_a_launch_ends_it_within_its_grace(tmp_path
     assert process.wait(120) == 143  # Ray itself ends a process whose head died after a minute, with 1
     store = Store(study.store)
     (row,) = store.studies()
-    assert row["lease"]["beat"] == -1
-    assert "running" not in row["states"]
+    assert row.lease.beat == -1
+    assert "running" not in row.states
     assert study.finish() == 0
 
 
@@ -186,7 +186,7 @@ def test_two_hundred_studies_stopped_at_random_moments_have_a_winner_each(tmp_pa
         code = _launch_and_stop(folder / "tiny.yaml", how, moment)
         store = Store(url) if (folder / "studies.db").exists() and Store.preflight(url) == "current" else None
         row = store.find_study("tiny") if store else None
-        points = store.study_points(row["id"]) if store and row else {}
+        points = store.study_points(row.id) if store and row else {}
         if not points:
             continue
         evaluated += 1

@@ -48,16 +48,16 @@ def test_a_study_file_becomes_a_ranked_record(tiny: Path, tmp_path: Path) -> Non
     board = study.leaderboard()
     assert list(board["test_perplexity"]) == sorted(board["test_perplexity"])
     assert study.best is not None
-    assert study.best["test_perplexity"] == board["test_perplexity"].min()
+    assert study.best.test_perplexity == board["test_perplexity"].min()
     assert set(board["state"]) <= {"completed", "overfit", "plateau"}
     assert (board["score_low"] < board["score"]).all()
     assert (board["score"] < board["score_high"]).all()
     assert {"param_learning_rate", "param_batch_size", "param_num_epochs"} <= set(board.columns)
-    trial = study.trial(int(study.best["trial"]))
-    assert len(trial["points"]) >= 2
-    assert trial["best_valid_loss"] == min(point["valid_loss"] for point in trial["points"])
-    assert {score["metric"] for score in trial["scores"]} == {"perplexity", "bits_per_byte"}
-    assert (Path(trial["checkpoint"]) / "model.safetensors").is_file()
+    trial = study.trial(int(study.best.trial))
+    assert len(trial.points) >= 2
+    assert trial.best_valid_loss == min(point.valid_loss for point in trial.points)
+    assert {score.metric for score in trial.scores} == {"perplexity", "bits_per_byte"}
+    assert (Path(trial.checkpoint) / "model.safetensors").is_file()
     assert len(study.trials()) == 4
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["runs", "studies.db", "tiny.yaml"], "no litter"
 
@@ -68,7 +68,7 @@ def test_optuna_alone_reads_what_happened(tiny: Path, tmp_path: Path) -> None:
     )
     loaded = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path}/studies.db")
     ours = study.trials()
-    assert [trial.number for trial in loaded.trials] == [row["number"] for row in ours]
+    assert [trial.number for trial in loaded.trials] == [row.number for row in ours]
     table = {
         "completed": "COMPLETE",
         "overfit": "COMPLETE",
@@ -77,29 +77,29 @@ def test_optuna_alone_reads_what_happened(tiny: Path, tmp_path: Path) -> None:
         "diverged": "PRUNED",
     }
     for trial, row in zip(loaded.trials, ours, strict=True):
-        assert trial.state.name == table[row["state"]]
-        assert trial.params == row["params"]
-        points = study.trial(row["number"])["points"]
-        assert list(trial.intermediate_values) == [point["evaluation"] for point in points], "every evaluation is there"
+        assert trial.state.name == table[row.state]
+        assert trial.params == row.params
+        points = study.trial(row.number).points
+        assert list(trial.intermediate_values) == [point.evaluation for point in points], "every evaluation is there"
         if trial.state.name == "COMPLETE":
-            assert trial.value == row["best_valid_loss"]
-    ranked = [row for row in ours if row["state"] in ("completed", "overfit", "plateau")]
-    assert loaded.best_value == min(row["best_valid_loss"] for row in ranked)
-    assert any(row["state"] == "unpromising" for row in ours)
+            assert trial.value == row.best_valid_loss
+    ranked = [row for row in ours if row.state in ("completed", "overfit", "plateau")]
+    assert loaded.best_value == min(row.best_valid_loss for row in ranked)
+    assert any(row.state == "unpromising" for row in ours)
 
 
 def test_runs_that_overfit_are_pruned_scored_and_ranked(tiny: Path) -> None:
     study = hpsearch.launch(tiny, trials=2, overrides=OVERFIT)
     rows = study.trials()
-    assert {row["state"] for row in rows} == {"overfit"}
+    assert {row.state for row in rows} == {"overfit"}
     for row in rows:
-        trial = study.trial(row["number"])
-        assert trial["best_epoch"] < trial["last_epoch"] < 30
-        last = trial["decisions"][-1]
-        assert (last["verdict"], last["action"]) == ("overfitting", "stop")
-        assert last["evidence"]["best_evaluation"] == trial["best_evaluation"]
-        assert last["evidence"]["valid_trend_z"] > 1.96 or last["evidence"]["since_best"] >= 7
-        assert last["evidence"]["train_trend_z"] < -1.96
+        trial = study.trial(row.number)
+        assert trial.best_epoch < trial.last_epoch < 30
+        last = trial.decisions[-1]
+        assert (last.verdict, last.action) == ("overfitting", "stop")
+        assert last.evidence["best_evaluation"] == trial.best_evaluation
+        assert last.evidence["valid_trend_z"] > 1.96 or last.evidence["since_best"] >= 7
+        assert last.evidence["train_trend_z"] < -1.96
     assert len(study.leaderboard()) == 2
 
 
@@ -169,7 +169,7 @@ def test_ray_runs_trials_side_by_side_and_leaves_no_litter(
     study = hpsearch.launch(tiny, backend="ray", trials=5, listen=listen, overrides=["resources.parallel=2"])
     assert study.exit_code == 0
     assert max(at_once) == 2
-    assert {row["state"] for row in study.trials()} <= {"completed", "overfit", "plateau"}
+    assert {row.state for row in study.trials()} <= {"completed", "overfit", "plateau"}
     assert not [path for path in short_folder.iterdir() if path.name.startswith(("hps-", "ray"))]
     assert not [path for path in home.rglob("*") if path.is_file() and "ray" in str(path).lower()]
 
@@ -197,7 +197,7 @@ def test_models_are_tried_before_a_launch_once_and_bad_ones_each_time(
         with pytest.raises(UsageError, match="of these sizes cannot be built"):
             hpsearch.launch(tiny, name="bad", trials=1, overrides=["model.config={n_head: 7}"])
         assert len(tried) == 1, "what could not be built is tried again"
-    assert "bad" not in [row["name"] for row in hpsearch.studies(store=f"sqlite:///{tmp_path}/studies.db")]
+    assert "bad" not in [row.name for row in hpsearch.studies(store=f"sqlite:///{tmp_path}/studies.db")]
 
 
 @pytest.mark.nightly
@@ -214,7 +214,7 @@ def test_trials_are_packed_on_a_gpu_once_their_memory_is_known(short_folder: Pat
     running: set[int] = set()
     together = []
     batches = {
-        trial["number"]: trial["params"]["batch_size"]
+        trial.number: trial.params["batch_size"]
         for trial in hpsearch.open_study("suffering", store=study.store).trials()
     }
     for epoch in study.epochs():
@@ -235,10 +235,10 @@ def test_the_same_study_on_postgresql(tiny: Path, postgres_store: str) -> None:
     assert study.exit_code == 0
     assert len(study.leaderboard()) == 4
     loaded = optuna.load_study(study_name="tiny", storage=postgres_store)
-    assert loaded.best_value == min(row["best_valid_loss"] for row in study.trials())
+    assert loaded.best_value == min(row.best_valid_loss for row in study.trials())
     sqlite = hpsearch.launch(tiny)
-    assert [row["params"] for row in sqlite.trials()] == [row["params"] for row in study.trials()]
-    assert [row["best_valid_loss"] for row in sqlite.trials()] == [row["best_valid_loss"] for row in study.trials()]
+    assert [row.params for row in sqlite.trials()] == [row.params for row in study.trials()]
+    assert [row.best_valid_loss for row in sqlite.trials()] == [row.best_valid_loss for row in study.trials()]
 
 
 def test_a_finished_study_launched_again_does_nothing(tiny: Path) -> None:
@@ -278,14 +278,14 @@ def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: st
     assert study.stop_reason is not None
     assert "0.05 minutes" in study.stop_reason
     stopped = study.trials()
-    assert not [row for row in stopped if row["state"] == "running"]
-    (interrupted,) = [row for row in stopped if row["state"] == "interrupted"]
+    assert not [row for row in stopped if row.state == "running"]
+    (interrupted,) = [row for row in stopped if row.state == "interrupted"]
     study = hpsearch.launch(tiny, backend=backend, overrides=["search.num_epochs=9"], trials=3)
     rows = study.trials()
-    assert [row["number"] for row in rows] == [0, 1, 2], "an interrupted trial goes on under its number"
-    assert {row["state"] for row in rows} <= {"completed", "overfit", "plateau", "unpromising"}
-    again = rows[interrupted["number"]]
-    assert (again["params"], again["attempt"]) == (interrupted["params"], interrupted["attempt"] + 1)
+    assert [row.number for row in rows] == [0, 1, 2], "an interrupted trial goes on under its number"
+    assert {row.state for row in rows} <= {"completed", "overfit", "plateau", "unpromising"}
+    again = rows[interrupted.number]
+    assert (again.params, again.attempt) == (interrupted.params, interrupted.attempt + 1)
 
 
 def test_slots_are_filled_without_waiting_for_a_worker_to_come_up(tiny: Path) -> None:
@@ -304,10 +304,10 @@ def test_a_trial_that_raises_fails_alone_on_ray(tiny: Path) -> None:
     # A width that no number of heads divides cannot be built; the other trials go on.
     study = hpsearch.launch(tiny, backend="ray", overrides=["search.config.n_head=[2, 3]", "sampler=random"], trials=4)
     rows = study.trials()
-    assert {row["state"] for row in rows} == {"completed", "failed"}
-    failed = next(row for row in rows if row["state"] == "failed")
-    assert "Traceback" in failed["error"]
-    assert study.exit_code == 0 if sum(row["state"] == "failed" for row in rows) <= 2 else 3
+    assert {row.state for row in rows} == {"completed", "failed"}
+    failed = next(row for row in rows if row.state == "failed")
+    assert "Traceback" in failed.error
+    assert study.exit_code == 0 if sum(row.state == "failed" for row in rows) <= 2 else 3
 
 
 def test_a_study_that_another_driver_holds_is_left_alone(tiny: Path) -> None:
@@ -315,12 +315,12 @@ def test_a_study_that_another_driver_holds_is_left_alone(tiny: Path) -> None:
     store = Store(study.store, create=True)
     row = store.study("tiny")
     alive = threading.Event()
-    token = store.take_lease(row["id"], holder="another, process 1", process={"pid": 1})
+    token = store.take_lease(row.id, holder="another, process 1", process={"pid": 1})
     assert token is not None
 
     def beat() -> None:
         while not alive.wait(0.5):
-            store.renew_lease(row["id"], token)
+            store.renew_lease(row.id, token)
 
     heart = threading.Thread(target=beat)
     heart.start()
@@ -344,7 +344,7 @@ def test_what_a_dead_driver_left_running_is_run_again(tiny: Path) -> None:
         plain.execute("DELETE FROM trial_values")
     before = curves(tiny.parent / "studies.db", "tiny")
     (row,) = hpsearch.launch(tiny, trials=1).trials()
-    assert (row["state"], row["attempt"]) == ("completed", 2)
+    assert (row.state, row.attempt) == ("completed", 2)
     assert curves(tiny.parent / "studies.db", "tiny") == before
     assert len(study.leaderboard()) == 1
     assert hpsearch.doctor(store=study.store) == []
@@ -374,9 +374,9 @@ def test_llama_and_conditions_run_as_well(tiny: Path) -> None:
         ],
     )
     rows = study.trials()
-    assert {row["state"] for row in rows} == {"completed"}
-    assert {row["params"]["architecture"] for row in rows} == {"gpt2", "llama"}
-    assert all(("dropout" in row["params"]) == (row["params"]["architecture"] == "gpt2") for row in rows)
+    assert {row.state for row in rows} == {"completed"}
+    assert {row.params["architecture"] for row in rows} == {"gpt2", "llama"}
+    assert all(("dropout" in row.params) == (row.params["architecture"] == "gpt2") for row in rows)
 
 
 def test_check_touches_nothing_and_tells_what_a_launch_will_do(tiny: Path) -> None:
@@ -388,8 +388,8 @@ def test_check_touches_nothing_and_tells_what_a_launch_will_do(tiny: Path) -> No
     assert found["store"] == "new"
     assert found["resumes"] is None
     study = hpsearch.launch(tiny)
-    assert [row["params"] for row in study.trials()][:3] == found["first_settings"]
-    assert found["data"] == hpsearch.studies(store=study.store)[0]["data"]
+    assert [row.params for row in study.trials()][:3] == found["first_settings"]
+    assert found["data"] == hpsearch.studies(store=study.store)[0].data
     assert check(tiny)["resumes"] == study.board().states
     json.dumps(found)
 
@@ -404,9 +404,9 @@ def test_a_study_is_extended_by_a_wider_space_and_keeps_its_history(tiny: Path) 
     assert study.trials()[:2] == before
     assert len(study.leaderboard()) == 4
     store = Store(study.store)
-    versions = store.spec_versions(store.study("tiny")["id"])
-    assert [(row["version"], row["budget_trials"]) for row in versions] == [(1, 2), (2, 4)]
-    assert versions[0]["spec"]["search"]["batch_size"] == [16, 32]
+    versions = store.spec_versions(store.study("tiny").id)
+    assert [(row.version, row.budget_trials) for row in versions] == [(1, 2), (2, 4)]
+    assert versions[0].spec["search"]["batch_size"] == [16, 32]
     store.close()
     assert hpsearch.doctor(store=study.store) == []
     for change, problem in (
@@ -425,27 +425,27 @@ def test_a_study_starts_from_what_it_is_given_and_from_earlier_studies(tiny: Pat
     told = hpsearch.check(tiny, overrides=given)
     assert told["first_settings"][0] == {"learning_rate": 0.02, "batch_size": 32, "num_epochs": 3}
     study = hpsearch.launch(tiny, overrides=given, trials=3)
-    tried = [trial["params"] for trial in study.trials()]
+    tried = [trial.params for trial in study.trials()]
     assert tried[0] == {"learning_rate": 0.02, "batch_size": 32, "num_epochs": 3}
-    wanted = [{name: value for name, value in row["params"].items() if name != "num_layers"} for row in ranked]
+    wanted = [{name: value for name, value in row.params.items() if name != "num_layers"} for row in ranked]
     assert tried[1:] == wanted[:2]
     # One more known setting may come at any time, and what was tried is not tried again.
     more = [given[0].replace("]", ", {learning_rate: 0.05, num_epochs: 2}]"), given[1]]
     study = hpsearch.launch(tiny, overrides=more, trials=5, extend=True)
-    last = [trial["params"] for trial in study.trials()][3:]
+    last = [trial.params for trial in study.trials()][3:]
     assert (last[0]["learning_rate"], last[0]["num_epochs"]) == (0.05, 2)
     assert last[1] == wanted[2]
     with pytest.raises(UsageError, match="transfer_from: no study named 'nope'"):
         hpsearch.launch(tiny, name="other", overrides=["transfer_from=[nope]"])
-    assert [row["name"] for row in hpsearch.studies(store=study.store)] == ["earlier", "tiny"]
+    assert [row.name for row in hpsearch.studies(store=study.store)] == ["earlier", "tiny"]
 
 
 def test_a_trial_has_a_time_limit(tiny: Path) -> None:
     study = hpsearch.launch(tiny, trials=1, overrides=["search.num_epochs=60", "limits.max_minutes=0.03"])
     (row,) = study.trials()
-    assert row["state"] == "completed"
-    assert "stopped after max_minutes (0.03)" in row["reason"]
-    assert row["last_epoch"] < 60
+    assert row.state == "completed"
+    assert "stopped after max_minutes (0.03)" in row.reason
+    assert row.last_epoch < 60
     assert len(study.leaderboard()) == 1
 
 
@@ -458,8 +458,8 @@ def test_finals_that_were_stopped_go_on_with_the_same_repeats(tiny: Path) -> Non
         plain.execute("DELETE FROM hpsearch_examples WHERE trial_id = 4")
         plain.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL WHERE number = 3")
         plain.execute("DELETE FROM trial_values WHERE trial_id = 4")
-    assert hpsearch.launch(tiny, trials=2).trials()[3]["state"] == "interrupted", "a search does not run the finals"
+    assert hpsearch.launch(tiny, trials=2).trials()[3].state == "interrupted", "a search does not run the finals"
     rows = hpsearch.finals("tiny", top=1, seeds=2, store=study.store).trials()
-    assert [row["number"] for row in rows] == [0, 1, 2, 3]
-    assert (rows[3]["state"], rows[3]["attempt"], rows[3]["seed"]) == ("completed", 2, 2)
+    assert [row.number for row in rows] == [0, 1, 2, 3]
+    assert (rows[3].state, rows[3].attempt, rows[3].seed) == ("completed", 2, 2)
     assert hpsearch.doctor(store=study.store) == []

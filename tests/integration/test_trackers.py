@@ -78,24 +78,24 @@ def wandb_records(folder: Path) -> Iterator[Any]:
 
 def test_a_launch_is_copied_to_all_three(tiny: Path, tmp_path: Path) -> None:
     study = package.launch(tiny, trials=2, track=["tensorboard", "mlflow", "wandb"])
-    best = study.trial(study.board().rows[0]["trial"])
-    losses = [pytest.approx(one["valid_loss"]) for one in best["points"]]
+    best = study.trial(study.board().rows[0].trial)
+    losses = [pytest.approx(one.valid_loss) for one in best.points]
 
-    (folder,) = tmp_path.glob(f"runs/tiny-*/tensorboard/trial-{best['number']:05d}")
+    (folder,) = tmp_path.glob(f"runs/tiny-*/tensorboard/trial-{best.number:05d}")
     scalars = tensorboard(folder)
     assert list(scalars["valid_loss"].values()) == losses
-    assert list(scalars["valid_loss"]) == [one["step"] for one in best["points"]]
-    assert scalars["test_perplexity"] == {0: pytest.approx(best["scores"][0]["value"], rel=1e-6)}
+    assert list(scalars["valid_loss"]) == [one.step for one in best.points]
+    assert scalars["test_perplexity"] == {0: pytest.approx(best.scores[0].value, rel=1e-6)}
 
     client = MlflowClient()
     experiment = client.get_experiment_by_name("tiny")
     runs = {run.data.tags["hpsearch.trial"]: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"0", "1"}
-    run = runs[str(best["number"])]
+    run = runs[str(best.number)]
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "completed")
-    assert float(run.data.params["learning_rate"]) == best["params"]["learning_rate"]
+    assert float(run.data.params["learning_rate"]) == best.params["learning_rate"]
     assert [one.value for one in client.get_metric_history(run.info.run_id, "valid_loss")] == losses
-    assert run.data.metrics["test_perplexity"] == pytest.approx(best["scores"][0]["value"])
+    assert run.data.metrics["test_perplexity"] == pytest.approx(best.scores[0].value)
 
     records = list(wandb_records(tmp_path))
     began = [record.run for record in records if record.HasField("run")]
@@ -108,7 +108,7 @@ def test_a_launch_is_copied_to_all_three(tiny: Path, tmp_path: Path) -> None:
         for item in record.history.item
         if "valid_loss" in (item.key, *item.nested_key)
     ]
-    assert sorted(logged) == sorted(one["valid_loss"] for trial in (0, 1) for one in study.trial(trial)["points"])
+    assert sorted(logged) == sorted(one.valid_loss for trial in (0, 1) for one in study.trial(trial).points)
 
 
 def test_a_trial_that_is_resumed_goes_on_in_its_run(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def test_a_trial_ends_in_every_state_from_everywhere(backend: Make, state: str, 
     played = backend("{budget: {trials: 1}}").play("start", *before, f"end 0 {state}", "idle")
     assert played.states() == {0: state}
     (row,) = played.rows()
-    assert row["attempt"] == 1 + before.count("lose 0")
-    assert row["worker_deaths"] == before.count("lose 0")
+    assert row.attempt == 1 + before.count("lose 0")
+    assert row.worker_deaths == before.count("lose 0")
 
 
 def test_a_retried_trial_resumes_its_curve_and_repeats_nothing(backend: Make) -> None:
@@ -124,8 +124,8 @@ def test_a_retried_trial_resumes_its_curve_and_repeats_nothing(backend: Make) ->
     assert played.live[0].attempt == 2
     assert len(played.live[0].earlier) <= 1
     played.play("point 0 3", "end 0")
-    points = played.store.points(played.rows()[0]["id"])
-    assert [(point["evaluation"], point["valid_loss"]) for point in points] == [(1, 5.0), (2, 4.0), (3, 3.0)]
+    points = played.store.points(played.rows()[0].id)
+    assert [(point.evaluation, point.valid_loss) for point in points] == [(1, 5.0), (2, 4.0), (3, 3.0)]
 
 
 # Rungs
@@ -136,9 +136,9 @@ def test_trials_behind_at_a_rung_pause_and_free_their_device(backend: Make) -> N
     for loss in (4.0, 5.0, 6.0, 7.0):
         played.train(played.start(), loss)
     assert Decision.PAUSE in played.answers
-    paused = [row for row in played.rows() if row["state"] == "paused"]
+    paused = [row for row in played.rows() if row.state == "paused"]
     assert paused
-    assert all("waits at epoch" in row["reason"] for row in paused)
+    assert all("waits at epoch" in row.reason for row in paused)
     assert not played.live
 
 
@@ -189,8 +189,8 @@ def test_the_best_unfinished_trial_is_scored_when_the_launch_is_stopped(backend:
     played.play("leave 1", "idle", "look", "finish")
     assert played.ended == "stopped by SIGTERM"
     assert played.states() == {0: "interrupted", 1: "interrupted"}
-    scores = played.store.study_scores(played.row["id"])
-    assert scores[1]["perplexity"]["value"] == 3.0
+    scores = played.store.study_scores(played.row.id)
+    assert scores[1]["perplexity"].value == 3.0
     assert set(scores) == {1}
 
 
@@ -211,7 +211,7 @@ def test_a_study_whose_time_is_up_scores_all_that_have_not_ended(backend: Make) 
     played = backend(DEADLINE).play("start 2", "point 0 4.0", "point 1 3.0", "wait 601")
     assert played.run.stop_reason == "the budget of 10 minutes is used up"
     played.play("leave 0", "leave 1", "start", "leave 1", "start", "leave 0", "look", "finish")
-    assert set(played.store.study_scores(played.row["id"])) == {0, 1}
+    assert set(played.store.study_scores(played.row.id)) == {0, 1}
 
 
 def test_as_time_runs_out_nothing_new_starts_and_the_leader_is_brought_to_its_end(backend: Make) -> None:
@@ -291,7 +291,7 @@ def test_a_launch_that_was_killed_leaves_running_rows_which_the_next_takes(backe
     assert after.run.resumed == 2
     after.play("start 2", "point 0 3.0", "end 0", "point 1 3.0", "end 1", "start", "point 2", "end 2", "idle")
     assert after.states() == {0: "completed", 1: "completed", 2: "completed"}
-    assert [row["worker_deaths"] for row in after.rows()] == [0, 0, 0], "a killed driver costs no retry"
+    assert [row.worker_deaths for row in after.rows()] == [0, 0, 0], "a killed driver costs no retry"
 
 
 def test_finals_repeat_settings_from_new_seeds_and_tell_the_sampler_nothing(backend: Make) -> None:
@@ -305,7 +305,7 @@ def test_finals_repeat_settings_from_new_seeds_and_tell_the_sampler_nothing(back
     assert [(config.repeat_of, config.seed) for config in finals.live.values()] == [(0, 1), (0, 2)]
     assert len({str(config.params) for config in finals.live.values()}) == 1
     finals.play("point 1 3.1", "end 1", "point 2 3.2", "end 2", "idle")
-    assert [(row["number"], row["repeat_of"]) for row in finals.rows()] == [(0, None), (1, 0), (2, 0)]
+    assert [(row.number, row.repeat_of) for row in finals.rows()] == [(0, None), (1, 0), (2, 0)]
 
 
 # Any order of events
@@ -343,20 +343,20 @@ def test_whatever_the_order_of_events_the_rows_are_right(backend: Make, seed: in
     live = set(played.live)
     played.play("finish")
     rows = played.rows()
-    assert [row["number"] for row in rows] == list(range(len(rows))), "numbers have no gaps and are given once"
+    assert [row.number for row in rows] == list(range(len(rows))), "numbers have no gaps and are given once"
     assert len(rows) <= trials
-    assert not [row for row in rows if row["state"] == "running"]
-    assert {row["number"] for row in rows if row["state"] == "interrupted"} >= live - {
-        row["number"] for row in rows if row["state"] not in ("interrupted",)
+    assert not [row for row in rows if row.state == "running"]
+    assert {row.number for row in rows if row.state == "interrupted"} >= live - {
+        row.number for row in rows if row.state not in ("interrupted",)
     }
     counted = {state: count for state, count in played.run.states.items() if count}
-    assert counted == {state: [row["state"] for row in rows].count(state) for state in {row["state"] for row in rows}}
+    assert counted == {state: [row.state for row in rows].count(state) for state in {row.state for row in rows}}
     for row in rows:
-        points = [point["evaluation"] for point in played.store.points(row["id"])]
-        assert points == list(range(1, len(played.curves.get(row["number"], [])) + 1)), "each point once, in order"
-        assert row["worker_deaths"] <= retries + 1
-        if row["state"] == "failed" and "worker" in (row["reason"] or ""):
-            assert row["worker_deaths"] == retries, "a retry is used up before the trial fails"
-        is_ranked = TrialState(row["state"]) in (TrialState.COMPLETED, TrialState.OVERFIT)
-        assert is_ranked == (row["number"] in played.store.study_scores(played.row["id"]))
-        assert (row["ended_at"] is None) == (row["state"] in ("interrupted", "paused"))
+        points = [point.evaluation for point in played.store.points(row.id)]
+        assert points == list(range(1, len(played.curves.get(row.number, [])) + 1)), "each point once, in order"
+        assert row.worker_deaths <= retries + 1
+        if row.state == "failed" and "worker" in (row.reason or ""):
+            assert row.worker_deaths == retries, "a retry is used up before the trial fails"
+        is_ranked = TrialState(row.state) in (TrialState.COMPLETED, TrialState.OVERFIT)
+        assert is_ranked == (row.number in played.store.study_scores(played.row.id))
+        assert (row.ended_at is None) == (row.state in ("interrupted", "paused"))

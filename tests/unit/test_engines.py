@@ -50,7 +50,7 @@ def test_text_that_no_database_takes_is_kept_as_far_as_it_goes(store_url: str) -
     details = {"samples": [{"output": NO_TEXT, NO_TEXT: 1}]}
     store.finish_trial(trial, replace(OVERFIT, error=NO_TEXT, host=NO_TEXT, details=details), last_epoch=1.0)
     row = store.trial(store.study("s"), 0)
-    assert row["error"] == row["host"] == "a�b�c"
+    assert row.error == row.host == "a�b�c"
     assert store.details(trial) == {"samples": [{"output": "a�b�c", "a�b�c": 1}]}
     assert store.find_study(NO_TEXT) is None
 
@@ -62,7 +62,7 @@ def test_what_can_never_be_written_is_refused(store_url: str) -> None:
     for wrong in (replace(score, value=None), replace(score, n=2**70)):  # type: ignore[arg-type]
         with pytest.raises(StoreRefusedError):
             store.finish_trial(trial, replace(OVERFIT, scores=(wrong,)), last_epoch=1.0)
-    assert store.trial(store.study("s"), 0)["state"] == "running", "all of an end is written or nothing"
+    assert store.trial(store.study("s"), 0).state == "running", "all of an end is written or nothing"
 
 
 def test_a_link_that_hangs_is_a_store_that_is_away(link: Link) -> None:
@@ -100,7 +100,7 @@ def test_a_lease_that_somebody_has_locked_is_a_store_that_is_away(
     monkeypatch.setattr(engines, "LOCK_S", 1)
     store = Store(postgres_store, create=True)
     start(store, 0)
-    study, token = store.study("s")["id"], take(store, "here")
+    study, token = store.study("s").id, take(store, "here")
     assert token is not None
     with sa.create_engine(postgres_store).begin() as other:
         other.execute(sa.text("UPDATE hpsearch_leases SET beat = beat + 1"))
@@ -114,7 +114,7 @@ def test_a_driver_whose_link_is_gone_keeps_no_locks(link: Link, monkeypatch: pyt
     monkeypatch.setattr(engines, "LOCK_S", 5)
     store = Store(link.url, create=True)
     start(store, 0)
-    study, token = store.study("s")["id"], take(store, "here")
+    study, token = store.study("s").id, take(store, "here")
     assert token is not None
     ghost = engines.make_engine(sa.make_url(link.url)).connect()
     ghost.execute(sa.text("UPDATE hpsearch_leases SET beat = beat + 1"))
@@ -241,7 +241,7 @@ def as_nobody(read: Callable[[], object]) -> str:
 def look(url: str) -> list[object]:
     store = Store(url)
     try:
-        return [len(store.points(row["id"])) for row in store.trials(store.study("s")["id"])] + [
+        return [len(store.points(row.id)) for row in store.trials(store.study("s").id)] + [
             len(recorded_trials(url, "s"))
         ]
     finally:

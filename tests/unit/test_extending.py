@@ -87,14 +87,14 @@ def test_the_task_is_searched_pruned_ranked_and_shown(modules: Path) -> None:
     board = hpsearch.rank("cloze", store=store)
     assert (board.metric, board.objective) == ("filled", "filled")
     first, second = board.rows
-    assert (first["test_rank"], first["tie"], second["tie"]) == (1, "1", "1=")
-    assert first["score"] >= second["score"], "more is better"
+    assert (first.test_rank, first.tie, second.tie) == (1, "1", "1=")
+    assert first.score >= second.score, "more is better"
     for row in board.rows:
-        assert 0 <= row["score_low"] <= row["score"] <= row["score_high"] <= 1
-        assert row["valid_score"] == pytest.approx(row["score"], abs=0.2)
-    states = {row["number"]: row["state"] for row in hpsearch.open_study("cloze", store=store).trials()}
+        assert 0 <= row.score_low <= row.score <= row.score_high <= 1
+        assert row.valid_score == pytest.approx(row.score, abs=0.2)
+    states = {row.number: row.state for row in hpsearch.open_study("cloze", store=store).trials()}
     assert states == {0: "completed", 1: "completed", 2: "unpromising"}
-    assert hpsearch.show("cloze", first["trial"], store=store)["settings"]["model"]["architecture"] == "bert"
+    assert hpsearch.show("cloze", first.trial, store=store).settings["model"]["architecture"] == "bert"
     page = hpsearch.report("cloze", store=store)
     for shown in ("test filled", "validation filled", "nats per gap"):
         assert shown in page

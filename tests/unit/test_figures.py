@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from hpsearch.reports.figures import FIGURES
 from hpsearch.reports.study_data import StudyData
 from hpsearch.results.leaderboard import Leaderboard
+from hpsearch.store.rows import RankedTrial, StudyRow
 
 
 def board_of(ties: list[str]) -> Leaderboard:
-    rows: list[dict[str, Any]] = [
-        {"trial": place, "tie": tie, "score": 10.0 + place, "score_low": 9.0 + place, "score_high": 11.0 + place,
-         "score_n": 50, "state": "completed"}
-        for place, tie in enumerate(ties)
-    ]  # fmt: skip
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(RankedTrial))
+    rows = []
+    for place, tie in enumerate(ties):
+        score = {"score": 10.0 + place, "score_low": 9.0 + place, "score_high": 11.0 + place, "score_n": 50}
+        rows.append(RankedTrial(**{**unknown, **score, "trial": place, "tie": tie, "state": "completed"}))
     return Leaderboard(
         studies=["s"], task="causal_lm", metric="perplexity", objective="loss", rows=rows, states={},
         validation_choice=None,
@@ -24,7 +26,8 @@ def board_of(ties: list[str]) -> Leaderboard:
 
 def test_the_leaderboard_draws_every_rank_and_fills_the_dots_of_the_tied() -> None:
     ties = ["1", "1=", *map(str, range(3, 21))]
-    data = StudyData({"name": "s"}, [], {}, board_of(ties), {}, None)
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(StudyRow))
+    data = StudyData(StudyRow(**{**unknown, "name": "s"}), [], {}, board_of(ties), {}, None)
     drawn = FIGURES["leaderboard"](data)
     assert drawn is not None
     assert drawn.figure is not None

@@ -209,7 +209,7 @@ def test_a_study_without_forks_runs_all_the_same(tmp_path: Path, tiny: Path, hps
     launched = hpsearch("launch", str(tiny), *arguments, env={"PYTHONPATH": str(tmp_path)})
     assert launched.returncode == 0, launched.stderr
     rows = open_study("tiny", store=f"sqlite:///{tmp_path}/studies.db").trials()
-    assert [row["state"] for row in rows].count("failed") == 0
+    assert [row.state for row in rows].count("failed") == 0
     assert len(rows) == 2
 
 

@@ -161,9 +161,9 @@ def test_a_multilingual_model_is_fine_tuned_and_exported(
 ) -> None:
     study(*LANGUAGES[kind])
     launched = hpsearch.launch(tmp_path / "study.yaml")
-    assert [trial["state"] for trial in launched.trials()] == ["completed"], launched.trials()[0]["error"]
+    assert [trial.state for trial in launched.trials()] == ["completed"], launched.trials()[0].error
     assert launched.best is not None
-    settings = json.loads((Path(launched.best["checkpoint"]) / "generation_config.json").read_text())
+    settings = json.loads((Path(launched.best.checkpoint) / "generation_config.json").read_text())
     card = prepare(study(*LANGUAGES[kind]))[1]
     assert settings.get("forced_bos_token_id") == card.first_id
     assert settings["decoder_start_token_id"] == (card.start_id or 2)

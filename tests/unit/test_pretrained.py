@@ -138,7 +138,7 @@ def test_a_model_that_transformers_knows_is_used_without_the_code_beside_it(stud
     for file in ("config.json", "tokenizer_config.json"):
         with_code(folder, file)
     launched = hpsearch.launch(study)
-    assert [trial["state"] for trial in launched.trials()] == ["completed"]
+    assert [trial.state for trial in launched.trials()] == ["completed"]
     assert not (folder / "ran").exists()
     assert launched.best is not None
-    assert "auto_map" not in json.loads((Path(launched.best["checkpoint"]) / "config.json").read_text())
+    assert "auto_map" not in json.loads((Path(launched.best.checkpoint) / "config.json").read_text())

@@ -83,7 +83,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_model_with_a_sentencepiece_tokenizer_is_fine_tuned(study: Path) -> None:
     launched = hpsearch.launch(study)
     (trial,) = launched.trials()
-    assert trial["state"] == "completed", trial["error"]
+    assert trial.state == "completed", trial.error
 
 
 def test_a_missing_sentencepiece_is_named(study: Path) -> None:

@@ -75,7 +75,7 @@ def scored(perplexity: float, valid_loss: float) -> TrialResult:
 
 def start(store: Store, number: int, **params: object) -> int:
     row = store.find_study("s") or store.add_study(STUDY)
-    return store.start_trial(row["id"], config(number, **params))
+    return store.start_trial(row.id, config(number, **params))
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -86,24 +86,24 @@ def test_what_is_written_is_read(store: Store) -> None:
     store.finish_trial(trial, replace(scored(7.0, 2.0), details={"samples": [{"output": "é"}]}), last_epoch=1.0)
     assert store.details(trial) == {"samples": [{"output": "é"}]}
     study = store.study("s")
-    assert (study["spec"], study["overrides"], study["data"]) == ({"name": "s"}, ["--trials 3"], {"fingerprint": "d"})
-    assert study["created_at"].utcoffset() == timedelta(0)
+    assert (study.spec, study.overrides, study.data) == ({"name": "s"}, ["--trials 3"], {"fingerprint": "d"})
+    assert study.created_at.utcoffset() == timedelta(0)
     row = store.trial(study, 0)
-    assert (row["state"], row["params"], row["last_epoch"]) == ("overfit", {"learning_rate": 0.1}, 1.0)
-    assert row["ended_at"] >= row["started_at"]
+    assert (row.state, row.params, row.last_epoch) == ("overfit", {"learning_rate": 0.1}, 1.0)
+    assert row.ended_at >= row.started_at
     first, second = store.points(trial)
-    assert (first["valid_loss"], first["tokens"]) == (2.0, 99)
-    assert (second["valid_loss"], second["train_loss"]) == (None, None)
-    assert store.decisions(trial)[0]["evidence"] == {"z": None, "rule": "r"}
-    assert [score["metric"] for score in store.scores(trial)] == ["perplexity", "bits_per_byte"]
+    assert (first.valid_loss, first.tokens) == (2.0, 99)
+    assert (second.valid_loss, second.train_loss) == (None, None)
+    assert store.decisions(trial)[0].evidence == {"z": None, "rule": "r"}
+    assert [score.metric for score in store.scores(trial)] == ["perplexity", "bits_per_byte"]
 
 
 def test_launches_that_add_one_study_at_once_share_it(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda number: store.add_study(replace(STUDY, budget_trials=number)), range(8)))
-    assert len({row["id"] for row in rows}) == 1
-    assert len({row["budget_trials"] for row in rows}) == 1
-    assert len(store.spec_versions(rows[0]["id"])) == 1
+    assert len({row.id for row in rows}) == 1
+    assert len({row.budget_trials for row in rows}) == 1
+    assert len(store.spec_versions(rows[0].id)) == 1
 
 
 def test_a_finished_trial_stays_finished(store: Store) -> None:
@@ -111,7 +111,7 @@ def test_a_finished_trial_stays_finished(store: Store) -> None:
     store.finish_trial(trial, OVERFIT, last_epoch=1.0)
     with pytest.raises(StoreError, match="has ended already, so it cannot become failed"):
         store.finish_trial(trial, replace(OVERFIT, state=TrialState.FAILED), last_epoch=1.0)
-    assert store.trial(store.study("s"), 0)["state"] == "overfit"
+    assert store.trial(store.study("s"), 0).state == "overfit"
 
 
 def test_every_write_of_a_trial_may_be_done_twice(store: Store) -> None:
@@ -134,18 +134,18 @@ def test_a_trial_that_goes_on_keeps_its_row_and_its_newest_points(store: Store) 
     store.add_point(trial, POINT)
     store.requeue_trial(trial, "its worker died", lost=True)
     row = store.trial(store.study("s"), 0)
-    assert (row["state"], row["reason"], row["worker_deaths"], row["ended_at"]) == (
+    assert (row.state, row.reason, row.worker_deaths, row.ended_at) == (
         "interrupted",
         "its worker died",
         1,
         None,
     )
     again = config(0, learning_rate=0.1).model_copy(update={"attempt": 2})
-    assert store.start_trial(store.study("s")["id"], again) == trial
+    assert store.start_trial(store.study("s").id, again) == trial
     store.add_point(trial, replace(POINT, valid_loss=1.9))
     row = store.trial(store.study("s"), 0)
-    assert (row["state"], row["attempt"], row["reason"]) == ("running", 2, "")
-    assert [point["valid_loss"] for point in store.points(trial)] == [1.9]
+    assert (row.state, row.attempt, row.reason) == ("running", 2, "")
+    assert [point.valid_loss for point in store.points(trial)] == [1.9]
 
 
 def test_the_leaderboard_ranks_by_test_and_tells_validations_choice(store: Store) -> None:
@@ -153,15 +153,15 @@ def test_the_leaderboard_ranks_by_test_and_tells_validations_choice(store: Store
         store.finish_trial(start(store, number, num_layers=number), scored(perplexity, valid_loss), last_epoch=1.0)
     store.finish_trial(start(store, 3, dropout=0.1), TrialResult(state=TrialState.FAILED, reason="x"), last_epoch=None)
     board = leaderboard(store, "s")
-    assert [row["trial"] for row in board.rows] == [1, 2, 0]
-    assert [row["test_rank"] for row in board.rows] == [1, 2, 3]
+    assert [row.trial for row in board.rows] == [1, 2, 0]
+    assert [row.test_rank for row in board.rows] == [1, 2, 3]
     assert board.best is not None
-    assert board.best["test_perplexity"] == 7.0
+    assert board.best.test_perplexity == 7.0
     assert board.validation_choice is not None
-    assert board.validation_choice["trial"] == 0
+    assert board.validation_choice.trial == 0
     assert board.states == {"overfit": 3, "failed": 1}
     top = leaderboard(store, "s", top=1)
-    assert [row["trial"] for row in top.rows] == [1, 0], "validation's choice is shown beside the top"
+    assert [row.trial for row in top.rows] == [1, 0], "validation's choice is shown beside the top"
     table = frame(board)
     assert list(table["param_num_layers"]) == [1, 2, 0]
     assert "test_bleu" not in table.columns
@@ -182,8 +182,8 @@ def test_the_top_of_very_many_trials_reads_as_in_the_whole_leaderboard(
         result = replace(scored(perplexity, 2.0 + number % 3), examples=statistics.pack(examples))
         store.finish_trial(start(store, number), result, last_epoch=1.0)
     whole = leaderboard(store, "s").rows
-    assert 0.0 < whole[-1]["p_value"] < 0.05 < whole[1]["p_value"], "some are tied with the winner and some are not"
-    assert any(0.0 < row["p_value"] < 1.0 for row in whole[:6])
+    assert 0.0 < whole[-1].p_value < 0.05 < whole[1].p_value, "some are tied with the winner and some are not"
+    assert any(0.0 < row.p_value < 1.0 for row in whole[:6])
     read: list[int] = []
     examples_of = store.examples
     monkeypatch.setattr(store, "examples", lambda ids: (read.extend(ids), examples_of(ids))[1])
@@ -230,20 +230,20 @@ def test_what_is_not_there_is_named_with_what_is(store: Store) -> None:
 def test_studies_are_listed_with_states_best_and_holder(store: Store) -> None:
     store.finish_trial(start(store, 0), scored(7.0, 2.0), last_epoch=1.0)
     start(store, 1)
-    store.take_lease(store.study("s")["id"], holder="here", process={})
+    store.take_lease(store.study("s").id, holder="here", process={})
     (row,) = store.studies()
-    assert row["states"] == {"overfit": 1, "running": 1}
-    assert row["best"]["trial"] == 0
-    assert row["lease"]["holder"] == "here"
+    assert row.states == {"overfit": 1, "running": 1}
+    assert row.best.trial == 0
+    assert row.lease.holder == "here"
 
 
 def take(store: Store, holder: str, **more: Any) -> int | None:
-    return store.take_lease(store.study("s")["id"], holder=holder, process={}, **more)
+    return store.take_lease(store.study("s").id, holder=holder, process={}, **more)
 
 
 def test_one_driver_holds_a_study(store: Store) -> None:
     start(store, 0)
-    study = store.study("s")["id"]
+    study = store.study("s").id
     token = take(store, "first")
     assert token is not None
     assert take(store, "second") is None
@@ -256,7 +256,7 @@ def test_one_driver_holds_a_study(store: Store) -> None:
 
 def test_a_driver_that_lost_its_lease_writes_nothing_more(store: Store) -> None:
     trial = start(store, 0)
-    study = store.study("s")["id"]
+    study = store.study("s").id
     old = Store(store.url, create=True)
     token = take(store, "old")
     assert token is not None
@@ -264,8 +264,8 @@ def test_a_driver_that_lost_its_lease_writes_nothing_more(store: Store) -> None:
     old.add_point(trial, POINT)
     lease = store.lease(study)
     assert lease is not None
-    assert lease["beat"] > 0, "a write is a beat"
-    assert take(store, "new", dead=(token, lease["beat"])) == token + 1
+    assert lease.beat > 0, "a write is a beat"
+    assert take(store, "new", dead=(token, lease.beat)) == token + 1
     for write in (
         lambda: old.add_point(trial, replace(POINT, evaluation=2)),
         lambda: old.finish_trial(trial, OVERFIT, last_epoch=1.0),
@@ -275,13 +275,13 @@ def test_a_driver_that_lost_its_lease_writes_nothing_more(store: Store) -> None:
         with pytest.raises(LeaseLostError):
             write()
     assert len(store.points(trial)) == 1
-    assert [row["state"] for row in store.trials(study)] == ["running"]
+    assert [row.state for row in store.trials(study)] == ["running"]
     old.close()
 
 
 def test_optunas_tables_are_fenced_as_ours_are(store: Store, tmp_path: Path) -> None:
     start(store, 0)
-    study = store.study("s")["id"]
+    study = store.study("s").id
     token = take(store, "old")
     assert token is not None
     file = tmp_path / "s.yaml"
@@ -306,7 +306,7 @@ def test_a_lease_is_judged_by_its_beats_and_by_no_clock(store: Store, monkeypatc
         )
     monkeypatch.setattr(leases, "TIMEOUT_S", 0.2)
     notes: list[str] = []
-    lease = store.lease(study["id"])
+    lease = store.lease(study.id)
     assert lease is not None
     assert leases.is_dead(store, lease, watch_s=0.2)
     with leases.hold(store, study, notes.append) as held:
@@ -319,10 +319,10 @@ def test_a_holder_of_this_machine_that_is_gone_is_dead_at_once(store: Store) -> 
     study = store.study("s")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     process = {**this_process(), "pid": child.pid, "started": _started(child.pid)}
-    store.take_lease(study["id"], holder="a child", process=process)
-    lease = store.lease(study["id"])
+    store.take_lease(study.id, holder="a child", process=process)
+    lease = store.lease(study.id)
     assert lease is not None
-    assert is_gone(lease["process"]) is False
+    assert is_gone(lease.process) is False
     child.kill()
     child.wait()
     began = time.monotonic()
@@ -346,7 +346,7 @@ def test_an_archived_study_frees_its_name_and_keeps_everything(store: Store) -> 
     name = store.archive_study(store.study("s"))
     assert store.find_study("s") is None
     assert name.startswith("s.20")
-    assert [row["trial"] for row in store.leaderboard(name)] == [0]
+    assert [row.trial for row in store.leaderboard(name)] == [0]
     with engine.connect() as connection:
         assert connection.execute(sa.text("SELECT study_name FROM studies")).scalars().all() == [name]
 
@@ -387,7 +387,7 @@ def test_an_older_store_is_upgraded_by_a_launch_and_by_nothing_else(
         upgraded = Store(store_url, create=True)
         columns = [column["name"] for column in sa.inspect(upgraded._engine).get_columns("hpsearch_trials")]
         assert columns[-1] == "later"
-        assert upgraded.study("s")["name"] == "s"
+        assert upgraded.study("s").name == "s"
         upgraded.close()
     for look in (Store, Store.preflight):
         with pytest.raises(StoreError, match="schema version later, written by a newer hpsearch"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,30 +12,34 @@ from rich.console import Console
 
 from hpsearch.cli.live import watch_report
 from hpsearch.cli.summaries import _classes
+from hpsearch.results.status import WatchedStudy
+from hpsearch.store.rows import PointRow, TrialWithCurve
 
 
-def running(number: int, points: int) -> dict[str, Any]:
+def trial(number: int, state: str, points: int = 0, **more: Any) -> TrialWithCurve:
     curve = [
-        {"evaluation": n, "epoch": float(n), "train_loss": 4.0 / n, "valid_loss": 4.0 / n + n / 9}
+        PointRow(
+            trial_id=number, evaluation=n, epoch=float(n), step=n, train_loss=4.0 / n, valid_loss=4.0 / n + n / 9,
+            valid_score=None, learning_rate=0.01, tokens=n, seconds=n,
+        )
         for n in range(1, points + 1)
-    ]
+    ]  # fmt: skip
+    unknown = dict.fromkeys(field.name for field in fields(TrialWithCurve))
+    known = {"number": number, "state": state, "points": curve, "params": {"learning_rate": 0.01}}
     settings = {"model": {}, "training": {"num_epochs": 12}}
-    return {
-        "number": number, "state": "running", "points": curve, "settings": settings, "params": {"learning_rate": 0.01},
-        "ended_at": None, "reason": None,
-    }  # fmt: skip
+    return TrialWithCurve(**{**unknown, **known, "settings": settings, **more})
 
 
 @pytest.mark.parametrize(("width", "height", "is_drawn"), [(80, 24, False), (80, 40, True), (200, 60, True)])
 def test_looking_on_draws_the_longest_running_curve_where_there_is_room(
     width: int, height: int, is_drawn: bool
 ) -> None:
-    ended = {"number": 0, "state": "overfit", "reason": "validation loss rises " * 20, "ended_at": datetime.now(UTC)}
-    found = {
-        "study": "tiny", "store": "sqlite:///x.db", "states": {"running": 2, "overfit": 1}, "budget": 5, "best": None,
-        "metric": "perplexity", "holder": None, "is_finished": False, "seconds_left": None,
-        "trials": [ended, running(1, 3), running(2, 9)],
-    }  # fmt: skip
+    ended = trial(0, "overfit", reason="validation loss rises " * 20, ended_at=datetime.now(UTC))
+    found = WatchedStudy(
+        study="tiny", store="sqlite:///x.db", states={"running": 2, "overfit": 1}, budget=5, best=None,
+        metric="perplexity", holder=None, since=None, heartbeat_at=None, is_finished=False, seconds_left=None,
+        trials=[ended, trial(1, "running", 3), trial(2, "running", 9)],
+    )  # fmt: skip
     console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
     console.print(watch_report(found, width, height))
     said = console.file.getvalue()  # type: ignore[attr-defined]

@@ -235,7 +235,6 @@ LEADERBOARD = (
     .subquery("leaderboard")
 )
 
-Row = dict[str, Any]
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 UNFINISHED_STATES = [state.value for state in UNFINISHED]
 
