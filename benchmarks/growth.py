@@ -25,8 +25,8 @@ import record
 import sqlalchemy as sa
 
 import hpsearch
-from hpsearch.driver.outbox import Outbox
-from hpsearch.driver.run import StudyRun
+from hpsearch.driver.run.outbox import Outbox
+from hpsearch.driver.run.study_run import StudyRun
 from hpsearch.pruning.overfitting import judge
 from hpsearch.records import Point, Progress, TrialResult, TrialState
 from hpsearch.search.study import Search

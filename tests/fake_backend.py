@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from hpsearch.driver.outbox import Outbox
-from hpsearch.driver.run import StopRequestedError, StudyRun
-from hpsearch.driver.trials import Repeat
+from hpsearch.driver.run.outbox import Outbox
+from hpsearch.driver.run.study_run import StopRequestedError, StudyRun
+from hpsearch.driver.run.trials import Repeat
 from hpsearch.pruning.overfitting import judge
 from hpsearch.records import Decision, Event, Point, Progress, Score, TrialConfig, TrialResult, TrialState
 from hpsearch.search.study import Search

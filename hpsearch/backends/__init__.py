@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from hpsearch.spec.study import DEFAULT_STORE, StudySpec
 
 if TYPE_CHECKING:
-    from hpsearch.driver.run import StudyRun
+    from hpsearch.driver.run.study_run import StudyRun
 
 GRACE_S = 20.0
 """What running trials get to write a checkpoint when the study is asked to stop; Kubernetes gives a pod 30 s."""

@@ -13,7 +13,7 @@ from hpsearch.records import Decision
 from hpsearch.spec.study import StudySpec
 
 if TYPE_CHECKING:
-    from hpsearch.driver.run import StudyRun
+    from hpsearch.driver.run.study_run import StudyRun
 
 
 @contextmanager

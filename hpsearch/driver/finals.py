@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpsearch.driver.launch import launch_spec
-from hpsearch.driver.trials import Repeat
+from hpsearch.driver.run.trials import Repeat
 from hpsearch.errors import UsageError
 from hpsearch.records import UNFINISHED, Listener, TrialState
 from hpsearch.results.leaderboard import finalists, leaderboard

@@ -38,9 +38,9 @@ from hpsearch.store.studies import NewStudy
 
 if TYPE_CHECKING:
     from hpsearch.data.shards import DataCard
-    from hpsearch.driver.outbox import Outbox
-    from hpsearch.driver.run import StudyRun
-    from hpsearch.driver.trials import Repeat
+    from hpsearch.driver.run.outbox import Outbox
+    from hpsearch.driver.run.study_run import StudyRun
+    from hpsearch.driver.run.trials import Repeat
 
 
 MAX_FAILED_SHARE = 0.5
@@ -63,7 +63,7 @@ def launch_spec(
     `moves` says that a person has named the folder: the study's files may lie elsewhere from now on.
     """
     from hpsearch.backends import open_backend
-    from hpsearch.driver.outbox import Outbox
+    from hpsearch.driver.run.outbox import Outbox
     from hpsearch.integrations.trackers import check_trackers, tracked
 
     listen = listen or _silent
@@ -82,7 +82,7 @@ def launch_spec(
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()
         from hpsearch.data.prepare import notes
-        from hpsearch.driver.run import StopRequestedError, StudyRun
+        from hpsearch.driver.run.study_run import StopRequestedError, StudyRun
         from hpsearch.integrations.optuna_dashboard import Annotator
         from hpsearch.search.study import Search
 
@@ -146,7 +146,7 @@ def launch_spec(
 def _import_what_decides() -> None:
     for name in (
         "hpsearch.integrations.optuna_dashboard",
-        "hpsearch.driver.run",
+        "hpsearch.driver.run.study_run",
         "alembic.command",
     ):  # the last is for Optuna's tables
         import_module(name)

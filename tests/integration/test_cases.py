@@ -134,7 +134,7 @@ def test_a_run_folder_that_is_away_for_a_while_costs_a_trial_nothing(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokenized text disappears while trials run, and comes back: they go on, and none has failed for it."""
-    monkeypatch.setattr("hpsearch.driver.failures.BACK_OFF_S", 0.2)
+    monkeypatch.setattr("hpsearch.driver.run.failures.BACK_OFF_S", 0.2)
     away: list[Path] = []
     notes: list[str] = []
 

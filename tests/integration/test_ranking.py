@@ -205,7 +205,7 @@ def test_a_study_goes_on_after_its_finals(searched: hpsearch.Study, tiny: Path) 
 
 
 def stop_at_the_first_point(event: Any) -> None:
-    from hpsearch.driver.run import StopRequestedError
+    from hpsearch.driver.run.study_run import StopRequestedError
 
     if event.kind == "point":
         raise StopRequestedError("enough")

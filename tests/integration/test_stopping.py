@@ -91,7 +91,7 @@ def test_a_study_stopped_by_a_signal_has_a_winner_which_the_next_launch_trains_o
 def test_a_time_budget_ends_with_the_best_brought_to_their_ends_and_the_rest_scored(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpsearch.driver.endgame.LEAST_S", 0.5)
+    monkeypatch.setattr("hpsearch.driver.run.endgame.LEAST_S", 0.5)
     notes: list[str] = []
 
     def listen(event: Event) -> None:

@@ -105,7 +105,7 @@ def test_no_folder_is_a_drawer() -> None:
             {"torch", "ray", "optuna", "sqlalchemy", "numpy"},
             id="study file",
         ),
-        pytest.param("import hpsearch.driver.run", {"torch", "ray", "transformers"}, id="driver"),
+        pytest.param("import hpsearch.driver.run.study_run", {"torch", "ray", "transformers"}, id="driver"),
     ],
 )
 def test_light_commands_load_nothing_heavy(statement: str, absent: set[str]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hpsearch.driver.disk import DISK_PATIENCE_S
-from hpsearch.driver.failures import MOST_BACK_OFF_S
-from hpsearch.driver.trials import Repeat
+from hpsearch.driver.run.disk import DISK_PATIENCE_S
+from hpsearch.driver.run.failures import MOST_BACK_OFF_S
+from hpsearch.driver.run.trials import Repeat
 from hpsearch.files import storage
 from hpsearch.records import RANKED, Decision, TrialState
 from hpsearch.store.store import Store

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpsearch.driver.endgame import Clock
+from hpsearch.driver.run.endgame import Clock
 
 
 def settings(layers: int = 2, width: int = 64, epochs: int = 10) -> dict[str, Any]:

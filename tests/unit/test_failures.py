@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpsearch.driver.failures import (
+from hpsearch.driver.run.failures import (
     BACK_OFF_S,
     EQUAL_FAILURE_PAUSES,
     MOST_BACK_OFF_S,

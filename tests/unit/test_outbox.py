@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from hpsearch.driver import outbox as module
-from hpsearch.driver.outbox import Outbox
+from hpsearch.driver.run import outbox as module
+from hpsearch.driver.run.outbox import Outbox
 from hpsearch.errors import LeaseLostError, StoreAwayError, StoreError
 
 

@@ -44,7 +44,7 @@ from hpsearch.training.memory import SMALLEST_SHARE
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-    from hpsearch.driver.run import StudyRun
+    from hpsearch.driver.run.study_run import StudyRun
 
 COUNT_NODES_EVERY_S = 2.0
 LOOK_EVERY_S = 0.5

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from contextlib import suppress
 
+from hpsearch.driver.run.trials import LiveTrial
 from hpsearch.errors import RunFolderError
 from hpsearch.files import storage
-from hpsearch.files.layout import (
-    LAST_WORDS,
-    PULSE_FILE,
-    STOP_FILE,
-)
+from hpsearch.files.layout import LAST_WORDS, PULSE_EVERY_S, PULSE_FILE, STOP_FILE
 from hpsearch.files.storage import locate
-from hpsearch.records import (
-    TrialConfig,
-)
+from hpsearch.records import TrialConfig
+
+_STALL_MARGIN_S = 3 * PULSE_EVERY_S
+"""What a worker that makes no step gets to end itself, with last words, before it is ended from outside."""
+
+
+class Watch:
+    """Looks at the pulses of workers."""
+
+    def __init__(self, stall_minutes: float | None) -> None:
+        """`stall_minutes` is what a worker may be silent for; None lets it be silent for ever."""
+        self._stall_minutes = stall_minutes
+        self._looked = -math.inf
+
+    def silent(self, live: Iterable[LiveTrial], now: float) -> list[TrialConfig]:
+        """Trials whose workers have been silent for too long; each is named once."""
+        if self._stall_minutes is None or now - self._looked < PULSE_EVERY_S:
+            return []
+        # A driver that was away itself has not watched anybody.
+        was_away = now - self._looked > _STALL_MARGIN_S
+        self._looked = now
+        silent = []
+        for trial in live:
+            pulse = pulse_of(trial.config)
+            if pulse is not None and (pulse != trial.pulse or was_away):
+                trial.pulse, trial.heard = pulse, now
+            elif now - trial.heard > 60 * self._stall_minutes + _STALL_MARGIN_S:
+                trial.heard = now
+                silent.append(trial.config)
+        return silent
 
 
 def ask_to_leave(config: TrialConfig) -> None:

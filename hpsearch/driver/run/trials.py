@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hpsearch.records import (
+    UNFINISHED,
     Point,
     TrialConfig,
     TrialResult,
@@ -35,6 +37,10 @@ class LiveTrial:
     heard: float = math.inf
     """When we saw that, by our own monotonic clock."""
 
+    def merit(self, objective: str) -> float:
+        """Its best objective so far; lower is better."""
+        return _merit(objective, self.best, self.best_score)
+
 
 @dataclass
 class WaitingTrial:
@@ -52,6 +58,65 @@ class WaitingTrial:
     best: float = math.inf
     best_score: float | None = None
 
+    def merit(self, objective: str) -> float:
+        """Its best objective so far; lower is better."""
+        return _merit(objective, self.best, self.best_score)
+
+
+class Trials:
+    """The trials of a study by what they do now, and how many are in each state."""
+
+    def __init__(self) -> None:
+        self.live: dict[int, LiveTrial] = {}
+        self.queue: deque[WaitingTrial] = deque()
+        """Interrupted ones."""
+        self.paused: dict[int, WaitingTrial] = {}
+        """At a rung."""
+        self.states: dict[str, int] = {}
+
+    @property
+    def num_finished(self) -> int:
+        """Trials that have ended in any state but interrupted."""
+        return sum(count for state, count in self.states.items() if state not in UNFINISHED)
+
+    @property
+    def waiting(self) -> list[WaitingTrial]:
+        """Paused and interrupted ones."""
+        return [*self.paused.values(), *self.queue]
+
+    def count(self, state: TrialState) -> None:
+        self.states[state.value] = self.states.get(state.value, 0) + 1
+
+    def uncount(self, state: TrialState) -> None:
+        self.states[state.value] -= 1
+
+    def pause(self, number: int) -> LiveTrial:
+        """A live one waits at its rung from here on."""
+        live = self.live.pop(number)
+        self.paused[number] = until_next_attempt(live)
+        self.count(TrialState.PAUSED)
+        return live
+
+    def requeue(self, number: int) -> LiveTrial:
+        """A live one waits in the queue, ahead of the others, from here on."""
+        live = self.live.pop(number)
+        self.queue.appendleft(until_next_attempt(live))
+        self.count(TrialState.INTERRUPTED)
+        return live
+
+    def take_paused(self, number: int) -> WaitingTrial:
+        """One that waits at a rung no more."""
+        self.uncount(TrialState.PAUSED)
+        return self.paused.pop(number)
+
+    def take_queued(self, chosen: WaitingTrial | None = None) -> WaitingTrial:
+        """One that waits in the queue no more: this one, or the first."""
+        self.uncount(TrialState.INTERRUPTED)
+        if chosen is None:
+            return self.queue.popleft()
+        self.queue.remove(chosen)
+        return chosen
+
 
 @dataclass(frozen=True, kw_only=True)
 class Repeat:
@@ -59,6 +124,12 @@ class Repeat:
 
     of: int
     seed: int
+
+
+def _merit(objective: str, best: float, best_score: float | None) -> float:
+    if objective == "loss":
+        return best
+    return math.inf if best_score is None else -best_score
 
 
 def point_of(row: PointRow) -> Point:
