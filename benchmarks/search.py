@@ -123,7 +123,7 @@ class Ours:
         spec = StudySpec.model_validate(
             {"name": "table", "task": "causal_lm", "data": {"corpus": "python_docs"}, "seed": seed}
         )
-        spec._space = Space(fixed={}, dimensions=dict(dimensions))
+        vars(spec)["space"] = Space(fixed={}, dimensions=dict(dimensions))  # of settings that hpsearch does not have
         self._search = Search(spec, None, starts=[start for start in (*starts, priors) if start])
         self._keep = spec.limits.keep_paused
         places = rungs.places(spec.prune.unpromising.reduction_factor, warmup_fraction=0.0)

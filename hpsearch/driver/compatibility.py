@@ -108,9 +108,7 @@ def as_begun(spec: StudySpec, row: StudyRow) -> StudySpec:
         recorded = row.spec.get(section, {})
         values = {name: recorded[name] for name in defaults if recorded.get(name) is not None}
         update[section] = getattr(spec, section).model_copy(update=values)
-    begun = spec.model_copy(update=update)
-    begun._space = spec.space
-    return begun
+    return spec.model_copy(update=update)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

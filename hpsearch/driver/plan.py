@@ -73,7 +73,6 @@ def _estimated_tokens(spec: StudySpec, card: DataCard) -> int:
     from hpsearch.spec.sections import SamplerSpec
 
     random = spec.model_copy(update={"sampler": SamplerSpec(name="random")})
-    random._space = spec.space
     epochs = [spec.settings_for(params)[1].num_epochs for params in first_suggestions(random, 64)]
     return int(sum(epochs) / len(epochs) * spec.budget.trials * card.tokens["train"])
 

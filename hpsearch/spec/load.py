@@ -83,7 +83,7 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     """The study that a parsed file describes; data paths are relative to `base`."""
     problems: list[Problem] = []
     content = from_wandb(dict(document.content), problems, document)
-    space, space_problems = parse_space(content.pop("search", {}))
+    _, space_problems = parse_space(content.pop("search", {}))
     problems += space_problems
     interpolate(content, problems)
     raw_search = document.content.get("search") if isinstance(document.content.get("search"), dict) else {}
@@ -102,7 +102,6 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
         raise document.error(problems)
     spec = _with_absolute_paths(spec, base, problems)
     spec = _with_pretrained_folder(spec, base, problems)
-    spec._space = space
     problems += cross_checks(spec, content)
     if (wrong := storage.problem(spec.folder)) is not None:
         problems.append(Problem(path=("folder",), message=f"{hide_secrets(spec.folder)}: {wrong}"))

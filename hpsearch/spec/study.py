@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, create_model, field_validator
+from pydantic import Field, create_model, field_validator
 from pydantic.json_schema import WithJsonSchema
 
 from hpsearch.errors import UsageError
@@ -128,8 +128,6 @@ class StudySpec(Strict):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Of the sampler, the split of weights and the order of data.")
 
-    _space: Space = PrivateAttr(default_factory=lambda: Space(fixed={}, dimensions={}))
-
     @field_validator("name")
     @classmethod
     def _safe_name(cls, name: str) -> str:
@@ -173,9 +171,9 @@ class StudySpec(Strict):
         given = getattr(self, self.definition.name, None)
         return self.definition.options() if given is None else given
 
-    @property
+    @cached_property
     def space(self) -> Space:
-        return self._space
+        return parse_space(self.search)[0]
 
     @property
     def evaluations_per_epoch(self) -> int:
@@ -269,9 +267,7 @@ def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str
     data = {**record["data"], "files": where.pop("files", record["data"]["files"])}
     model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
     whole = {**record, **where, "data": data, "model": model, "store": store, "budget": {"trials": trials}}
-    spec = study_class(record["task"]).model_validate(whole, context={"recorded": True})
-    spec._space = recorded_space(record)
-    return spec
+    return study_class(record["task"]).model_validate(whole, context={"recorded": True})
 
 
 def recorded_space(record: dict[str, Any]) -> Space:

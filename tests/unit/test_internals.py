@@ -25,7 +25,7 @@ from hpsearch.search import optuna_internals
 from hpsearch.training import torch_internals
 
 PACKAGE = Path(__file__).parents[2] / "hpsearch"
-ALLOWED = {"_space", "_exit", "_catalog"}
+ALLOWED = {"_exit", "_catalog"}
 """One of our own; `os._exit`; and gettext's, which has no other way to list its messages."""
 
 
