@@ -125,7 +125,7 @@ def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
 def _computing(spec: StudySpec) -> dict[str, Any]:
     """What trials on this machine would compute in, by what its devices can do, and what is slow about it."""
     from hpsearch.training.devices import describe_cpu, has_bfloat16, pick_device
-    from hpsearch.training.trainer import precision
+    from hpsearch.training.steps import precision
 
     device = pick_device("cpu" if spec.resources.gpus_per_trial == 0 else "auto")
     formats = precision(spec.training, device)

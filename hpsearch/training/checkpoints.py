@@ -132,3 +132,8 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, named by what follows."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

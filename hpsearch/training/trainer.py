@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import cached_property, partial
@@ -28,29 +27,19 @@ from torch import Tensor, nn
 
 from hpsearch.errors import DiskFullError, LeaseLostError
 from hpsearch.files import storage
-from hpsearch.files.storage import Folder, locate
+from hpsearch.files.storage import Folder
 from hpsearch.files.trial_log import LOGGER
 from hpsearch.models import architecture
-from hpsearch.models.kernels import CheapDropout
 from hpsearch.records import Point
 from hpsearch.spec.settings import RunSettings
-from hpsearch.tasks.base import Batch, Indices, Scored, ScoredTask, Task
-from hpsearch.training import checkpoints, random_states, torch_internals
-from hpsearch.training.averaging import WeightAverage
-from hpsearch.training.devices import has_bfloat16
-from hpsearch.training.evaluation import Evaluator, OutOfMemoryError, is_out_of_memory
-from hpsearch.training.optimizers import Optimizers, make_optimizers
+from hpsearch.tasks.base import Indices, Scored, ScoredTask, Task
+from hpsearch.training import checkpoints, random_states
+from hpsearch.training.evaluation import Evaluator
+from hpsearch.training.optimizing.averaging import WeightAverage
+from hpsearch.training.optimizing.schedule import Schedule
 from hpsearch.training.ranks import Ranks
-from hpsearch.training.schedule import Schedule
-
-CHECKPOINT_SHARE = 0.05
-"""Part of a run's time that resumable states may take: where one takes long to write, fewer are written."""
-STATE_BYTES = 20
-"""Of a state for each weight that is trained: itself, two moments, its average, and that at its best."""
-DISK_SPEED = 500e6
-"""Bytes a second that a disk is taken to write until it has been seen to."""
-MICRO_BATCH = "micro-batch.txt"
-"""File in the folder of an attempt that ran out of memory on one of several devices: what the next one begins with."""
+from hpsearch.training.states import BestWeights, Found, RunStates
+from hpsearch.training.steps import Steps, begin_smaller
 
 
 class Order(IntEnum):
@@ -78,32 +67,6 @@ class _Position:
     tokens: int = 0
     loss_count: int = 0
     seconds: float = 0.0
-
-
-class SmallerMicroBatchError(Exception):
-    """One of several processes ran out of memory: the run must start again, which it does in smaller micro-batches."""
-
-
-class _Loss(nn.Module):
-    """The summed loss of a batch as a module, so that it can be replicated."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model = task.model
-        self._task = task
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._task.losses(batch).sum()
-
-
-def precision(settings: RunSettings, device: torch.device) -> dict[str, str]:
-    """The number format of the `model`'s products, and of those of `muon`, on this device.
-
-    By itself that is bfloat16 on GPUs that have it natively, and float32 elsewhere: on a CPU with the instructions Muon
-    would take a fifth less time for them, a fiftieth of a step, and runs would differ from machine to machine.
-    """
-    fast = "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
-    return {"model": fast if settings.precision == "auto" else settings.precision, "muon": fast}
 
 
 class Trainer:
@@ -145,21 +108,13 @@ class Trainer:
         self.resumed_evaluations = 0
         """Points of the curve that come from the state that the run was resumed from."""
         self._ranks = ranks or Ranks()
-        share = math.ceil(settings.batch_size / self._ranks.size)
-        self.micro_batch_size = min(settings.micro_batch_size or share, share)
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         self._pulse = pulse
-        self._earlier = list(earlier)
-        self._origin = origin
         self._rung_places = tuple(rungs)
-        self._best_weights: dict[str, Tensor] = {}
-        self._best_file: str | None = None
-        self._best_of: dict[str, str | None] = {}
+        self._best_weights = BestWeights()
         self._position = _Position()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._began = self._saved = time.perf_counter()
-        trained = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
-        self._save_seconds = STATE_BYTES * trained / DISK_SPEED
+        self._began = time.perf_counter()
         self._is_partial = any(not parameter.requires_grad for parameter in task.model.parameters())
         self._order = np.random.default_rng(seed)
         self._model: nn.Module = task.model.to(device)
@@ -167,15 +122,13 @@ class Trainer:
         self.average = WeightAverage(self._trained, settings.weight_average or 0.0)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.precision = precision(settings, device)
-        self._half = self.precision["model"] == "bfloat16"
         if settings.compile:
             self._model.compile()
-        self._loss = self._ranks.replicate(_Loss(task))
-        has_dropout = device.type == "cpu" and not settings.compile and architecture.has_dropout(task.model)
-        self._dropout = CheapDropout() if has_dropout else nullcontext()
-        # Neither refers back to the trainer: it must be gone as soon as a run has failed, and its connections with it,
-        # or the other processes wait for this one.
+        trained = sum(value.numel() for value in self._trained.values())
+        self._states = RunStates(folder, earlier, origin=origin, ranks=self._ranks, trained=trained)
+        # None of these refers back to the trainer: it must be gone as soon as a run has failed, and its connections
+        # with it, or the other processes wait for this one.
+        self._steps = Steps(task, settings, self._trained, device=device, folder=folder, ranks=self._ranks)
         self.schedule = Schedule(
             settings,
             self.total_steps,
@@ -187,10 +140,20 @@ class Trainer:
             self._model,
             device=device,
             ranks=self._ranks,
-            is_half=self._half,
+            is_half=self._steps.is_half,
             pulse=pulse,
-            on_full_memory=partial(_begin_smaller, folder, self._ranks, 0),
+            on_full_memory=partial(begin_smaller, folder, self._ranks, 0),
         )
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """Number formats; see `steps.precision`."""
+        return self._steps.precision
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples in memory at once."""
+        return self._steps.micro_batch_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -237,8 +200,7 @@ class Trainer:
 
         Close it to stop early. Raises OutOfMemoryError, SmallerMicroBatchError, PreemptedError, DiskFullError.
         """
-        optimizers = self._make_optimizers()
-        position = self._resume(optimizers)
+        position = self._resume()
         for point in list(self.curve):
             if (yield from self._hand_out(point)):
                 return
@@ -250,17 +212,14 @@ class Trainer:
             while position.step_in_epoch < len(batches):
                 asked = Order(self._ranks.largest(self._pulse()))
                 if asked is Order.PREEMPT:
-                    self._checkpoint(optimizers, order)
+                    self._checkpoint(order)
                     raise PreemptedError
                 if asked is Order.TIME_UP:
                     if position.loss_count and (self.best is None or self.schedule.is_shortened):
                         yield from self._hand_out(self._evaluate_now())
                     return
-                learning_rate = self.schedule.advance(position.step)
-                for optimizer in optimizers.values():
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate
-                batch_loss, count = self._step(optimizers, batches[position.step_in_epoch])
+                self._steps.set_learning_rate(self.schedule.advance(position.step))
+                batch_loss, count = self._step(batches[position.step_in_epoch])
                 self._loss_sum += batch_loss
                 position.loss_count += count
                 position.tokens += count
@@ -270,8 +229,8 @@ class Trainer:
                 if position.step_in_epoch not in evaluation_steps:
                     continue
                 point = self._evaluate_now()
-                if point.evaluation in self.rungs or self._checkpoint_is_due():
-                    self._checkpoint(optimizers, order)
+                if point.evaluation in self.rungs or self._states.is_due():
+                    self._checkpoint(order)
                 if (yield from self._hand_out(point)):
                     return
                 self._model.train()
@@ -321,7 +280,7 @@ class Trainer:
 
     def recover_best(self) -> bool:
         """Take the best checkpoint from the newest state of the run, to be scored or exported; whether there is one."""
-        self._resume(self._make_optimizers())
+        self._resume()
         return self.best is not None
 
     def score(self) -> Scored:
@@ -333,7 +292,7 @@ class Trainer:
 
     def restore_best(self) -> None:
         """Make the weights of the best checkpoint the model's."""
-        self._restore(self._best_weights)
+        self._restore(self._best_weights.tensors)
 
     def follow(self) -> None:
         """What all processes but the first do after `points`: their part of its `settle` and `score`."""
@@ -390,67 +349,16 @@ class Trainer:
             return False
         return self.best is None or point.valid_score > (self.best.valid_score or 0.0)
 
-    def _step(self, optimizers: Optimizers, indices: Indices) -> tuple[Tensor, int]:
+    def _step(self, indices: Indices) -> tuple[Tensor, int]:
         """One optimizer step over a whole batch; returns its summed loss (on the device) and predicted tokens."""
-        while True:
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-            try:
-                return self._accumulate_and_step(optimizers, indices)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self._ranks.size > 1:
-                    # The others wait within their step for gradients that do not come.
-                    raise _begin_smaller(self.folder, self._ranks, self.micro_batch_size // 2, error) from error
-                if self.micro_batch_size == 1:
-                    raise OutOfMemoryError(str(error).splitlines()[0]) from error
-            self.micro_batch_size = math.ceil(self.micro_batch_size / 2)
-            LOGGER.warning("out of memory; continues in micro-batches of %d", self.micro_batch_size)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _accumulate_and_step(self, optimizers: Optimizers, indices: Indices) -> tuple[Tensor, int]:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = self.task.predicted("train", indices)
-        own = indices[self._ranks.rank :: self._ranks.size]
-        counts = bool(len(own))
-        if not counts:
-            own = indices[:1]  # the others wait for gradients, if only for zeros
-        for start in range(0, len(own), self.micro_batch_size):
-            batch = self.task.batch("train", own[start : start + self.micro_batch_size]).to(self.device)
-            is_last = start + self.micro_batch_size >= len(own)
-            with nullcontext() if is_last else self._ranks.without_sync(self._loss):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half), self._dropout:
-                    loss = self._loss(batch) if counts else 0.0 * self._loss(batch)
-                loss.backward()
-            total += loss.detach()
-        parameters = list(self._model.parameters())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch_internals.div_(gradients, count / self._ranks.size)
-        if self.settings.gradient_clip:
-            nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip)
-        for optimizer in optimizers.values():
-            optimizer.step()
-        return total, count
-
-    def _make_optimizers(self) -> Optimizers:
-        dtype = getattr(torch, self.precision["muon"])
-        return make_optimizers(self.task.model, self._trained.values(), self.settings, muon_dtype=dtype)
+        return self._steps.step(indices)
 
     def _keep(self, point: Point) -> None:
         """Make these weights the best so far, in memory; `_checkpoint` brings them to the disk."""
         self.best = point
         if self._ranks.rank:
             return
-        is_gpu = self.device.type == "cuda"
-        for name, value in self._weights().items():
-            there = self._best_weights.get(name)
-            if there is None or not is_gpu or not there.is_pinned():
-                there = torch.empty_like(value, device="cpu", pin_memory=is_gpu)
-            # From a GPU in the order of its stream, before the next step changes the weights.
-            self._best_weights[name] = there.copy_(value.detach(), non_blocking=True)
-        self._best_file = None
+        self._best_weights.keep(self._weights(), is_gpu=self.device.type == "cuda")
 
     def _weights(self) -> dict[str, Tensor]:
         """What training changes, each shared tensor once; of a model that is frozen in part, only the rest."""
@@ -463,120 +371,53 @@ class Trainer:
 
     # Checkpoints
 
-    def _checkpoint_is_due(self) -> bool:
-        is_due = CHECKPOINT_SHARE * (time.perf_counter() - self._saved) >= self._save_seconds
-        return bool(self._ranks.largest(is_due and not self._ranks.rank))
-
-    def _checkpoint(self, optimizers: Optimizers, order: Mapping[str, Any]) -> None:
-        """Write the state of the run, and the best weights that it names; keep it and the state before it."""
+    def _checkpoint(self, order: Mapping[str, Any]) -> None:
+        """Write the state of the run. `order` is that of the data at the beginning of this epoch."""
         began = time.perf_counter()
-        step = self._position.step
         loss_sum = self._ranks.add(self._loss_sum.clone()).item()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the best weights may be on their way
         torch_states = random_states.torch_states(self.device, self._ranks.gather)
         if self._ranks.rank:
             return
-        if self.best is not None and self._best_file is None:
-            self._best_file = checkpoints.write(self.folder, "best", self.best.step, self._best_weights, {})
         tensors = {f"model.{name}": value for name, value in self._weights().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.tensors.items()}
-        for kind, optimizer in optimizers.items():
-            for number, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{kind}.{number}.{name}": value for name, value in state.items()}
-        tensors |= torch_states
         facts = {
-            "origin": self._origin,
             "position": {**asdict(self._position), "seconds": self.seconds},
             "loss_sum": loss_sum,
             "micro_batch_size": self.micro_batch_size,
             "best_point": asdict(self.best) if self.best else None,
-            "best_file": self._best_file,
             "curve": [asdict(point) for point in self.curve],
             "order": order,
             **random_states.python_states(),
         }
-        last = checkpoints.names(self.folder, "resume")[-1:]
-        name = checkpoints.write(self.folder, "resume", step, tensors, facts)
-        self._forget_others([*last, name])
-        if last:
-            # Two states of this attempt stand: those of earlier ones have done their service.
-            for folder in self._earlier:
-                storage.remove(folder)
-            self._earlier = []
-        self._saved = time.perf_counter()
-        self._save_seconds = self._saved - began
+        tensors = {**tensors, **self._steps.state(), **torch_states}
+        best_step = self.best.step if self.best else None
+        self._states.write(self._position.step, tensors, facts, self._best_weights, best_step=best_step, began=began)
 
-    def _forget_others(self, states: Sequence[str]) -> None:
-        """Remove all checkpoint files but these states and the best weights that they name."""
-        self._best_of = {name: self._best_of.get(name, self._best_file) for name in states}
-        bests = [best for best in self._best_of.values() if best is not None]
-        checkpoints.forget(self.folder, keep=[*states, *bests])
-
-    def _resume(self, optimizers: Optimizers) -> _Position:
-        """Take up the newest whole state of this run, if there is one; returns where the run is then."""
-        self._began = self._saved = time.perf_counter()
-        if self._ranks.rank:
-            self._resume_as_told(optimizers)
-        else:
-            self._resume_newest(optimizers)
-        self._shrink_micro_batch()
+    def _resume(self) -> _Position:
+        """Resume from the newest whole state of this run, if there is one; returns where the run is then."""
+        self._began = time.perf_counter()
+        found = self._states.find()
+        if found is not None:
+            self._restore_state(found)
+            LOGGER.info("resumes from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
+        self._steps.shrink(self._states.earlier)
         self.schedule.begin_at(self._position.step)
         return self._position
 
-    def _resume_newest(self, optimizers: Optimizers) -> None:
-        for file, (tensors, facts) in checkpoints.newest(self._earlier):
-            if facts.get("origin", self._origin) != self._origin:
-                LOGGER.warning("checkpoint %s belongs to another run; it is left alone", file)
-                continue
-            best = checkpoints.read(file.parent / facts["best_file"]) if facts["best_file"] else None
-            if facts["best_file"] and best is None:
-                continue  # the state before this one may still have its best weights
-            self._ranks.tell(str(file).encode())
-            self._take_up(optimizers, tensors, facts, best[0] if best else {})
-            LOGGER.info("resumes from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
-            return
-        self._ranks.tell(b"")
-
-    def _resume_as_told(self, optimizers: Optimizers) -> None:
-        """The state that the first process resumes from, if it does; it alone keeps the best weights."""
-        file = self._ranks.tell().decode()
-        if not file:
-            return
-        state = checkpoints.read(locate(file))
-        if state is None:
-            raise RuntimeError(f"process {self._ranks.rank} cannot read {file}, which the first one can")
-        self._take_up(optimizers, *state, {})
-
-    def _shrink_micro_batch(self) -> None:
-        """Heed what earlier attempts have learnt about memory. Raises OutOfMemoryError when it is that nothing fits."""
-        learnt = [int(said) for place in self._earlier if (said := storage.read(place / MICRO_BATCH))]
-        self.micro_batch_size = min([self.micro_batch_size, *learnt])
-        if not self.micro_batch_size:
-            raise OutOfMemoryError(f"on each of {self._ranks.size} devices")
-
-    def _take_up(
-        self,
-        optimizers: Optimizers,
-        tensors: Mapping[str, Tensor],
-        facts: Mapping[str, Any],
-        best: dict[str, Tensor],
-    ) -> None:
-        self._restore(_below(tensors, "model."))
-        self.average.restore(_below(tensors, "average."))
-        for kind, optimizer in optimizers.items():
-            parts: dict[int, dict[str, Tensor]] = {}
-            for name, value in _below(tensors, f"{kind}.").items():
-                number, _, part = name.partition(".")
-                parts.setdefault(int(number), {})[part] = value
-            optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+    def _restore_state(self, found: Found) -> None:
+        tensors, facts = found.tensors, found.facts
+        self._restore(checkpoints.below(tensors, "model."))
+        self.average.restore(checkpoints.below(tensors, "average."))
+        self._steps.restore(tensors)
+        self._steps.micro_batch_size = facts["micro_batch_size"]
         self._position = _Position(**facts["position"])
         self._loss_sum.fill_(0.0 if self._ranks.rank else facts["loss_sum"])
-        self.micro_batch_size = facts["micro_batch_size"]
         self.curve = [Point(**point) for point in facts["curve"]]
         self.resumed_evaluations = len(self.curve)
         self.best = Point(**facts["best_point"]) if facts["best_point"] else None
-        self._best_weights = best
+        self._best_weights.tensors = found.best
         self._order.bit_generator.state = facts["order"]
         random_states.restore(tensors, facts, rank=self._ranks.rank, device=self.device)
 
@@ -584,15 +425,3 @@ class Trainer:
 def _agree(ranks: Ranks, value: int) -> int:
     """The number of the first process, in all of them."""
     return ranks.largest(0 if ranks.rank else value)
-
-
-def _begin_smaller(folder: Folder, ranks: Ranks, size: int, error: BaseException) -> SmallerMicroBatchError:
-    """Note what the next attempt begins with; returns the error that ends this one."""
-    checkpoints.write_whole(folder / MICRO_BATCH, str(size).encode())
-    remedy = f"continues in micro-batches of {size}" if size else "not even one example fits"
-    said = str(error).splitlines()[0]
-    return SmallerMicroBatchError(f"out of memory in one of {ranks.size} processes; {remedy} ({said})")
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -36,7 +36,8 @@ from hpsearch.training import checkpoints, torch_internals
 from hpsearch.training.devices import describe_cpu, device_name, peak_memory, pick_device
 from hpsearch.training.evaluation import OutOfMemoryError
 from hpsearch.training.ranks import Ranks
-from hpsearch.training.trainer import Order, PreemptedError, SmallerMicroBatchError, Trainer
+from hpsearch.training.steps import SmallerMicroBatchError
+from hpsearch.training.trainer import Order, PreemptedError, Trainer
 from hpsearch.worker.reasons import ending, is_broken, why
 from hpsearch.worker.setup import build_trainer
 from hpsearch.worker.team import ProcessLostError, Team, together

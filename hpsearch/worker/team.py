@@ -17,10 +17,10 @@ from hpsearch.records import (
     TrialConfig,
 )
 from hpsearch.training.ranks import Ranks, join, lead
+from hpsearch.training.steps import SmallerMicroBatchError
 from hpsearch.training.trainer import (
     Order,
     PreemptedError,
-    SmallerMicroBatchError,
 )
 from hpsearch.worker.setup import build_trainer
 from hpsearch.worker.watchdog import Watchdog

@@ -21,7 +21,7 @@ from hpsearch.files.layout import STOP_FILE
 from hpsearch.files.storage import locate
 from hpsearch.records import TrialConfig, TrialState
 from hpsearch.spec.load import load_study
-from hpsearch.training import trainer
+from hpsearch.training import states
 from hpsearch.worker import watchdog
 from hpsearch.worker.run import run_trial
 from tests.conftest import TINY, Run, drain
@@ -117,7 +117,7 @@ def test_a_trial_resumes_from_an_object_store_to_the_bit(
     config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, whole_result = drain(run_trial(config.model_copy(update={"folder": str(tmp_path / "trial-00001")})))
-    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(states, "CHECKPOINT_SHARE", 1e9)
     monkeypatch.setattr(watchdog, "_LOOK_AFAR_EVERY_S", 0.0)
     trial = run_trial(config)
     heard = [next(trial) for _ in range(5)]
@@ -148,7 +148,7 @@ def test_a_study_waits_for_an_object_store_that_is_away(
     config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(states, "CHECKPOINT_SHARE", 1e9)
     trial = run_trial(config)
     next(trial)
     # A port that is taken and listened to by nobody refuses all, and no other process gets it meanwhile.

@@ -7,7 +7,7 @@ import torch
 
 from hpsearch.spec.settings import RunSettings
 from hpsearch.training import devices
-from hpsearch.training.trainer import precision
+from hpsearch.training.steps import precision
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpsearch.training.muon import Muon, orthogonalised
+from hpsearch.training.optimizing.muon import Muon, orthogonalised
 
 SHAPES = [(32, 32), (32, 96), (128, 32), (1, 16), (16, 1)]
 FORMATS = [torch.float32, torch.bfloat16]

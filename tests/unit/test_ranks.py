@@ -21,7 +21,8 @@ from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm.training import CausalLM
-from hpsearch.training.trainer import MICRO_BATCH, Trainer
+from hpsearch.training.steps import MICRO_BATCH
+from hpsearch.training.trainer import Trainer
 from hpsearch.worker.reasons import first_cause
 from hpsearch.worker.run import run_trial
 from hpsearch.worker.team import ProcessLostError, follow

@@ -32,6 +32,7 @@ from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm.training import CausalLM
 from hpsearch.training import checkpoints
 from hpsearch.training.evaluation import OutOfMemoryError
+from hpsearch.training.optimizing.optimizers import make_optimizers
 from hpsearch.training.random_states import seed_everything
 from hpsearch.training.trainer import Order, PreemptedError, Trainer
 from hpsearch.worker.run import run_trial
@@ -175,8 +176,10 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(make: Callable[...,
     assert [1e-2 * (0.2 + 0.8 * part) for part in left[-4:-1]] == pytest.approx(rates[-3:])
 
 
-def test_only_matrices_are_decayed(make: Callable[..., Trainer]) -> None:
-    optimizers = make(RUN.model_copy(update={"weight_decay": 0.1}))._make_optimizers()
+def test_only_matrices_are_decayed(data: Path) -> None:
+    task = CausalLM(data, MODEL)
+    run = RUN.model_copy(update={"weight_decay": 0.1})
+    optimizers = make_optimizers(task.model, task.model.parameters(), run, muon_dtype=torch.float32)
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     assert {(parameter.dim(), group["weight_decay"]) for group in groups for parameter in group["params"]} == {
         (2, 0.1),
@@ -375,7 +378,7 @@ def test_a_preempted_run_goes_on_to_the_bit(data: Path, tmp_path: Path, cut: int
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
-    monkeypatch.setattr("hpsearch.training.trainer.CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("hpsearch.training.states.CHECKPOINT_SHARE", math.inf)
     folder = tmp_path / "first"
     first = Trainer(CausalLM(data, MODEL), LONG, seed=0, device=CPU, folder=folder)
     points = first.points()

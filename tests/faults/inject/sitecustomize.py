@@ -46,7 +46,7 @@ def patch_trainer(module: Any) -> None:
             log.write(json.dumps(line) + "\n")
         return point
 
-    def broken(self: Any, optimizer: Any, indices: Any) -> Any:
+    def broken(self: Any, indices: Any) -> Any:
         if self._position.step == FAULTS.get("step", 0):
             if breaks(self, "nan"):
                 with torch.no_grad():
@@ -61,10 +61,10 @@ def patch_trainer(module: Any) -> None:
                     if len(batch.tensors[0]) > FAULTS["fits"]
                     else losses(batch)
                 )
-                return step(self, optimizer, indices)
+                return step(self, indices)
             finally:
                 self.task.losses = losses
-        return step(self, optimizer, indices)
+        return step(self, indices)
 
     trainer._evaluate_now, trainer._step = logged, broken
     if "gpu_bytes" in FAULTS:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hpsearch.models import architecture
 from hpsearch.spec.settings import RunSettings
-from hpsearch.training.muon import Muon
+from hpsearch.training.optimizing.muon import Muon
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
