@@ -150,7 +150,7 @@ class Ours:
         self._search.pause(trial)
         self._paused.add(trial)
         if len(self._paused) > self._keep:
-            last = self._search.hindmost()
+            last = self._search.worst()
             self._paused.discard(last)
             self._search.tell(last, TrialState.UNPROMISING, value=self._best[last], notes={})
         return False

@@ -1,4 +1,4 @@
-"""The error tree: every failure that a person can mend, and the exit code that it ends in.
+"""The error tree: every failure that a person can fix, and the exit code that it ends in.
 
 HpsearchError
 ├── UsageError          2   a command, study file or data that cannot be used as given

@@ -33,7 +33,7 @@ class TrialState(StrEnum):
 
 LIVE = frozenset({TrialState.RUNNING, TrialState.PAUSED})
 UNFINISHED = LIVE | {TrialState.INTERRUPTED}
-"""Trials that run or wait to go on."""
+"""Trials that run, are paused or are queued."""
 RANKED = frozenset({TrialState.COMPLETED, TrialState.OVERFIT, TrialState.PLATEAU})
 """Trials that ended with a checkpoint worth scoring on the test split."""
 STOPPED = frozenset({TrialState.PAUSED, TrialState.INTERRUPTED})
@@ -89,7 +89,7 @@ class Progress:
     stops: bool
     """True when the worker ends the run at this verdict: the next thing it sends is its result."""
     rung: int | None = None
-    """The rung that the run has reached with this point. It can go on from here later."""
+    """The rung that the run has reached with this point. It can be resumed from here later."""
     memory: dict[str, int] = field(default_factory=dict)
     """At a rung: what the run has taken of a GPU so far, as in the provenance of a result."""
     micro_batch_size: int | None = None
@@ -188,7 +188,7 @@ class TrialConfig(Strict):
     params: dict[str, Any]
     """What the sampler chose."""
     attributes: dict[str, Any] | None = None
-    """What the sampler must know of its choice when the trial is taken up from its folder."""
+    """What the sampler must know of its choice when the trial is recovered from its folder."""
     repeat_of: int | None = None
     """Of a trial of the finals: the trial whose settings it runs again."""
     objective: str = "loss"

@@ -53,5 +53,5 @@ def jsonable(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Any result of a reading command as JSON: times in ISO 8601, what is no number as null."""
+    """Any result of a reading command as JSON: times in ISO 8601, NaN and infinite numbers as null."""
     return json.dumps(jsonable(value), indent=2)

@@ -72,7 +72,7 @@ def finals_table(rows: Sequence[Finalist]) -> Table:
             str(row.seeds),
             score_text(metric, row.mean),
             "-" if spread is None else f"±{score_text(metric, spread)}",
-            score_text(metric, row.sank),
+            score_text(metric, row.dropped),
             plain(", ".join(f"{name}={short(value)}" for name, value in row.params.items())),
         )
     return table
@@ -81,8 +81,10 @@ def finals_table(rows: Sequence[Finalist]) -> Table:
 def finals_note(rows: Sequence[Finalist]) -> str:
     """How the winner of the finals compares with the score that chose it."""
     best = rows[0]
-    sank = best.sank
-    moved = f"{score_text(best.metric, abs(sank))} {'worse' if sank > 0 else 'better'} than the score that chose it"
+    dropped = best.dropped
+    moved = (
+        f"{score_text(best.metric, abs(dropped))} {'worse' if dropped > 0 else 'better'} than the score that chose it"
+    )
     return (
         f"finals: trial {best.trial}'s settings are best, {best.metric} "
         f"{score_text(best.metric, best.mean)} on average over {best.seeds} new seeds, {moved}"

@@ -219,7 +219,7 @@ def counted(rows: Iterable[Example], spec: StudySpec) -> Counter[str]:
 
 
 def _sample(examples: list[Example], most: int | None) -> list[Example]:
-    """At most so many of the examples, in their order: those whose hash is lowest."""
+    """At most `most` of the examples, in their order: those with the lowest hashes."""
     if most is None or len(examples) <= most:
         return list(examples)
     limit = sorted(stable_fraction(example[0], "sample") for example in examples)[most - 1]

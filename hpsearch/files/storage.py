@@ -152,7 +152,7 @@ def write(file: Folder, content: bytes) -> None:
 
 
 def has_room(folder: Folder, needed: int) -> bool:
-    """Whether so many bytes can be expected to fit."""
+    """Whether this many bytes can be expected to fit."""
     if isinstance(folder, Path):
         make(folder)
         return shutil.disk_usage(folder).free > needed

@@ -300,9 +300,9 @@ def decode_greedily(model: PreTrainedModel, source: Tensor, attention_mask: Tens
             chosen = torch.full_like(chosen, config.forced_eos_token_id)
         ids[open_rows, length] = chosen
         length += 1
-        goes_on = chosen != end
-        if not bool(goes_on.all()):
-            left = goes_on.nonzero()[:, 0]
+        is_promoted = chosen != end
+        if not bool(is_promoted.all()):
+            left = is_promoted.nonzero()[:, 0]
             open_rows, attention_mask = open_rows[left], attention_mask[left]
             encoded.last_hidden_state = encoded.last_hidden_state[left]
             cache.batch_select_indices(left)

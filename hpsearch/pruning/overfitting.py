@@ -180,7 +180,7 @@ def mann_kendall_z(values: Sequence[float], *, period: int = 1) -> float:
 
 
 def _means(values: Sequence[float], size: int) -> list[float]:
-    """Of each block of so many values their mean."""
+    """The mean of each block of `size` values."""
     return [sum(values[start : start + size]) / size for start in range(0, len(values), size)]
 
 

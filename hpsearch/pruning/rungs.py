@@ -1,15 +1,15 @@
-"""Which trials go on past a rung, and what one that waits there may come to. Pure; knows nothing of Optuna, Ray or SQL.
+"""Which paused trials are promoted, and how well one can be expected to end. Pure; knows nothing of Optuna, Ray or SQL.
 
 Successive halving of the promoting kind (ASHA: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys
 2020): a trial pauses at each rung, with its checkpoint, unless it is among the best of all that have reached it; it
-goes on when it has become one of them. What is not ASHA's:
+is promoted once it has become one of them. What is not ASHA's:
 
-- Ranks at a rung are trusted only as far as the study's own trials bear them out. The share that goes on is 1/eta where
-  the order at the rung is the order later, and larger the less it is. So that this is known of more than the best, one
-  trial in ten is let past the lower rungs whatever its rank, as long as there is doubt.
+- Ranks at a rung are trusted only as far as the study's own trials confirm them. The promoted share is 1/eta where the
+  order at the rung is the order later, and grows as they disagree. So that this is known of more than the best trials,
+  one in ten is exempt from the lower rungs, whatever its rank, as long as there is doubt.
 - The first trials are drawn blindly, and those that follow are chosen: to be behind chosen ones says little so early.
-  A trial goes on, too, when it is among the best share of the first.
-- A paused trial is no blank to the sampler: it counts at what it has, less what others gained from there on.
+  A trial is promoted, too, when it is among the best share of the first.
+- The sampler sees a paused trial at its value so far, less what other trials gained from that rung on.
 
 Rungs lie at equal parts of each run after its warm-up, so that two runs are compared at the same place of their
 schedules, whatever their numbers of epochs.
@@ -27,18 +27,18 @@ from itertools import islice
 LEVELS = 4
 """Rungs of a run: at 1/eta^4, ..., 1/eta of it. Its end is one more."""
 APART = 1.5
-"""A rung less than so many times as far as the one before falls together with it."""
+"""A rung that is less than this many times as far as the one before is merged with it."""
 ENOUGH_OF_FIRST = 8
 """Of the first trials, those that must have reached a rung before others are compared with them there."""
 PAIRS_BELIEVED = 8
-"""Pairs of trials that are taken to keep their order before any has been seen to."""
+"""Prior: pairs of trials that are assumed to keep their order before any pair is observed."""
 LATEST_SEEN = 100
-"""Trials from which the agreement at a rung is taken: the latest that went on from it."""
-LET_PAST = 0.1
-"""Part of the trials that is let past a rung as long as there is doubt."""
+"""Trials that the agreement at a rung is computed from: the last ones promoted from it."""
+EXEMPT = 0.1
+"""Share of trials that is exempt from a rung as long as there is doubt."""
 DOUBT_UNTIL = 10
 DOUBT_ABOVE = 1.5
-"""There is doubt about a rung until so many trials have gone on from it, and while its share is so many times 1/eta."""
+"""A rung is in doubt until DOUBT_UNTIL trials were promoted from it, and while its share is above DOUBT_ABOVE / eta."""
 
 
 def places(reduction_factor: int, warmup_fraction: float) -> tuple[float, ...]:
@@ -54,7 +54,7 @@ class Rungs:
     """The values of a study's trials at its rungs; lower is better."""
 
     def __init__(self, reduction_factor: int, seed: int | None = None, *, first: int = 10) -> None:
-        """The seed decides who is let past; without one nobody is. The `first` trials are drawn blindly."""
+        """The seed decides which trials are exempt; without one none is. The `first` trials are drawn blindly."""
         self._num_first = first
         self._least = 1 / reduction_factor
         self._seed = seed
@@ -63,7 +63,7 @@ class Rungs:
         self._highest: dict[int, int] = {}
         self._ordered: list[list[tuple[float, int]]] = [[] for _ in range(LEVELS)]
         self._first: list[list[float]] = [[] for _ in range(LEVELS)]
-        self._went_on: list[dict[int, float]] = [{} for _ in range(LEVELS)]
+        self._promoted: list[dict[int, float]] = [{} for _ in range(LEVELS)]
         """Of trials that went on from a rung: the value at the next one that they reached, or at the end."""
         self._shares: list[float | None] = [None] * LEVELS
         self._gains: list[float | None] = [None] * LEVELS
@@ -83,8 +83,8 @@ class Rungs:
         if number in self._paths:
             self._add(number, LEVELS, value)
 
-    def goes_on(self, number: int) -> bool:
-        """Whether a trial is among the best at the highest rung that it has reached, or let past it."""
+    def is_promoted(self, number: int) -> bool:
+        """Whether a trial is among the best at the highest rung it has reached, or exempt from it."""
         rung = self._highest.get(number)
         if rung is None:
             return True
@@ -96,18 +96,18 @@ class Rungs:
             better = bisect_left(first, self._paths[number][rung])
             if better < math.floor(share * len(first) + 1e-9):
                 return True
-        return self._is_let_past(number, rung)
+        return self._is_exempt(number, rung)
 
     def next(self, waiting: Iterable[int]) -> int | None:
-        """Of trials that wait the one to promote: of those that may go on the best at the highest rung."""
-        return min((number for number in waiting if self.goes_on(number)), key=self._merit, default=None)
+        """The paused trial to promote: the best one at the highest rung, of those that may be promoted."""
+        return min((number for number in waiting if self.is_promoted(number)), key=self._merit, default=None)
 
-    def foremost(self, waiting: Iterable[int]) -> int:
-        """Of trials that wait the best at the highest rung, whether it may go on or not."""
+    def leading(self, waiting: Iterable[int]) -> int:
+        """The best paused trial at the highest rung, whether it may be promoted or not."""
         return min(waiting, key=self._merit)
 
-    def hindmost(self, waiting: Iterable[int]) -> int:
-        """Of trials that wait the one that lies furthest behind at its rung."""
+    def worst(self, waiting: Iterable[int]) -> int:
+        """The paused trial that is furthest behind at its rung."""
 
         def behind(number: int) -> float:
             rung = self._highest.get(number)
@@ -121,7 +121,7 @@ class Rungs:
         return 1 + self._place(number, rung), len(self._ordered[rung])
 
     def expected(self, number: int) -> float | None:
-        """What a trial that waits would come to, gaining what others gained; None when it has reached no rung."""
+        """The final value of a paused trial if it gains what others gained; None when it has reached no rung."""
         rung = self._highest.get(number)
         if rung is None:
             return None
@@ -132,7 +132,7 @@ class Rungs:
         path[level] = value
         before = [rung for rung in range(level) if not math.isnan(path[rung])]
         if before:
-            self._went_on[before[-1]].setdefault(number, value)
+            self._promoted[before[-1]].setdefault(number, value)
             self._gains[before[-1]] = None
         for rung in before:
             self._shares[rung] = None
@@ -144,17 +144,17 @@ class Rungs:
         rung = self._highest.get(number)
         return (0, 0.0, number) if rung is None else (-rung, self._paths[number][rung], number)
 
-    def _is_let_past(self, number: int, rung: int) -> bool:
+    def _is_exempt(self, number: int, rung: int) -> bool:
         if self._seed is None or rung >= LEVELS - 2:
             return False
-        is_doubted = len(self._went_on[rung]) < DOUBT_UNTIL or self._share(rung) > DOUBT_ABOVE * self._least
-        return is_doubted and random.Random(f"{self._seed}.{number}.{rung}").random() < LET_PAST
+        is_doubted = len(self._promoted[rung]) < DOUBT_UNTIL or self._share(rung) > DOUBT_ABOVE * self._least
+        return is_doubted and random.Random(f"{self._seed}.{number}.{rung}").random() < EXEMPT
 
     def _latest(self, rung: int) -> list[int]:
-        return list(islice(reversed(self._went_on[rung]), LATEST_SEEN))
+        return list(islice(reversed(self._promoted[rung]), LATEST_SEEN))
 
     def _share(self, rung: int) -> float:
-        """The part that goes on, by Kendall's tau between the order at the rung and at the last place two share."""
+        """The promoted share, by Kendall's tau between the order at the rung and at the last place two share."""
         share = self._shares[rung]
         if share is None:
             import numpy as np  # whoever reads a study file does without it
@@ -178,7 +178,7 @@ class Rungs:
     def _gain(self, rung: int) -> float:
         gain = self._gains[rung]
         if gain is None:
-            later = [(number, self._went_on[rung][number]) for number in self._latest(rung)]
+            later = [(number, self._promoted[rung][number]) for number in self._latest(rung)]
             gains = [self._paths[number][rung] - value for number, value in later if math.isfinite(value)]
             gain = self._gains[rung] = statistics.median(gains) if gains else 0.0
         return gain

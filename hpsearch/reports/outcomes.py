@@ -131,7 +131,7 @@ def compute(data: StudyData) -> Drawn:
         title="Compute spent and spared",
         figure=figure,
         n=f"{len(data.ended)} finished trials",
-        says=f"Pruning spared {share:.0f} % of what the planned epochs of these trials would have cost, reckoned at "
+        says=f"Pruning spared {share:.0f} % of what the planned epochs of these trials would have cost, estimated at "
         "each trial's own pace.",
     )
 

@@ -47,7 +47,7 @@ def counts(states: dict[str, int]) -> str:
 
 
 def trial_facts(trial: WholeTrial) -> list[tuple[str, str]]:
-    """What a trial came to, by name, as text; `trial` has its `scores`."""
+    """The outcome of a trial, by name, as text."""
     pruned = " (pruned)" if trial.state in PRUNED else ""
     facts = [("outcome", f"{trial.state}{pruned}: {trial.reason or 'in progress'}")]
     for score in trial.scores:

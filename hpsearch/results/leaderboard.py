@@ -48,7 +48,7 @@ class Finalist:
     standard_deviation: float | None
     low: float
     high: float
-    sank: float
+    dropped: float
     """By how much the mean is worse than the score that chose it."""
     repeats: list[int]
     """Numbers of the trials that ran it again."""
@@ -130,7 +130,7 @@ class Leaderboard:
 
 
 def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool = False) -> Leaderboard:
-    """The leaderboard of a study, or of several together; `top` keeps the best so many.
+    """The leaderboard of a study, or of several together; `top` keeps the n best.
 
     Raises UnknownStudyError, and UsageError when scores cannot be compared (unless `mixed`).
     """
@@ -288,7 +288,7 @@ def _common_metric(metric: str, entries: Sequence[_Entry], *, mixed: bool) -> tu
     """The metric in which all scores can be compared. Raises UsageError when there is none."""
     odd = _odd_one(metric, entries)
     if odd is None or mixed:
-        return metric, "ranked across different contracts (--mixed): the scores are no like for like" if odd else None
+        return metric, "ranked across different contracts (--mixed): the scores are not comparable" if odd else None
     if metric == "perplexity" and _odd_one("bits_per_byte", entries) is None:
         return "bits_per_byte", "the tokenizers differ, so these are ranked in bits per byte"
     entry, differs = odd
@@ -429,14 +429,14 @@ def _finalist(
         standard_deviation=spread,
         low=min(values),
         high=max(values),
-        sank=sign * (chosen - mean),
+        dropped=sign * (chosen - mean),
         repeats=[repeat.number for repeat in repeats],
         params=params,
     )
 
 
 def finalists(board: Leaderboard, top: int) -> Iterator[RankedTrial]:
-    """The best so many rows of a leaderboard with different settings."""
+    """The `top` best rows of a leaderboard with different settings."""
     seen: list[dict[str, Any]] = []
     for row in board.rows:
         if row.params not in seen and len(seen) < top:

@@ -269,7 +269,7 @@ def _around(dimension: Dimension, random: np.random.Generator, otherwise: Any) -
 class _Clipped(_Wrapper):
     """A model-based sampler that sees bad values clipped at the running median, and diverged trials there, too.
 
-    Trials that wait at a rung it sees at what they are expected to come to.
+    It sees paused trials at their expected final values.
     Diverged runs are outliers that wreck a Gaussian process (and are no numbers at all); clipped, they still say
     "not here". Winsorised targets for Bayesian optimisation: Eriksson & Poloczek, AISTATS 2021 (SCBO), appendix.
     """

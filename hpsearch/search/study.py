@@ -209,11 +209,11 @@ class Search:
         return (attributes[REPEAT], attributes[SEED]) if REPEAT in attributes else None
 
     def repeat(self, number: int, *, seed: int) -> Suggestion:
-        """The settings of a trial once more, on the record but hidden from the sampler: it is no new point."""
+        """The settings of a trial once more; recorded, but hidden from the sampler, to which it is not a new point."""
         return self._add(self.params(number), {REPEAT: number, SEED: seed})
 
     def adopt(self, params: dict[str, Any], attributes: dict[str, Any]) -> None:
-        """Take up a trial as the next one: it was begun, but not on record."""
+        """Record a trial that was begun but is not on record; it becomes the next one."""
         self.unfinished.append(self._add(params, attributes).number)
 
     def _add(self, params: dict[str, Any], attributes: dict[str, Any]) -> Suggestion:
@@ -244,42 +244,42 @@ class Search:
         return bool(self._brain.pruner.prune(self._brain, self._trial(number)))
 
     def at_rung(self, number: int, rung: int, value: float) -> bool:
-        """Record the best objective so far at a rung (see `rungs`); whether the trial goes on or should pause."""
+        """Record the best objective so far at a rung (see `rungs`); False when the trial should pause."""
         assert self._rungs is not None
         if self._record:
             record, name = self._record, f"{RUNG}{rung}"
             self._write(lambda: record.set_attribute(number, name, value))
         self._rungs.reach(number, rung, self._sign * value)
-        return self._rungs.goes_on(number)
+        return self._rungs.is_promoted(number)
 
     def pause(self, number: int) -> None:
-        """A trial waits at its rung."""
+        """Note that a trial is paused at its rung."""
         self._paused.add(number)
 
     def promote(self) -> int | None:
-        """The trial among those that wait that should go on now, if one should; it waits no more."""
+        """Pop the paused trial to promote now, if there is one."""
         number = self._rungs.next(self._paused) if self._rungs else None
         self._paused.discard(-1 if number is None else number)
         return number
 
     def promote_leader(self, *, anyway: bool) -> int | None:
-        """Of trials that wait one that leads its rung, or the foremost when one must go on; it waits no more."""
+        """Pop a paused trial that leads its rung; with `anyway`, the best one."""
         assert self._rungs is not None
         leading = [number for number in self._paused if anyway or self._rungs.standing(number)[0] == 1]
         if not leading:
             return None
-        number = self._rungs.foremost(leading)
+        number = self._rungs.leading(leading)
         self._paused.discard(number)
         return number
 
     def resume(self, number: int) -> None:
-        """A paused trial goes on, whatever its place."""
+        """Note that a paused trial runs again, whatever its rank."""
         self._paused.discard(number)
 
-    def hindmost(self) -> int:
-        """The last among those that wait."""
+    def worst(self) -> int:
+        """The worst paused trial."""
         assert self._rungs is not None
-        return self._rungs.hindmost(self._paused)
+        return self._rungs.worst(self._paused)
 
     def standing(self, number: int) -> tuple[int, int]:
         """A trial's place at its last rung, counted from 1, and how many trials have reached that."""
@@ -345,7 +345,7 @@ class Search:
             self._record.storage.engine.dispose()
 
     def _climb(self, rungs: Rungs, trial: FrozenTrial) -> None:
-        """Take up what the record says of a trial's rungs."""
+        """Restore what the record says of a trial's rungs."""
         for rung in range(LEVELS):
             if (value := trial.system_attrs.get(f"{RUNG}{rung}")) is not None:
                 rungs.reach(trial.number, rung, self._sign * value)
@@ -391,7 +391,7 @@ def first_suggestions(spec: StudySpec, count: int, starts: Sequence[Mapping[str,
 
 
 def _seed_after(seed: int, trials: int) -> int:
-    """The study's seed, or one of its own for a study that goes on after so many trials."""
+    """The study's seed, or another one for a study that is resumed after this many trials."""
     return seed if trials == 0 else int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
 
 

@@ -85,7 +85,7 @@ class Space:
         }
 
     def settings(self, most: int) -> Iterator[dict[str, Any]]:
-        """Every setting of a finite space, each once; what `when` makes inactive is left out. At most so many."""
+        """Every setting of a finite space, each once; what `when` makes inactive is left out. At most `most`."""
 
         def complete(names: list[str], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if not names:

@@ -1,4 +1,4 @@
-"""How a database is reached, ours and Optuna's alike: connections that never wait for ever, and what errors mean.
+"""How a database is reached, ours and Optuna's alike: connections that never wait forever, and what errors mean.
 
 A link may hang without a word, so that the server's own limits help nobody: a statement is given up by this side, too.
 The limits of the server are set in each transaction, not in the session, which a pooler (PgBouncer) would not keep; for

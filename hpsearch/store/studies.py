@@ -46,7 +46,7 @@ class Studies(Connection):
         return self._records(query, SpecRow)
 
     def archive_study(self, study: StudyRow) -> str:
-        """Give a study, in our tables and Optuna's, a name that says when it was put aside; returns the name."""
+        """Give a study, in our tables and Optuna's, a name that says when it was archived; returns the name."""
         name = f"{study.name[:40]}.{now():%Y%m%d-%H%M%S-%f}"
         with self._guarded(), self._engine.begin() as connection:
             connection.execute(sa.update(STUDIES).where(STUDIES.c.id == study.id).values(name=name))

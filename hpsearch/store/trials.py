@@ -91,7 +91,7 @@ class TrialEvents(Connection):
             )
 
     def pause_trial(self, trial_id: int, reason: str) -> None:
-        """Record that a trial waits at a rung, with its checkpoint."""
+        """Record that a trial is paused at a rung, with its checkpoint."""
         with self._guarded(), self._engine.begin() as connection:
             connection.execute(
                 sa.update(TRIALS)

@@ -106,7 +106,7 @@ def bucketed(lengths: NDArray[np.int64], order: np.random.Generator, batch_size:
 
 
 def within_budget(lengths: NDArray[np.int64], tokens: int = EVALUATION_TOKENS) -> list[Indices]:
-    """All examples once, sorted by length, in batches of at most so many padded tokens."""
+    """All examples once, sorted by length, in batches of at most `tokens` padded tokens."""
     batches: list[Indices] = []
     start = 0
     order = np.argsort(lengths, kind="stable")

@@ -130,7 +130,7 @@ class ProcessRanks(Ranks):
 
 
 def lead(host: str, size: int, call: Callable[[str], None], *, timeout: timedelta) -> ProcessRanks:
-    """Be the first of so many processes; `call` is given the address, by which it makes the others `join`.
+    """Be the first of `size` processes; `call` is given the address, by which it makes the others `join`.
 
     `host` is this machine as the others reach it: nothing listens on its other addresses.
     """

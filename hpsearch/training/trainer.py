@@ -45,7 +45,7 @@ from hpsearch.training.steps import Steps, begin_smaller
 class Order(IntEnum):
     """What the outside asks of a run between two steps; of several processes the largest counts."""
 
-    GO_ON = 0
+    CONTINUE = 0
     TIME_UP = 1
     """End here, with what has been learnt."""
     PREEMPT = 2
@@ -58,7 +58,7 @@ class PreemptedError(Exception):
 
 @dataclass
 class _Position:
-    """Where a run is: all that is needed to go on, beside tensors."""
+    """Where a run is: all that is needed to resume it, beside tensors."""
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -84,7 +84,7 @@ class Trainer:
         earlier: Sequence[Folder] = (),
         origin: str = "",
         rungs: Sequence[float] = (),
-        pulse: Callable[[], Order] = lambda: Order.GO_ON,
+        pulse: Callable[[], Order] = lambda: Order.CONTINUE,
         time_left: Callable[[], float] | None = None,
         ranks: Ranks | None = None,
     ) -> None:

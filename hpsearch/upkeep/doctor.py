@@ -53,14 +53,14 @@ class _Study:
     is_running: bool
     repairs: list[Callable[[], None]] = field(default_factory=list)
 
-    def found(self, problem: str, *, trial: int | None = None, mend: str | None = None) -> Finding:
-        """A finding, which `--repair` mends if it is said how."""
-        remedy = mend or "needs a person: see `hpsearch show`"
-        return Finding(study=self.row.name, trial=trial, problem=problem, remedy=remedy, can_repair=mend is not None)
+    def found(self, problem: str, *, trial: int | None = None, repair: str | None = None) -> Finding:
+        """A finding; `repair` says what `--repair` would do."""
+        remedy = repair or "needs a person: see `hpsearch show`"
+        return Finding(study=self.row.name, trial=trial, problem=problem, remedy=remedy, can_repair=repair is not None)
 
 
 def examine(store: Store, *, only: str | None = None, repair: bool = False) -> list[Finding]:
-    """Everything that is wrong with a store, or with one study of it; with `repair`, mended as far as is safe.
+    """Everything that is wrong with a store, or with one study of it; with `repair`, repaired as far as is safe.
 
     Raises UnknownStudyError, StudyBusyError when a driver takes a study while it is being repaired, RunFolderError when
     the store is a copy and the files are the original's.
@@ -82,18 +82,18 @@ def examine(store: Store, *, only: str | None = None, repair: bool = False) -> l
         here = list(_findings(store, study, lease if is_dead else None))
         if repair and any(finding.can_repair for finding in here):
             _repair(store, study)
-            here = [_mended(finding) for finding in here]
+            here = [_repaired(finding) for finding in here]
         found += here
     if only is None and (orphans := store.orphans(remove=repair)):
         text = ", ".join(f"{count} in {table}" for table, count in orphans.items())
         finding = Finding(study="", problem=f"rows that belong to nothing: {text}", remedy="remove", can_repair=True)
-        found.append(_mended(finding) if repair else finding)
+        found.append(_repaired(finding) if repair else finding)
     return found
 
 
 def _findings(store: Store, study: _Study, dead_lease: LeaseRow | None) -> Iterator[Finding]:
     if dead_lease is not None:
-        yield study.found(f"its lease is held by {dead_lease.holder}, which is dead", mend="release it")
+        yield study.found(f"its lease is held by {dead_lease.holder}, which is dead", repair="release it")
     for row in study.trials:
         number, state = row.number, TrialState(row.state)
         for problem in (*_wrong_state(row), *_wrong_curve(study, row)):
@@ -101,17 +101,17 @@ def _findings(store: Store, study: _Study, dead_lease: LeaseRow | None) -> Itera
         if state not in LIVE:
             yield from _against_optuna(study, row, state)
         elif not study.is_running and state is not TrialState.PAUSED:
-            yield study.found("is running, and no driver holds the study", trial=number, mend="back to the queue")
+            yield study.found("is running, and no driver holds the study", trial=number, repair="back to the queue")
         yield from _wrong_files(study, row, state)
     if not study.is_running:
         for number in sorted(study.recorded.keys() - {row.number for row in study.trials}):
             there = study.recorded[number].state
             if there != "WAITING":  # a trial whose driver died at once is in the queue like this
-                mend = "back to the queue" if there == "RUNNING" else None
-                yield study.found("is in Optuna's tables and not in ours", trial=number, mend=mend)
+                repair = "back to the queue" if there == "RUNNING" else None
+                yield study.found("is in Optuna's tables and not in ours", trial=number, repair=repair)
         if study.row.placement is not None:
             for piece in find_garbage(store, study.row, keep=len(study.trials) + 1):
-                yield study.found(f"{piece.folder}: {piece.why}", mend="remove it")
+                yield study.found(f"{piece.folder}: {piece.why}", repair="remove it")
     yield from _wrong_ranking(store, study)
 
 
@@ -146,7 +146,7 @@ def _against_optuna(study: _Study, row: TrialRow, state: TrialState) -> Iterator
         is_open = there.state in ("RUNNING", "WAITING")
         if not (study.is_running and is_open):  # its driver may be about to tell
             problem = f"is {state}, and {there.state} for Optuna, which should have {wanted}"
-            yield study.found(problem, trial=number, mend="tell Optuna" if is_open else None)
+            yield study.found(problem, trial=number, repair="tell Optuna" if is_open else None)
     elif there.params != row.params:
         yield study.found(f"ran {row.params}, and Optuna has {there.params}", trial=number)
     elif wanted == "COMPLETE":
@@ -166,7 +166,7 @@ def _wrong_files(study: _Study, row: TrialRow, state: TrialState) -> Iterator[Fi
         for name in (*checkpoints.names(place, "resume"), *checkpoints.names(place, "best")):
             if not checkpoints.is_whole(place / name):
                 study.repairs.append((place / name).unlink)
-                yield study.found(f"{place / name} is damaged", trial=number, mend="remove it")
+                yield study.found(f"{place / name} is damaged", trial=number, repair="remove it")
 
 
 def _wrong_ranking(store: Store, study: _Study) -> Iterator[Finding]:
@@ -210,9 +210,9 @@ def _repair(store: Store, study: _Study) -> None:
                 search.tell(number, state, value=value, notes={"outcome": state.value})
             search.close()
             collect(store, find_garbage(store, row, keep=len(study.trials) + 1), remove=owner.remove)
-        for mend in study.repairs:
-            mend()
+        for repair in study.repairs:
+            repair()
 
 
-def _mended(finding: Finding) -> Finding:
+def _repaired(finding: Finding) -> Finding:
     return Finding(**{**finding.__dict__, "repaired": finding.can_repair})

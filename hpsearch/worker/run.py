@@ -150,7 +150,7 @@ def _score_best(config: TrialConfig, watch: Watchdog) -> TrialResult:
 
 def export_unfinished(config: TrialConfig, place: Path) -> None:
     """Write the best model that the earlier attempts at a trial have left into a folder. Raises UsageError."""
-    trainer = build_trainer(config, Ranks(), lambda: Order.GO_ON)
+    trainer = build_trainer(config, Ranks(), lambda: Order.CONTINUE)
     if not trainer.recover_best():
         raise UsageError(f"trial {config.number} has written no checkpoint yet")
     trainer.restore_best()
@@ -172,7 +172,7 @@ def _run(
 
 
 def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> Generator[Progress, None, TrialResult]:
-    # Without the overfitting rule a run is still ended when its loss is no number any more.
+    # Without the overfitting rule a run is still ended when its loss is NaN or infinite.
     rule = config.rule or OverfitRule()
     curve: list[Point] = []
     per_epoch = len(trainer.evaluation_steps)

@@ -50,12 +50,12 @@ class Team(Protocol):
 
 
 class ProcessLostError(Exception):
-    """Another process of the trial died; the trial goes on from its checkpoint with new ones."""
+    """Another process of the trial died; the trial resumes from its checkpoint with new ones."""
 
 
 def follow(config: TrialConfig, address: str, *, rank: int, size: int, host: str) -> str:
     """Be one of the other processes of a trial; returns why the trial must begin again, or nothing when it is over."""
-    asked = Order.GO_ON
+    asked = Order.CONTINUE
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
         nonlocal asked

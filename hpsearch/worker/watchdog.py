@@ -53,7 +53,7 @@ class Watchdog:
         own = self._last_words_file if isinstance(self._last_words_file, Path) else None
         self._last_words = own.open("w") if own else os.fdopen(os.dup(2), "w")
         self._began = self._looked = time.monotonic()
-        self._asked = Order.GO_ON
+        self._asked = Order.CONTINUE
         self._had_sigterm = False
 
     @property
@@ -118,12 +118,12 @@ class Watchdog:
                     os.utime(self._pulse_file)
             else:
                 self._beat()
-        if self._asked is Order.GO_ON and self._is_asked_to_stop():
+        if self._asked is Order.CONTINUE and self._is_asked_to_stop():
             self._asked = Order.PREEMPT
         limit = self._config.max_minutes
-        if self._asked is Order.GO_ON and limit is not None and self.seconds > 60 * limit * self._processes:
+        if self._asked is Order.CONTINUE and limit is not None and self.seconds > 60 * limit * self._processes:
             self._asked = Order.TIME_UP
-        if self._asked is Order.GO_ON and self.time_left is not None and self.time_left() <= 0:
+        if self._asked is Order.CONTINUE and self.time_left is not None and self.time_left() <= 0:
             self._asked = Order.TIME_UP
         return self._asked
 

@@ -22,7 +22,9 @@ from hpsearch.integrations.optuna_dashboard import StudyArtifacts, trial_note
 from hpsearch.search.annotations import Annotations, Artifact
 from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
+from hpsearch.store.rows import StudyRow, WholeTrial
 from tests.conftest import Run
+from tests.rows import row
 
 pytestmark = pytest.mark.slow
 
@@ -136,12 +138,12 @@ def test_what_is_shown_costs_one_transaction_however_large(tiny: Path, tmp_path:
 
 def test_a_note_is_text_whatever_a_study_is_called() -> None:
     evil = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) | `x` ```"
-    trial = {
-        "number": 0, "state": "failed", "reason": evil, "scores": [], "best_valid_loss": None, "best_valid_score": None,
-        "best_epoch": None, "best_evaluation": None, "decisions": [], "repeat_of": None, "host": evil, "device": evil,
-        "device_seconds": 1.0, "attempt": 1, "worker_deaths": 0, "points": [], "params": {"architecture": f"{evil}\n```\n# heading"}, "seed": 0,
-    }  # fmt: skip
-    note = trial_note({"name": evil, "overrides": []}, trial)
+    trial = row(
+        WholeTrial, number=0, state="failed", reason=evil, scores=[], decisions=[], host=evil, device=evil,
+        device_seconds=1.0, attempt=1, worker_deaths=0, points=[], params={"architecture": f"{evil}\n```\n# heading"},
+        seed=0,
+    )  # fmt: skip
+    note = trial_note(row(StudyRow, name=evil, overrides=[]), trial)
     inside, fence = [], None
     for line in note.splitlines():
         if line.startswith("```") and set(line) == {"`"} and fence in (None, line):

@@ -178,7 +178,7 @@ def test_finals_run_the_best_settings_again_and_tell_luck_from_merit(
         values = [done.trial(number).scores[0].value for number in entry.repeats]
         assert entry.mean == pytest.approx(sum(values) / 3)
         assert len(set(values)) == 3, "the seeds differ"
-        assert entry.sank == pytest.approx(entry.mean - entry.chosen_score)
+        assert entry.dropped == pytest.approx(entry.mean - entry.chosen_score)
     view = "SELECT trial, seeds, mean_score FROM hpsearch_finals ORDER BY mean_score"
     with sqlite3.connect(tmp_path / "studies.db") as plain:
         rows = plain.execute(view).fetchall()

@@ -73,7 +73,7 @@ def test_a_preempted_run_goes_on_from_its_checkpoint(make: Make, tmp_path: Path)
     def after_some_steps() -> Order:
         nonlocal steps
         steps += 1
-        return Order.PREEMPT if steps > 12 else Order.GO_ON
+        return Order.PREEMPT if steps > 12 else Order.CONTINUE
 
     with pytest.raises(PreemptedError):
         losses(make(name="first", pulse=after_some_steps))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
-
 from hpsearch.reports.figures import FIGURES
 from hpsearch.reports.study_data import StudyData
 from hpsearch.results.leaderboard import Leaderboard
 from hpsearch.store.rows import RankedTrial, StudyRow
+from tests.rows import row
 
 
 def board_of(ties: list[str]) -> Leaderboard:
-    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(RankedTrial))
-    rows = []
-    for place, tie in enumerate(ties):
-        score = {"score": 10.0 + place, "score_low": 9.0 + place, "score_high": 11.0 + place, "score_n": 50}
-        rows.append(RankedTrial(**{**unknown, **score, "trial": place, "tie": tie, "state": "completed"}))
+    rows = [
+        row(
+            RankedTrial, trial=place, tie=tie, score=10.0 + place, score_low=9.0 + place, score_high=11.0 + place,
+            score_n=50, state="completed",
+        )
+        for place, tie in enumerate(ties)
+    ]  # fmt: skip
     return Leaderboard(
         studies=["s"], task="causal_lm", metric="perplexity", objective="loss", rows=rows, states={},
         validation_choice=None,
@@ -26,8 +26,7 @@ def board_of(ties: list[str]) -> Leaderboard:
 
 def test_the_leaderboard_draws_every_rank_and_fills_the_dots_of_the_tied() -> None:
     ties = ["1", "1=", *map(str, range(3, 21))]
-    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(StudyRow))
-    data = StudyData(StudyRow(**{**unknown, "name": "s"}), [], {}, board_of(ties), {}, None)
+    data = StudyData(row(StudyRow, name="s"), [], {}, board_of(ties), {}, None)
     drawn = FIGURES["leaderboard"](data)
     assert drawn is not None
     assert drawn.figure is not None

@@ -36,8 +36,8 @@ def test_one_of_three_goes_on_and_the_others_may_later() -> None:
     found = climbed({0: [1.0], 1: [2.0]})
     assert found.next([0, 1]) is None, "a third of two is nobody"
     found.reach(2, 0, 3.0)
-    assert found.goes_on(0)
-    assert not found.goes_on(1)
+    assert found.is_promoted(0)
+    assert not found.is_promoted(1)
     assert found.next([0, 1, 2]) == 0
     for number in range(3, 6):
         found.reach(number, 0, 4.0)
@@ -49,8 +49,8 @@ def test_the_highest_rung_comes_first_and_on_it_the_best() -> None:
     found = climbed({0: [1.0, 0.9], 1: [1.1, 0.8], 2: [1.2, 0.7], 3: [0.1], 4: [0.2], 5: [3], 6: [3], 7: [3], 8: [3]})
     assert found.next(range(9)) == 2
     assert found.next([0, 1, 3, 4]) == 3
-    assert found.foremost([0, 1, 3, 4]) == 1
-    assert found.hindmost([0, 3, 4, 8]) in (0, 8)
+    assert found.leading([0, 1, 3, 4]) == 1
+    assert found.worst([0, 3, 4, 8]) in (0, 8)
 
 
 def test_where_early_ranks_lie_more_go_on() -> None:
@@ -59,9 +59,9 @@ def test_where_early_ranks_lie_more_go_on() -> None:
     for found in (agreeing, lying):
         for number in range(12, 24):
             found.reach(number, 0, 20.0 + number)
-    assert not agreeing.goes_on(20)
-    assert lying.goes_on(20)
-    going = [sum(found.goes_on(number) for number in range(12, 24)) for found in (agreeing, lying)]
+    assert not agreeing.is_promoted(20)
+    assert lying.is_promoted(20)
+    going = [sum(found.is_promoted(number) for number in range(12, 24)) for found in (agreeing, lying)]
     assert going == [0, 12]
 
 
@@ -71,8 +71,8 @@ def test_a_run_that_came_to_nothing_speaks_against_its_rung() -> None:
     for number in range(8):
         believed.end(number, float(number))
         doubted.end(number, math.inf if number < 4 else 0.0)
-    assert not believed.goes_on(12)
-    assert doubted.goes_on(12)
+    assert not believed.is_promoted(12)
+    assert doubted.is_promoted(12)
 
 
 def test_what_waits_is_expected_to_gain_what_others_gained() -> None:
@@ -95,12 +95,12 @@ def test_one_in_ten_is_let_past_while_there_is_doubt_and_nobody_after() -> None:
         sure.reach(number, 1, float(number))
         doubting.reach(number, 1, float(-number if number % 2 else number))
     later = range(250, 300)
-    assert not any(sure.goes_on(number) for number in later)
+    assert not any(sure.is_promoted(number) for number in later)
     past = Rungs(3, seed=1)
     for number in range(300):
         past.reach(number, 0, float(number))
-    assert 1 <= sum(past.goes_on(number) for number in range(100, 300)) <= 40
-    assert sum(doubting.goes_on(number) for number in later) >= 1
+    assert 1 <= sum(past.is_promoted(number) for number in range(100, 300)) <= 40
+    assert sum(doubting.is_promoted(number) for number in later) >= 1
 
 
 def test_who_is_among_the_best_of_the_first_goes_on() -> None:
@@ -111,9 +111,9 @@ def test_who_is_among_the_best_of_the_first_goes_on() -> None:
         found.reach(number, 0, 1.0 + 0.01 * number)
     found.reach(40, 0, 2.0)
     assert found.standing(40)[0] > 40 / 3, "behind most of the chosen ones"
-    assert found.goes_on(40), "and ahead of all that were drawn blindly"
+    assert found.is_promoted(40), "and ahead of all that were drawn blindly"
     found.reach(41, 0, 13.5)
-    assert not found.goes_on(41)
+    assert not found.is_promoted(41)
 
 
 def test_a_value_that_comes_again_after_a_crash_changes_nothing() -> None:
@@ -136,7 +136,7 @@ def test_good_trials_are_found_at_a_part_of_the_cost() -> None:
             number = found.next(waiting)
             number = next(started, None) if number is None else number
             leading = [one for one in waiting if found.standing(one)[0] == 1]
-            number = found.foremost(leading) if number is None and leading else number
+            number = found.leading(leading) if number is None and leading else number
             waiting.discard(number)
             if number is None:
                 break
@@ -147,7 +147,7 @@ def test_good_trials_are_found_at_a_part_of_the_cost() -> None:
                     found.end(number, ends[number])
                     break
                 found.reach(number, level, ends[number] + 0.3 * (rungs.LEVELS - level) + draw.gauss(0, 0.02))
-                if not found.goes_on(number):
+                if not found.is_promoted(number):
                     waiting.add(number)
                     break
         found_best = min(ends[number] for number, level in at.items() if level == rungs.LEVELS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,20 +13,17 @@ from hpsearch.cli.live import watch_report
 from hpsearch.cli.summaries import _classes
 from hpsearch.results.status import WatchedStudy
 from hpsearch.store.rows import PointRow, TrialWithCurve
+from tests.rows import row
 
 
 def trial(number: int, state: str, points: int = 0, **more: Any) -> TrialWithCurve:
     curve = [
-        PointRow(
-            trial_id=number, evaluation=n, epoch=float(n), step=n, train_loss=4.0 / n, valid_loss=4.0 / n + n / 9,
-            valid_score=None, learning_rate=0.01, tokens=n, seconds=n,
-        )
+        row(PointRow, evaluation=n, epoch=float(n), train_loss=4.0 / n, valid_loss=4.0 / n + n / 9)
         for n in range(1, points + 1)
-    ]  # fmt: skip
-    unknown = dict.fromkeys(field.name for field in fields(TrialWithCurve))
-    known = {"number": number, "state": state, "points": curve, "params": {"learning_rate": 0.01}}
+    ]
     settings = {"model": {}, "training": {"num_epochs": 12}}
-    return TrialWithCurve(**{**unknown, **known, "settings": settings, **more})
+    known = {"number": number, "state": state, "points": curve, "settings": settings}
+    return row(TrialWithCurve, **known, params={"learning_rate": 0.01}, **more)
 
 
 @pytest.mark.parametrize(("width", "height", "is_drawn"), [(80, 24, False), (80, 40, True), (200, 60, True)])

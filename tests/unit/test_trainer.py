@@ -336,7 +336,7 @@ DROPPING = MODEL.model_copy(update={"dropout": 0.2})
 def after(steps: int) -> Callable[[], Order]:
     """A pulse that preempts after so many of its beats between steps."""
     beats = iter(range(1_000_000))
-    return lambda: Order.PREEMPT if next(beats) >= steps else Order.GO_ON
+    return lambda: Order.PREEMPT if next(beats) >= steps else Order.CONTINUE
 
 
 def without_times(points: Sequence[Point]) -> list[Point]:
@@ -510,7 +510,7 @@ def test_a_run_whose_time_is_short_has_its_learning_rate_brought_down_to_its_end
     steps = 0
 
     def pulse() -> Order:
-        return Order.TIME_UP if steps >= 20 else Order.GO_ON
+        return Order.TIME_UP if steps >= 20 else Order.CONTINUE
 
     trainer = make(run, pulse=pulse, time_left=lambda: 20.0 - steps)
     rates = []

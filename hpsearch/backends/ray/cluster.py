@@ -1,6 +1,6 @@
 """The Ray that trials run on: started on this machine and ended afterwards, or joined.
 
-Ray needs seconds to start, and Tune as long to be imported: one is done while the other goes on.
+Ray needs seconds to start, and Tune as long to be imported: the two overlap.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class _Bridge:
         """Tune's trial id to why the trial leaves before its end."""
         self.error: Exception | None = None
         self._losing = threading.Lock()
-        """Held for ever by whoever first notices that Ray is lost."""
+        """Held forever by the first thread that notices that Ray is lost."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -384,7 +384,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
     def _look_around(self) -> None:
         """Break Tune's loop when the study is to stop, an event failed, or Ray has lost a process of its own.
 
-        Tune itself would wait for ever, and Ray would end this process after a minute.
+        Tune itself would wait forever, and Ray would end this process after a minute.
         """
         if self._bridge.error is not None:
             raise self._bridge.error
@@ -408,7 +408,7 @@ class _BridgeScheduler(FIFOScheduler):  # type: ignore[misc]
             decision = run.on_progress(self._bridge.numbers[trial.trial_id], Progress.from_json(result["progress"]))
         if decision is Decision.CONTINUE:
             return str(TrialScheduler.CONTINUE)
-        # Tune forgets a trial that pauses, too: what it needs to go on is in its folder and in the store.
+        # Tune forgets a trial that pauses, too: what it needs to resume is in its folder and in the store.
         self._bridge.left[trial.trial_id] = decision
         return str(TrialScheduler.STOP)
 

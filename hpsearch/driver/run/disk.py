@@ -30,7 +30,7 @@ class DiskWait:
         return self._needed is not None
 
     def begin(self, needed: int) -> None:
-        """A trial found no room for so many bytes."""
+        """Note that a trial needed this many bytes and they did not fit."""
         self._since, self._needed = self._clock(), needed
 
     def probe(self) -> bool:

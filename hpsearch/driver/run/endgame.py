@@ -34,7 +34,7 @@ class Clock:
         """By trial: seconds of an epoch, for each unit of size."""
 
     def learn(self, trial: int, settings: Mapping[str, Any], *, epochs: float, seconds: float) -> None:
-        """A trial with these settings has taken so many seconds for its epochs so far."""
+        """Note that a trial with these settings took `seconds` for its `epochs` so far."""
         if epochs > 0:
             self._paces[trial] = seconds / epochs / _size(settings)
 

@@ -21,7 +21,7 @@ class Watch:
     """Looks at the pulses of workers."""
 
     def __init__(self, stall_minutes: float | None) -> None:
-        """`stall_minutes` is what a worker may be silent for; None lets it be silent for ever."""
+        """`stall_minutes` is what a worker may be silent for; None: forever."""
         self._stall_minutes = stall_minutes
         self._looked = -math.inf
 

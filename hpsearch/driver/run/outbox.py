@@ -50,7 +50,7 @@ class Outbox:
             self._move()
 
     def hurry(self, limit_s: float = LEAVE_S) -> None:
-        """Somebody waits: a store that is away gets so many seconds more. Safe to call from a signal handler."""
+        """Somebody waits: an unreachable store gets only this many seconds more. Safe to call from a signal handler."""
         self._until = min(self._until, time.monotonic() + limit_s)
 
     def flush(self) -> None:

@@ -4,7 +4,7 @@ Backends call the six events (`next_trial`, `on_progress`, `on_result`, `on_paus
 can lose its cluster has a seventh, `on_cluster_lost`) and take no decision of their own; whatever order and process the
 trials ran in, the same events leave the same rows. Decisions are taken in memory and written through the outbox, so
 that no event waits for the database. A trial that does not end goes back into the queue under its own number, and its
-next attempt goes on from its last checkpoint; so does one that paused at a rung and is promoted.
+next attempt resumes from its last checkpoint; so does a paused trial that is promoted.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ class StudyRun:
         result = TrialResult(state=TrialState.PAUSED, reason=reason, **self._last_known(live))
         self._tell_end(live.config, live.last, result)
         if len(self._trials.paused) > self.spec.limits.keep_paused:
-            self._give_up(self._search.hindmost())
+            self._give_up(self._search.worst())
 
     def on_stopped(self, number: int) -> None:
         """A trial that ended because `on_progress` answered STOP."""

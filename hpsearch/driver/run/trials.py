@@ -91,26 +91,26 @@ class Trials:
         self.states[state.value] -= 1
 
     def pause(self, number: int) -> LiveTrial:
-        """A live one waits at its rung from here on."""
+        """Move a live trial to the paused ones."""
         live = self.live.pop(number)
         self.paused[number] = until_next_attempt(live)
         self.count(TrialState.PAUSED)
         return live
 
     def requeue(self, number: int) -> LiveTrial:
-        """A live one waits in the queue, ahead of the others, from here on."""
+        """Move a live trial to the front of the queue."""
         live = self.live.pop(number)
         self.queue.appendleft(until_next_attempt(live))
         self.count(TrialState.INTERRUPTED)
         return live
 
     def take_paused(self, number: int) -> WaitingTrial:
-        """One that waits at a rung no more."""
+        """Pop a paused trial."""
         self.uncount(TrialState.PAUSED)
         return self.paused.pop(number)
 
     def take_queued(self, chosen: WaitingTrial | None = None) -> WaitingTrial:
-        """One that waits in the queue no more: this one, or the first."""
+        """Pop a trial from the queue: this one, or the first."""
         self.uncount(TrialState.INTERRUPTED)
         if chosen is None:
             return self.queue.popleft()

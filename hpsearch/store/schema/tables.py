@@ -247,7 +247,7 @@ def insert(connection: sa.Connection, table: sa.Table) -> Any:
 
 
 def storable(value: Any) -> Any:
-    """The value as both databases take it: numbers that are none become null, characters that are none U+FFFD.
+    """The value as both databases take it: NaN and infinity become NULL, characters that are not Unicode U+FFFD.
 
     PostgreSQL has no NUL in its text, and half a surrogate pair is no UTF-8.
     """
