@@ -144,7 +144,7 @@ def test_inline_and_ray_leave_the_same_rows(tiny: Path, tmp_path: Path) -> None:
             "best_epoch",
             "best_valid_loss",
         ):
-            assert one[key] == other[key], key
+            assert getattr(one, key) == getattr(other, key), key
     boards = [hpsearch.open_study(name, store=f"sqlite:///{file}").leaderboard() for name in ("inline", "ray")]
     assert list(boards[0]["score"]) == list(boards[1]["score"])
 

@@ -19,10 +19,12 @@ from hpsearch.integrations import mlflow as mlflow_tracker
 from hpsearch.integrations.trackers import check_trackers, tracked
 from hpsearch.records import Point, PointReported, Score, TrialEnded, TrialResult, TrialStarted, TrialState
 from hpsearch.registry import TRACKERS
+from hpsearch.store.rows import StudyRow
 from tests.conftest import Run
+from tests.rows import row
 
 pytestmark = pytest.mark.slow
-STUDY: dict[str, Any] = {"name": "a study", "created_at": datetime(2026, 1, 2, tzinfo=UTC)}
+STUDY = row(StudyRow, name="a study", created_at=datetime(2026, 1, 2, tzinfo=UTC))
 
 
 @pytest.fixture(autouse=True)
