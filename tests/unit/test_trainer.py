@@ -26,7 +26,7 @@ from hpsearch.files.layout import STOP_FILE
 from hpsearch.metrics import intervals
 from hpsearch.models.configuration import build_config
 from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialState
-from hpsearch.spec.sections import DataSpec, OverfitRule, TokenizerSpec
+from hpsearch.spec.sections import DataSpec, FileSplits, OverfitRule, TokenizerSpec
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
 from hpsearch.tasks.causal_lm.training import CausalLM
@@ -91,19 +91,50 @@ def test_training_lowers_both_losses(make: Callable[..., Trainer]) -> None:
     assert not points[0].ends_epoch
 
 
-def test_an_epoch_sees_every_training_window_once(make: Callable[..., Trainer], data: Path) -> None:
-    trainer = make(RUN.model_copy(update={"num_epochs": 1}))
-    seen: list[int] = []
+def test_an_epoch_sees_every_token_once_in_windows_that_begin_elsewhere_in_the_next(
+    make: Callable[..., Trainer], data: Path
+) -> None:
+    trainer = make(RUN.model_copy(update={"num_epochs": 2}))
+    stream = load_split(data, "train").tokens
     batch = trainer.task.batch
-    trainer.task.batch = lambda split, indices: (
-        seen.extend(indices.tolist()) if split == "train" else None,
-        batch(split, indices),
-    )[1]  # type: ignore[method-assign]
+    windows: list[tuple[int, list[int]]] = []
+
+    def noted(split: str, indices: Any) -> Any:
+        made = batch(split, indices)
+        if split == "train":
+            whole = torch.cat([made.tensors[0], made.tensors[1][:, -1:]], dim=1)
+            windows.extend(zip(indices.tolist(), whole.tolist(), strict=True))
+        return made
+
+    trainer.task.batch = noted  # type: ignore[method-assign]
     points = list(trainer.points())
-    assert sorted(seen) == list(range(trainer.task.num_examples["train"]))
-    assert seen != sorted(seen)
-    assert points[-1].tokens == len(seen) * 32
-    assert len(seen) * 32 <= len(load_split(data, "train").tokens) - 1 < (len(seen) + 1) * 32
+    count = trainer.task.num_examples["train"]
+    assert count * 32 <= len(stream) - 1 < (count + 1) * 32
+    assert points[-1].tokens == 2 * count * 32
+    # The stream runs on from its end, which is end-of-text as its beginning is.
+    around = np.concatenate([stream, stream[1:33]])
+    assert all(window == around[start : start + 33].tolist() for start, window in windows)
+    epochs = [[start for start, _ in windows[part * count :][:count]] for part in range(2)]
+    for starts in epochs:
+        seen = {(start + step) % (len(stream) - 1) for start in starts for step in range(32)}
+        assert len(seen) == count * 32, "none twice"
+        assert starts != sorted(starts)
+    assert epochs[0][0] % 32 != epochs[1][0] % 32 or set(epochs[0]) != set(epochs[1])
+
+
+def test_a_stream_that_is_shorter_than_a_window_is_predicted_once(tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("\n\n".join(f"text {number}" for number in range(40)))
+    corpus = DataSpec(files=FileSplits(train=[str(file)]), validation_fraction=0.3, test_fraction=0.3)
+    tokenizer = TokenizerSpec(vocab_size=300)
+    spec = StudySpec(name="s", task="causal_lm", data=corpus, tokenizer=tokenizer, folder=str(tmp_path))
+    short = Path(str(prepare(spec)[0]))
+    task = CausalLM(short, MODEL.model_copy(update={"context_length": 512}))
+    (indices,) = task.epoch_batches(np.random.default_rng(0), 4)
+    labels = task.batch("train", indices).tensors[1]
+    stream = load_split(short, "train").tokens
+    assert int((labels != -100).sum()) == task.predicted("train", indices) == len(stream) - 1
+    assert sorted(labels[labels != -100].tolist()) == sorted(stream[1:].tolist())
 
 
 def test_the_same_seed_gives_the_same_curve_to_the_bit(make: Callable[..., Trainer]) -> None:

@@ -1,7 +1,8 @@
 """Causal language modelling: windows of a token stream, next-token loss, perplexity and bits per byte.
 
 Training and evaluation read the stream in windows of `context_length` that do not overlap, so each token is predicted
-once a pass; the stream's last, partial window is padded in evaluation and left out in training.
+once a pass. In training they begin at another random place in every epoch, and the last one runs over the stream's end
+into its beginning; what fills no window is left out. In evaluation the last, partial window is padded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def check_model(settings: ModelSettings, card: DataCard) -> None:
 
 
 class CausalLM:
-    """See `tasks.base.Task`."""
+    """See `tasks.base.Task`. Indices are the places in the stream where windows begin."""
 
     def __init__(self, data: Path, settings: ModelSettings) -> None:
         self._folder = data
@@ -50,23 +51,30 @@ class CausalLM:
         return counts
 
     def epoch_batches(self, order: np.random.Generator, batch_size: int) -> list[Indices]:
-        return cut(order.permutation(self.num_examples["train"]), batch_size)
+        count, predicted = self.num_examples["train"], len(self._splits["train"].tokens) - 1
+        starts = (order.integers(predicted) + self._length * order.permutation(count)) % predicted
+        return cut(starts, batch_size)
 
     def evaluation_batches(self, split: str) -> list[Indices]:
-        return cut(np.arange(self.num_examples[split]), max(1, EVALUATION_TOKENS // self._length))
+        starts = self._length * np.arange(self.num_examples[split])
+        return cut(starts, max(1, EVALUATION_TOKENS // self._length))
 
     def batch(self, split: str, indices: Indices) -> Batch:
         """Inputs and labels, each of shape (examples, context_length)."""
         tokens = self._splits[split].tokens
-        positions = indices[:, None] * self._length + np.arange(self._length + 1)
-        window = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)
-        labels = window[:, 1:].copy()
-        labels[positions[:, 1:] >= len(tokens)] = IGNORED
-        tensors = torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(labels)
-        return Batch(tensors)
+        predicted = len(tokens) - 1
+        places = indices[:, None] + np.arange(self._length)
+        around = places % predicted
+        inputs, labels = tokens[around].astype(np.int64), tokens[around + 1].astype(np.int64)
+        if split == "train":
+            labels[:, predicted:] = IGNORED  # of a stream that is shorter than a window
+        else:
+            labels[places >= predicted] = IGNORED
+        return Batch((torch.from_numpy(inputs), torch.from_numpy(labels)))
 
     def predicted(self, split: str, indices: Indices) -> int:
-        left = len(self._splits[split].tokens) - 1 - indices * self._length
+        predicted = len(self._splits[split].tokens) - 1
+        left = np.full_like(indices, predicted) if split == "train" else predicted - indices
         return int(np.minimum(left, self._length).sum())
 
     def losses(self, batch: Batch) -> Tensor:
