@@ -20,6 +20,9 @@ _FORKS.set_forkserver_preload(
      "hpsearch.driver.plan", "hpsearch.worker.run", "hpsearch.cli.tables", "hpsearch.cli.live", __name__]
 )  # fmt: skip
 
+HPSEARCH = (sys.executable, "-m", "hpsearch")
+"""The command, in a process of its own from the start."""
+
 
 def run_command(
     arguments: Sequence[str], *, folder: Path, environment: dict[str, str], timeout_s: float = 300.0

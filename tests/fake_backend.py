@@ -22,9 +22,8 @@ from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
 from hpsearch.spec.sections import OverfitRule
 from hpsearch.store.leases import owner_of
-from hpsearch.store.rows import TrialRow
+from hpsearch.store.rows import NewStudy, TrialRow
 from hpsearch.store.store import Store
-from hpsearch.store.studies import NewStudy
 
 EPOCHS = 9
 BASE = {

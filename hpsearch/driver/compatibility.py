@@ -51,7 +51,7 @@ def _refuse_other_study(spec: StudySpec) -> None:
 
 def _refuse_other_folder(store: Store, row: StudyRow, spec: StudySpec) -> None:
     """Raise UsageError when the study's files lie elsewhere: it may be somebody else's, under the same name."""
-    ours, theirs = str(locate(spec.folder)), (row.placement or {}).get("folder")
+    ours, theirs = str(locate(spec.folder)), row.placement.get("folder")
     lease = store.lease(row.id)
     if theirs in (None, ours) or lease is None:
         return
@@ -95,7 +95,7 @@ def refuse_difference(row: StudyRow, spec: StudySpec, *, extend: bool) -> None:
 def _completed(row: StudyRow) -> dict[str, Any]:
     """The record of a study with today's defaults for settings that there were none of when it was begun."""
     try:
-        spec = recorded_study(row.spec, row.placement or {}, DEFAULT_STORE, trials=row.budget_trials)
+        spec = recorded_study(row.spec, row.placement, DEFAULT_STORE, trials=row.budget_trials)
     except ValueError:  # what it says is not allowed any more
         return dict(row.spec)
     return {**spec.record(), "data": {**spec.record()["data"], "files": row.spec["data"].get("files")}}

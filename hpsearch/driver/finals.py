@@ -19,8 +19,6 @@ def run_finals(url: str, name: str, *, top: int, seeds: int, listen: Listener | 
     """Launch the repeats that are not done yet; see `hpsearch.finals`."""
     with opened_store(url) as opened:
         row = opened.study(name)
-        if row.placement is None:
-            raise UsageError(f"'{name}' was last launched by an older hpsearch; launch it once more before its finals")
         spec = recorded_study(row.spec, row.placement, url, trials=row.budget_trials)
         rows = list(finalists(leaderboard(opened, name), top))
         if not rows:

@@ -32,15 +32,16 @@ from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.study import StudySpec
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
-from hpsearch.store.rows import StudyRow
+from hpsearch.store.rows import NewStudy, StudyRow
 from hpsearch.store.store import Store, opened_store
-from hpsearch.store.studies import NewStudy
 
 if TYPE_CHECKING:
+    from hpsearch.backends import Backend
     from hpsearch.data.shards import DataCard
     from hpsearch.driver.run.outbox import Outbox
     from hpsearch.driver.run.study_run import StudyRun
     from hpsearch.driver.run.trials import Repeat
+    from hpsearch.integrations.optuna_dashboard import Annotator
 
 
 MAX_FAILED_SHARE = 0.5
@@ -82,7 +83,7 @@ def launch_spec(
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()
         from hpsearch.data.prepare import notes
-        from hpsearch.driver.run.study_run import StopRequestedError, StudyRun
+        from hpsearch.driver.run.study_run import StudyRun
         from hpsearch.integrations.optuna_dashboard import Annotator
         from hpsearch.search.study import Search
 
@@ -129,18 +130,25 @@ def launch_spec(
         if any(truncated.values()):
             note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
         with _hearing_signals(run, signals, outbox):
-            try:
-                backend.run(run)
-            except StopRequestedError:
-                pass
-            finally:
-                run.interrupt_live()
-            outbox.flush()
-            annotator.finish()
-            outbox.flush()
-            run.settle()
+            _drive(backend, run, outbox, annotator)
         code = signals.exit_code or run.stop_code or _verdict(run)
         return Study(name=spec.name, store=spec.store, exit_code=code, stop_reason=run.stop_reason)
+
+
+def _drive(backend: Backend, run: StudyRun, outbox: Outbox, annotator: Annotator) -> None:
+    """Run the study to its end, and have everything written."""
+    from hpsearch.driver.run.study_run import StopRequestedError
+
+    try:
+        backend.run(run)
+    except StopRequestedError:
+        pass
+    finally:
+        run.interrupt_live()
+    outbox.flush()
+    annotator.finish()
+    outbox.flush()
+    run.settle()
 
 
 def _import_what_decides() -> None:

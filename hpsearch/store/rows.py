@@ -30,10 +30,9 @@ class LeaseRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyRow:
-    """A study as it was launched."""
+class NewStudy:
+    """What is recorded of a study when it starts."""
 
-    id: int
     name: str
     task: str
     metric: str
@@ -46,10 +45,17 @@ class StudyRow:
     budget_trials: int
     data: dict[str, Any]
     """The fields of the DataCard."""
-    created_at: datetime
     objective: str
     placement: dict[str, Any]
-    """`StudySpec.placement()` of the last launch."""
+    """`StudySpec.placement()` of the last launch: where it runs, which is not part of what it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRow(NewStudy):
+    """A study of a store."""
+
+    id: int
+    created_at: datetime
     uid: str
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,7 +12,7 @@ from hpsearch.errors import (
     UnknownStudyError,
 )
 from hpsearch.store.connection import Connection
-from hpsearch.store.rows import LeaseRow, RankedTrial, SpecRow, StudyRow, StudySummary
+from hpsearch.store.rows import LeaseRow, NewStudy, RankedTrial, SpecRow, StudyRow, StudySummary
 from hpsearch.store.schema.tables import LEADERBOARD, LEASES, SPECS, STUDIES, TRIALS, insert, now
 
 
@@ -86,24 +86,6 @@ class Studies(Connection):
             )
             for row in self._rows(sa.select(STUDIES).order_by(STUDIES.c.created_at))
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewStudy:
-    """What is written when a study starts."""
-
-    name: str
-    task: str
-    metric: str
-    higher_is_better: bool
-    spec: dict[str, Any]
-    fingerprint: str
-    overrides: list[str]
-    budget_trials: int
-    data: dict[str, Any]
-    objective: str
-    placement: dict[str, Any]
-    """Where it runs (folder, resources, backend): no part of what it is."""
 
 
 def _record_spec(

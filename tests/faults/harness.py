@@ -11,7 +11,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import psutil
 import sqlalchemy as sa
 
 import hpsearch
+from tests.commands import HPSEARCH
 from tests.conftest import command_of
 
 INJECT = Path(__file__).parent / "inject"
@@ -102,7 +102,7 @@ class Study:
             "OMP_WAIT_POLICY": "PASSIVE",
             **self.clock,
         }
-        command = [sys.executable, "-m", "hpsearch", "launch", str(self.file), "--json", "--backend", self.backend]
+        command = [*HPSEARCH, "launch", str(self.file), "--json", "--backend", self.backend]
         command += ["--trials", str(self.trials), *(f"--set={override}" for override in self.overrides), *more]
         with (self.folder / f"events-{number}.jsonl").open("w") as out, self.errors(number).open("w") as errors:
             process = subprocess.Popen(
@@ -219,7 +219,7 @@ class Study:
         row.wrong += [f"doctor: {finding.trial}: {finding.problem}" for finding in hpsearch.doctor(store=self.store)]
         for command in (["rank", "suffering"], ["show", "suffering", "0"]):
             done = subprocess.run(
-                [sys.executable, "-m", "hpsearch", *command], env={**os.environ, "HPSEARCH_STORE": self.store},
+                [*HPSEARCH, *command], env={**os.environ, "HPSEARCH_STORE": self.store},
                 capture_output=True, text=True, timeout=60, check=False,
             )  # fmt: skip
             if done.returncode != 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 import hpsearch
+from tests.commands import HPSEARCH
 from tests.faults.harness import Row, Study
 from tests.proxy import Link
 
@@ -36,7 +36,7 @@ def ended_in(call: Callable[[], int]) -> tuple[int, float]:
 
 
 def rank(study: Study) -> int:
-    words = [sys.executable, "-m", "hpsearch", "rank", "suffering", "--store", study.store]
+    words = [*HPSEARCH, "rank", "suffering", "--store", study.store]
     return subprocess.run(words, capture_output=True, timeout=120, check=False).returncode
 
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 import hpsearch as package
-from tests.commands import run_command
+from tests.commands import HPSEARCH, run_command
 from tests.conftest import TINY, command_of
 from tests.object_store import BUCKET, ObjectStore
 
@@ -218,7 +218,7 @@ def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tm
     overrides = ["--set=search.num_epochs=60", "--set=prune={overfit: false, unpromising: none}", "--trials=6"]
     with (tmp_path / "events.jsonl").open("w") as events, (tmp_path / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hpsearch", *command, *overrides], cwd=tmp_path, stdout=events, stderr=errors,
+            [*HPSEARCH, *command, *overrides], cwd=tmp_path, stdout=events, stderr=errors,
             env=cluster.environment, text=True,
         )  # fmt: skip
 
@@ -311,7 +311,7 @@ def test_a_trial_on_several_gpus_has_a_process_for_each(
 def test_a_trial_that_loses_one_of_its_processes_goes_on(cluster: Cluster, study: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/lost.db"
     launched = subprocess.Popen(
-        [sys.executable, "-m", "hpsearch", "launch", "study.yaml", "--name=loses", "--trials=1", "--store", store,
+        [*HPSEARCH, "launch", "study.yaml", "--name=loses", "--trials=1", "--store", store,
          "--address", cluster.address, "--set=resources.gpus_per_trial=2", "--set=search.num_epochs=60",
          "--set=prune.overfit=false"],
         env=cluster.environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
@@ -412,7 +412,7 @@ def test_a_node_that_does_not_reach_the_folder_is_named(cluster: Cluster, study:
 
 def test_a_launch_that_is_stopped_leaves_the_cluster_alone(cluster: Cluster, study: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "hpsearch", "launch", "study.yaml", "--address", cluster.address,
+        [*HPSEARCH, "launch", "study.yaml", "--address", cluster.address,
          "--store", f"sqlite:///{tmp_path}/stopped.db", "--set=search.num_epochs=400"],
         cwd=tmp_path, env=cluster.environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ import psutil
 import pytest
 
 from hpsearch.server.app import Guard
+from tests.commands import HPSEARCH
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ Ask = Callable[..., tuple[int, dict[str, str], bytes]]
 @contextmanager
 def serving(folder: Path, *arguments: str, token: str = "") -> Iterator[Ask]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "hpsearch", "dashboard", "--port=0", "--store", f"sqlite:///{folder}/studies.db", *arguments],
+        [*HPSEARCH, "dashboard", "--port=0", "--store", f"sqlite:///{folder}/studies.db", *arguments],
         env={**os.environ, "HPSEARCH_DASHBOARD_TOKEN": token}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 import hpsearch as package
+from tests.commands import HPSEARCH
 from tests.conftest import TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -256,7 +257,7 @@ def test_a_study_submitted_to_the_stack_is_in_its_store_and_its_dashboard(stack:
     for _ in range(2):
         stack.start("worker", "--num-cpus", "1")
     (tmp_path / "study.yaml").write_text(TINY.replace("backend: inline\n", ""))
-    submit = [sys.executable, "-m", "hpsearch", "submit", "study.yaml", "--address", f"http://127.0.0.1:{stack.http}"]
+    submit = [*HPSEARCH, "submit", "study.yaml", "--address", f"http://127.0.0.1:{stack.http}"]
     token = VALUES["RAY_AUTH_TOKEN"]
     stack.wait_for(lambda: len(_nodes(stack)) == 3)
     refused = subprocess.run(

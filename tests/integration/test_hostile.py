@@ -7,7 +7,6 @@ import os
 import resource
 import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import hpsearch as package
 from hpsearch.errors import SpecError
 from hpsearch.results.export import write_table
 from hpsearch.spec.load import load_study
+from tests.commands import HPSEARCH
 from tests.conftest import Run
 
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: 
     store = sa.make_url(postgres_store).set(username=user, password=password).render_as_string(hide_password=False)
     seen: list[str] = []
     process = subprocess.Popen(
-        [sys.executable, "-m", "hpsearch", "--debug", "launch", str(tiny), "--backend=ray"],
+        [*HPSEARCH, "--debug", "launch", str(tiny), "--backend=ray"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "HPSEARCH_STORE": store},
     )  # fmt: skip
@@ -162,7 +162,7 @@ def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: 
     row = package.open_study("tiny", store=postgres_store)
     assert len(row.trials()) == 4
     wrong = subprocess.run(
-        [sys.executable, "-m", "hpsearch", "rank", "tiny"],
+        [*HPSEARCH, "rank", "tiny"],
         capture_output=True, text=True, check=False,
         env={**os.environ, "HPSEARCH_STORE": store.replace("canary4711", "canary4712")},
     )  # fmt: skip

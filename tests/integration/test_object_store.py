@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from hpsearch.spec.load import load_study
 from hpsearch.training import states
 from hpsearch.worker import watchdog
 from hpsearch.worker.run import run_trial
+from tests.commands import HPSEARCH
 from tests.conftest import TINY, Run, drain
 from tests.object_store import BUCKET, ObjectStore
 
@@ -176,7 +176,7 @@ def test_a_killed_launch_goes_on_from_the_object_store(s3: ObjectStore, tmp_path
     file = study(tmp_path, backend="ray")
     file.write_text(file.read_text().replace("num_epochs: {min: 2, max: 4}", "num_epochs: 60"))
     quiet = ["--set=prune.overfit=false", "--set=prune.unpromising=none", "--set=resources.parallel=1"]
-    command = [sys.executable, "-m", "hpsearch", "launch", "study.yaml", "--trials", "1", *quiet]
+    command = [*HPSEARCH, "launch", "study.yaml", "--trials", "1", *quiet]
     launched = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 120

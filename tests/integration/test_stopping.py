@@ -20,6 +20,7 @@ from hpsearch import api
 from hpsearch.records import Event
 from hpsearch.reports import text as wording
 from hpsearch.store.store import Store
+from tests.commands import HPSEARCH
 from tests.conftest import TINY, Run
 from tests.faults.harness import Study as Suffering
 
@@ -145,7 +146,7 @@ def test_a_signal_to_all_processes_of_a_launch_ends_it_within_its_grace(tmp_path
 @pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=pytest.mark.nightly)])
 def test_a_study_goes_on_whatever_becomes_of_its_output(tmp_path: Path, backend: str) -> None:
     study = Suffering(folder=tmp_path / "study", trials=2, pace=0.0, backend=backend)
-    command = [sys.executable, "-m", "hpsearch", "launch", str(study.file), "--trials", "2", "--backend", backend]
+    command = [*HPSEARCH, "launch", str(study.file), "--trials", "2", "--backend", backend]
     environment = {**os.environ, "HPSEARCH_STORE": study.store, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
                           cwd=study.folder, text=True) as process:  # fmt: skip

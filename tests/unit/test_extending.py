@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hpsearch.metrics.intervals import interval
 from hpsearch.metrics.statistics import METRICS, score, summands
 from hpsearch.search.study import first_suggestions
 from hpsearch.spec.load import load_study
+from tests.commands import HPSEARCH
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
@@ -107,7 +107,7 @@ def test_the_task_runs_on_ray(modules: Path) -> None:
     file = modules / "cloze.yaml"
     file.write_text(f"{CLOZE}task: my_tasks:Cloze\nstore: sqlite:///{modules}/studies.db\nfolder: {modules}/runs\n")
     environment = {**os.environ, "PYTHONPATH": str(modules)}
-    command = [sys.executable, "-m", "hpsearch", "launch", str(file), "--trials", "1"]
+    command = [*HPSEARCH, "launch", str(file), "--trials", "1"]
     done = subprocess.run(command, env=environment, cwd=modules, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "filled" in done.stdout

@@ -36,10 +36,10 @@ from hpsearch.search.study import Search
 from hpsearch.spec.load import load_study
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.store import leases
+from hpsearch.store.rows import NewStudy
 from hpsearch.store.schema import migrations, views
 from hpsearch.store.schema.tables import metadata
 from hpsearch.store.store import Store
-from hpsearch.store.studies import NewStudy
 
 STUDY = NewStudy(
     name="s", task="causal_lm", metric="perplexity", higher_is_better=False, spec={"name": "s"}, fingerprint="f",
