@@ -78,10 +78,11 @@ def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
 
 def notes(spec: StudySpec, card: DataCard) -> list[str]:
     """What a person should know of prepared data before trials run on it."""
-    found = [
-        f"{count:,} examples of the {split.replace(' in ', ' split stand in the ')} split, too, and count there alone"
-        for split, count in card.overlaps.items()
-    ]
+    found = []
+    for pair, count in card.overlaps.items():
+        split, _, other = pair.partition(" in ")
+        remedy = "left out of training" if split == "train" else "kept in both"
+        found.append(f"{count:,} examples of the {split} split are in the {other} split, too: {remedy}")
     counts = card.label_counts
     rare = [label for label in card.labels if not all(label in counts.get(split, {label: 0}) for split in SPLITS)]
     if rare:

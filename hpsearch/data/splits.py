@@ -21,15 +21,16 @@ _MOST_SHARED = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Examples by split, de-duplicated: nothing stands twice, and no first field of a held-out split in training."""
+    """Examples by split. Training has none twice and no first field of a held-out split; given splits are as given."""
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
     duplicates: int
-    """Examples dropped because the same text, white space aside, had been read before."""
+    """Training examples dropped because the same text, white space aside, had been read before."""
     overlaps: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Of those, the ones that stand in a held-out split of their own, by `SPLIT in HELD-OUT SPLIT`."""
+    """Examples of a split that are in a held-out split, too, by `SPLIT in HELD-OUT SPLIT`: dropped from training, kept
+    in validation."""
     rare: dict[str, int] = dataclasses.field(default_factory=dict)
     """Labels left out because they are too rare to stand in all splits, with their examples."""
 
@@ -62,7 +63,7 @@ def read_examples(spec: StudySpec) -> Examples:
         splits = {split: read_files(files, columns, has_labels=task.has_labels) for split, files in given.items()}
     else:
         splits = read_hub(data, columns, has_labels=task.has_labels)
-    unique, duplicates, overlaps = _deduplicated({split: _checked(rows, spec) for split, rows in splits.items()})
+    unique, duplicates, overlaps = _without_overlap({split: _checked(rows, spec) for split, rows in splits.items()})
     parts = _split(unique, spec)
     rare = _drop_rare(parts, spec) if task.has_labels and data.rare_labels == "drop" else {}
     examples = Examples(**parts, duplicates=duplicates, overlaps=overlaps, rare=rare)
@@ -94,30 +95,35 @@ def _checked(rows: Iterable[Example], spec: StudySpec) -> Iterator[Example]:
             raise DataError(f"data: row {number}: column '{empty[0]}' is empty")
 
 
-def _deduplicated(
+def _without_overlap(
     splits: dict[str, Iterator[Example]],
 ) -> tuple[dict[str, list[Example]], int, dict[str, int]]:
-    """The examples of the given splits, each once, the number of others, and how many stand in a held-out split."""
-    seen: set[Example] = set()
+    """The given splits, training without duplicates; the number of these; how many examples are in a held-out split.
+
+    Held-out splits stay as they are given, so that scores compare with those of others on the same rows.
+    """
     held_out: dict[str, str] = {}
-    duplicates = 0
     overlaps: Counter[str] = Counter()
-    unique: dict[str, list[Example]] = {}
-    # Held-out splits are read first, so that a text that stands in training as well is dropped there.
+    kept: dict[str, list[Example]] = {}
+    duplicates = 0
+    # Held-out splits are read first, so that a text that is in training as well is dropped there.
     for split in (split for split in reversed(SPLITS) if split in splits):
-        unique[split] = []
+        seen: set[Example] = set()
         shared: Counter[str] = Counter()
         rows = 0
+        kept[split] = []
         for example in splits[split]:
             rows += 1
             key = tuple(fold(text) for text in example)
             if key[0] in held_out:
                 shared[held_out[key[0]]] += 1
-            elif key not in seen:
+            if split != "train":
+                kept[split].append(example)
+            elif key[0] in held_out or key in seen:
+                duplicates += 1
+            else:
                 seen.add(key)
-                unique[split].append(example)
-                continue
-            duplicates += 1
+                kept[split].append(example)
         for other, count in shared.items():
             if count > _MOST_SHARED * rows:
                 raise DataError(
@@ -125,8 +131,8 @@ def _deduplicated(
                     "expected splits that share no text, or none, which are then split off the training split"
                 )
             overlaps[f"{split} in {other}"] = count
-        held_out |= {fold(example[0]): split for example in unique[split]}
-    return unique, duplicates, dict(overlaps)
+        held_out |= {fold(example[0]): split for example in kept[split]}
+    return kept, duplicates, dict(overlaps)
 
 
 def _split(unique: dict[str, list[Example]], spec: StudySpec) -> dict[str, list[Example]]:

@@ -507,10 +507,22 @@ def test_one_file_as_two_splits_is_refused(tmp_path: Path) -> None:
     spec = study(DataSpec(files=files(train, validation=[str(held_out)], test=[str(other)])))
     found = read_examples(spec)
     assert found.overlaps == {"validation in test": 4, "train in test": 10}
-    assert [len(getattr(found, split)) for split in ("train", "validation", "test")] == [250, 36, 14]
-    assert notes(spec, measure(spec)[0])[0] == (
-        "4 examples of the validation split stand in the test split, too, and count there alone"
-    )
+    assert [len(getattr(found, split)) for split in ("train", "validation", "test")] == [250, 40, 14]
+    assert notes(spec, measure(spec)[0])[:2] == [
+        "4 examples of the validation split are in the test split, too: kept in both",
+        "10 examples of the train split are in the test split, too: left out of training",
+    ]
+
+
+def test_a_given_test_split_keeps_every_row_that_it_has_in_its_order(tmp_path: Path) -> None:
+    given = [*lines(20), *lines(5), "text 3 ", lines(20)[7]]
+    train, test = (rows(tmp_path, f"{name}.jsonl", [{"text": text} for text in texts]) for name, texts in (
+        ("train", [*lines(200), *lines(3)]), ("test", given)
+    ))  # fmt: skip
+    found = read_examples(study(DataSpec(files=files(train, test=[str(test)]))))
+    assert found.field("test", 0) == given
+    assert not {*found.field("train", 0), *found.field("validation", 0)} & {*given}
+    assert (found.duplicates, found.overlaps) == (23, {"train in test": 23})
 
 
 def test_a_given_split_without_rows_is_not_filled_from_another(tmp_path: Path) -> None:
