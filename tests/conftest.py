@@ -43,6 +43,14 @@ backend: inline
 """Seconds on one core, yet real: CPython's documentation, a transformer, four trials, most of which run to their end."""
 
 
+_LONGEST = ("test_cluster.py", "test_pages.py", "test_docker.py", "test_stopping.py", "test_ranks.py", "test_trainer.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: a worker that gets one of them last works on alone."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The tiny study as a file in a folder of its own, with store and runs beside it."""
