@@ -50,11 +50,13 @@ class Registry:
         path = self.built_in.get(name) or (self._installed[name].value if name in self._installed else name)
         module, _, attribute = path.partition(":")
         try:
-            return getattr(import_module(module), attribute)
-        except ImportError as error:
-            raise UsageError(f"{self.kind} {name}: cannot import {module}: {error}") from error
-        except AttributeError:
-            raise UsageError(f"{self.kind} {name}: {module} has no {attribute}") from None
+            loaded = import_module(module)
+        except Exception as error:  # a module of the user's may fail in any way
+            said = f"{error}" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise UsageError(f"{self.kind} {name}: cannot import {module}: {said}") from error
+        if not hasattr(loaded, attribute):
+            raise UsageError(f"{self.kind} {name}: {module} has no {attribute}")
+        return getattr(loaded, attribute)
 
 
 TASKS = Registry(

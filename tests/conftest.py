@@ -43,7 +43,14 @@ backend: inline
 """Seconds on one core, yet real: CPython's documentation, a transformer, four trials, most of which run to their end."""
 
 
-_LONGEST = ("test_cluster.py", "test_pages.py", "test_docker.py", "test_stopping.py", "test_ranks.py", "test_trainer.py")
+_LONGEST = (
+    "test_cluster.py",
+    "test_pages.py",
+    "test_docker.py",
+    "test_stopping.py",
+    "test_ranks.py",
+    "test_trainer.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,13 @@ def prepare(spec: StudySpec) -> tuple[Folder, DataCard]:
     examples = read_examples(spec)
     target = storage.locate(spec.folder) / "data" / _fingerprint(examples, spec)
     if storage.read(target / CARD) is not None:
-        card = read_card(storage.cached(target))
+        # Equal arrays may have been left of other rows.
+        card = replace(
+            read_card(storage.cached(target)),
+            duplicates=examples.duplicates,
+            overlaps=examples.overlaps,
+            rare=examples.rare,
+        )
         spec.definition.check_data(spec.options, card)
         return target, card
     prepared = _Prepared(examples, spec)
@@ -181,7 +187,9 @@ class _Prepared:
 
 def _fingerprint(examples: Examples, spec: StudySpec) -> str:
     """Of everything that decides the arrays, so that equal ones are made once."""
-    settings: list[Any] = [FORMAT, spec.task, spec.tokenizer.model_dump(), spec.definition.data_options(spec.options)]
+    task = spec.definition
+    settings: list[Any] = [FORMAT, spec.task, spec.tokenizer.model_dump(), task.data_options(spec.options)]
+    settings += [task.fields, task.marks, task.has_labels, task.compares_text]
     settings += [spec.data.source_language, spec.data.target_language]
     folder = pretrained.of(spec.model)
     if folder is not None:

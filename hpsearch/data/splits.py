@@ -102,7 +102,7 @@ def _without_overlap(
 
     Held-out splits stay as they are given, so that scores compare with those of others on the same rows.
     """
-    held_out: dict[str, str] = {}
+    held_out: dict[str, set[str]] = {}
     overlaps: Counter[str] = Counter()
     kept: dict[str, list[Example]] = {}
     duplicates = 0
@@ -115,11 +115,11 @@ def _without_overlap(
         for example in splits[split]:
             rows += 1
             key = tuple(fold(text) for text in example)
-            if key[0] in held_out:
-                shared[held_out[key[0]]] += 1
+            there = [other for other, texts in held_out.items() if key[0] in texts]
+            shared.update(there)
             if split != "train":
                 kept[split].append(example)
-            elif key[0] in held_out or key in seen:
+            elif there or key in seen:
                 duplicates += 1
             else:
                 seen.add(key)
@@ -131,7 +131,7 @@ def _without_overlap(
                     "expected splits that share no text, or none, which are then split off the training split"
                 )
             overlaps[f"{split} in {other}"] = count
-        held_out |= {fold(example[0]): split for example in kept[split]}
+        held_out[split] = {fold(example[0]) for example in kept[split]}
     return kept, duplicates, dict(overlaps)
 
 

@@ -96,7 +96,7 @@ def _completed(row: StudyRow) -> dict[str, Any]:
     """The record of a study with today's defaults for settings that there were none of when it was begun."""
     try:
         spec = recorded_study(row.spec, row.placement, DEFAULT_STORE, trials=row.budget_trials)
-    except ValueError:  # what it says is not allowed any more
+    except (ValueError, UsageError):  # what it says is not allowed any more, or its task is not here
         return dict(row.spec)
     return {**spec.record(), "data": {**spec.record()["data"], "files": row.spec["data"].get("files")}}
 

@@ -182,7 +182,8 @@ def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCar
     if row.data["fingerprint"] != card.fingerprint:
         raise UsageError(
             f"study '{spec.name}' was begun on other text (data fingerprint {row.data['fingerprint']}, now "
-            f"{card.fingerprint}): another Python or changed files. Its scores would not compare; use a new --name"
+            f"{card.fingerprint}): changed files, another Python, or an hpsearch that prepares them otherwise. Its "
+            "scores would not compare; use a new --name"
         )
     return row
 

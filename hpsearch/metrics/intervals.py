@@ -61,7 +61,9 @@ def influence(metric: str, examples: Examples, contract: Mapping[str, Any]) -> F
 
 def doubt(metric: str, count: int, low: float, high: float) -> str | None:
     """Why a score on n examples tells little, in a sentence; None where it tells enough."""
-    kind = METRICS[metric]
+    kind = METRICS.get(metric)
+    if kind is None:
+        return None
     is_wide = high > (1 + _WIDE) * low if kind.is_relative else high - low > _WIDE * kind.unit
     if count >= _FEW and not is_wide:
         return None

@@ -214,3 +214,4 @@ METRICS = {
     )
 }
 """Every metric, by the name that scores carry. A new one is added here, or by the task that has it."""
+BUILT_IN = frozenset(METRICS)

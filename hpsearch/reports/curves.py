@@ -13,7 +13,7 @@ from hpsearch.records import PRUNED
 from hpsearch.reports.study_data import StudyData
 from hpsearch.reports.text import short
 from hpsearch.reports.theme import CURVE_COLOURS, Drawn, escaped, hover
-from hpsearch.spec.task import task_named
+from hpsearch.spec.task import known_task
 from hpsearch.store.rows import PointRow, WholeTrial
 
 _CURVES = 8
@@ -89,8 +89,9 @@ def curves(data: StudyData) -> Drawn:
                 marker={"symbol": "x", "size": 10, "color": colour},
                 hovertemplate=f"pruned: {escaped(row.reason or row.state)}<extra></extra>",
             )
-    unit = task_named(data.study.task).loss_unit
-    figure.update_layout(xaxis_title="epoch", yaxis_title=f"loss ({unit})", hovermode="closest")
+    task = known_task(data.study.task)
+    unit = f" ({task.loss_unit})" if task else ""
+    figure.update_layout(xaxis_title="epoch", yaxis_title=f"loss{unit}", hovermode="closest")
     low, high = _usual_range([point for number in data.points for point in data.points[number]])
     if high > low:
         figure.update_yaxes(range=[low, high])

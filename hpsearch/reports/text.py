@@ -20,7 +20,8 @@ from hpsearch.store.rows import LeadingTrial, PointRow, RankedTrial, StudyRow, T
 
 def score_text(metric: str, value: float) -> str:
     """A score with the digits that a person compares."""
-    return f"{value:.{METRICS[metric].digits}f}"
+    digits = METRICS[metric].digits if metric in METRICS else 3  # of a task that is not here
+    return f"{value:.{digits}f}"
 
 
 def short(value: Any) -> str:
@@ -200,7 +201,7 @@ def curve_plot(points: Sequence[PointRow], *, width: int = 80, height: int = 14,
     left, right = f"{first:.3g}", f"epoch {last:.3g}"
     lines.append(" " * 9 + "+" + "-" * columns)
     lines.append(" " * 10 + left + right.rjust(max(0, columns - len(left))))
-    lines.append(" " * 10 + "o validation, . training loss (nats per token), * best checkpoint")
+    lines.append(" " * 10 + "o validation, . training loss, * best checkpoint")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from hpsearch.metrics import statistics, ties
 from hpsearch.metrics.metric import Examples
 from hpsearch.metrics.statistics import METRICS
 from hpsearch.records import RANKED
-from hpsearch.spec.task import task_named
+from hpsearch.spec.task import known_task, task_named
 from hpsearch.store.rows import LeadingTrial, RankedTrial, ScoreRow, StudyRow, TrialRow
 from hpsearch.store.store import Store
 
@@ -142,7 +142,7 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
                 f"'{first.name}' is a {first.task} study and '{other.name}' a {other.task} study: they "
                 "have no score in common"
             )
-    task_named(first.task)  # a task of the user's brings its metrics
+    known_task(first.task)  # a task of one's own brings its metrics
     states: dict[str, int] = {}
     entries: list[_Entry] = []
     finals: list[Finalist] = []
@@ -165,7 +165,10 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
                 if entry.row.study == study.name:
                     entry.scores.update(also.get(entry.row.trial, {}))
     metric, note = _common_metric(first.metric, entries, mixed=mixed)
-    rated = _rated(metric, entries)
+    is_higher_better = first.higher_is_better if metric == first.metric else METRICS[metric].higher_is_better
+    if metric not in METRICS:
+        note = f"task {first.task} cannot be imported here, so that nothing is known of ties and intervals"
+    rated = _rated(metric, entries, is_higher_better)
     wanted = {entry.id for entry in rated[:top]}
     chosen = None
     if len(found) == 1 and rated:
@@ -219,8 +222,11 @@ def compare(store: Store, study: str, first: int, second: int) -> Comparison:
             raise UsageError(f"trial {row.number} of '{study}' has no test answers to compare{reason}")
     examples = [statistics.unpack(kept[row.id]) for row in rows]
     scores = store.study_scores(found.id)
+    task_named(found.task)  # a task of one's own brings its metrics
     metrics = []
     for metric in statistics.metrics_of(examples[0]):
+        if not all(metric in scores[number] for number in numbers):
+            continue
         pair = [scores[number][metric] for number in numbers]
         differs = _difference(pair[0].contract, pair[1].contract)
         if differs:
@@ -318,9 +324,9 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     )
 
 
-def _rated(metric: str, entries: Sequence[_Entry]) -> list[_Entry]:
+def _rated(metric: str, entries: Sequence[_Entry], is_higher_better: bool) -> list[_Entry]:
     """The entries with their scores in this metric, best first."""
-    sign = -1 if METRICS[metric].higher_is_better else 1
+    sign = -1 if is_higher_better else 1
     rated = [replace(entry, row=_rated_row(metric, entry)) for entry in entries]
 
     def place(entry: _Entry) -> tuple[Any, ...]:
@@ -333,7 +339,8 @@ def _rated(metric: str, entries: Sequence[_Entry]) -> list[_Entry]:
 
 def _ranked(store: Store, metric: str, rated: Sequence[_Entry], wanted: Set[int]) -> list[RankedTrial]:
     """The rows of the wanted ones among all these entries, with rank, tie and p-value."""
-    p_values = _p_values(store, metric, rated, wanted) if _odd_one(metric, rated) is None else {}
+    can_tell = metric in METRICS and _odd_one(metric, rated) is None
+    p_values = _p_values(store, metric, rated, wanted) if can_tell else {}
     rows: list[RankedTrial] = []
     rank, score = 0, math.nan
     for place, entry in enumerate(rated, start=1):

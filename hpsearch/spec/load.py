@@ -87,7 +87,7 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     problems += space_problems
     interpolate(content, problems)
     raw_search = document.content.get("search") if isinstance(document.content.get("search"), dict) else {}
-    tasks = _tasks(content.get("task"), problems)
+    tasks = _tasks(content.get("task"), document)
     for name in tasks:
         _take_as_written(task_named(name), content, document)
     study = study_class(*tasks)
@@ -98,8 +98,6 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
         told = (_problem(one, study, content) for one in reversed(error.errors()))
         found = {problem.path: problem for problem in told}
         raise document.error(problems + list(found.values())) from None
-    if problems and len(tasks) != 1:
-        raise document.error(problems)
     spec = _with_absolute_paths(spec, base, problems)
     spec = _with_pretrained_folder(spec, base, problems)
     problems += cross_checks(spec, content)
@@ -110,15 +108,14 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
     return spec
 
 
-def _tasks(name: Any, problems: list[Problem]) -> tuple[str, ...]:
+def _tasks(name: Any, document: StudyDocument) -> tuple[str, ...]:
     """The task of the study; all that are built in when it names none that is known."""
     if isinstance(name, str) and TASKS.problem(name) is None:
         try:
             study_class(name)
-        except UsageError as error:
-            problems.append(Problem(path=("task",), message=str(error)))
-        else:
-            return (name,)
+        except UsageError as error:  # nothing more can be said of a file whose task is not here
+            raise document.error([Problem(path=("task",), message=str(error))]) from None
+        return (name,)
     return tuple(TASKS.built_in)
 
 
@@ -137,7 +134,8 @@ def _problem(error: Any, study: type[StudySpec], content: dict[str, Any]) -> Pro
     # pydantic names the branch of a union, too; no key of the file is called so.
     path = tuple(part for part in error["loc"] if part not in ("list[str]", "AlignedFiles"))
     if error["type"] == "extra_forbidden" and len(path) == 1 and path[0] in TASKS.names:
-        message = f"settings of another task; this study's is {content.get('task')}"
+        own = content.get("task")
+        message = f"{own} has no options" if path[0] == own else f"settings of another task; this study's is {own}"
         return Problem(path=path, message=message, at_key=True)
     if error["type"] == "extra_forbidden":
         return Problem(path=path, message=f"unknown key '{path[-1]}'{_known_keys(path, study)}", at_key=True)
@@ -199,7 +197,7 @@ def _absolute(base: Path, name: str, split: str, problems: list[Problem]) -> str
 
 
 def _check_format(file: Path, task: TaskDefinition, split: str, problems: list[Problem]) -> None:
-    is_plain = task.fields == ("text",) and not task.has_labels
+    is_plain = len(task.fields) == 1 and not task.has_labels
     expected = ".txt, .jsonl, .csv or .parquet" if is_plain else ".jsonl, .csv or .parquet"
     if file.suffix in (".txt", ".jsonl", ".csv", ".parquet") and (file.suffix != ".txt" or is_plain):
         return

@@ -16,6 +16,7 @@ from hpsearch.errors import UsageError
 from hpsearch.files.storage import locate
 from hpsearch.registry import TASKS
 from hpsearch.spec.parsing.space import parse_space
+from hpsearch.spec.parsing.wandb import WANDB_KEYS
 from hpsearch.spec.sections import (
     TARGET_EVALUATIONS,
     BudgetSpec,
@@ -39,7 +40,7 @@ from hpsearch.spec.task import TaskDefinition, task_named
 DEFAULT_STORE = "sqlite:///hpsearch.db"
 _OBJECTIVE_SCHEMA: dict[str, Any] = {"anyOf": [{"enum": ["loss", "bleu", "f1"]}, {"type": "string"}], "default": "loss"}
 _TASK_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"enum": list(TASKS.built_in)}, {"type": "string", "pattern": r"^[\w.-]+(:\w+)?$"}],
+    "anyOf": [{"enum": list(TASKS.names)}, {"type": "string", "pattern": r"^[\w.]+:\w+$"}],
 }
 _PLACEMENT = {"folder", "resources", "backend", "address", "limits", "enqueue", "transfer_from"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -249,13 +250,17 @@ class StudySpec(Strict):
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+_RESERVED = {*StudySpec.model_fields, *WANDB_KEYS}
+
+
 @cache
 def study_class(*tasks: str) -> type[StudySpec]:
     """StudySpec with a section, under its name, for the options of each of these tasks. Raises UsageError."""
     sections: dict[str, Any] = {}
     for definition in map(task_named, tasks):
-        if not definition.name.isidentifier() or definition.name in StudySpec.model_fields:
-            raise UsageError(f"a task may not be named {definition.name!r}: expected an identifier that is no key")
+        name = definition.name
+        if not name.isidentifier() or name.startswith("_") or hasattr(StudySpec, name) or name in _RESERVED:
+            raise UsageError(f"a task may not be named {name!r}: expected a word that is no key")
         if definition.options.model_fields:
             sections[definition.name] = (definition.options, Field(default_factory=definition.options))
     return create_model("StudySpec", __base__=StudySpec, **sections)
@@ -266,6 +271,8 @@ def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str
     where = dict(placement)
     data = {**record["data"], "files": where.pop("files", record["data"]["files"])}
     model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
+    others = {name for name in TASKS.built_in if name != record["task"]}  # earlier records have sections of all tasks
+    record = {key: value for key, value in record.items() if key not in others}
     whole = {**record, **where, "data": data, "model": model, "store": store, "budget": {"trials": trials}}
     return study_class(record["task"]).model_validate(whole, context={"recorded": True})
 

@@ -59,7 +59,7 @@ class TaskDefinition:
     architecture: ClassVar[str]
     """Of models that are trained from scratch, where the study names none."""
     objectives: ClassVar[tuple[str, ...]] = ("loss",)
-    """What a study may search for: the validation loss, and metrics that the task takes of the validation split."""
+    """What a study may search for: the loss, and metrics of which more is better, of the validation split."""
     metric: ClassVar[str]
     """The test metric that trials are ranked by."""
     loss_unit: ClassVar[str] = "nats per token"
@@ -74,10 +74,12 @@ class TaskDefinition:
 
     def columns(self, data: DataSpec) -> tuple[str, ...]:
         """The columns that an example is read from: one for each field, then that of the labels."""
+        if self.is_pair:
+            return data.source_column, data.target_column
         return (data.column, data.label_column) if self.has_labels else (data.column,)
 
     def labels(self, written: str, options: Any) -> list[str]:
-        """The labels of an example, as its column has them."""
+        """The labels of an example, as its column has them; several are separated by LABEL_SEPARATOR."""
         return [written]
 
     def split_key(self, text: str) -> str:
@@ -122,11 +124,37 @@ class TaskDefinition:
 def task_named(name: str) -> TaskDefinition:
     """The definition of a name that a study file may have under `task`. Raises UsageError."""
     found = TASKS.load(name)
-    definition = found() if isinstance(found, type) else found
-    if not isinstance(definition, TaskDefinition):
-        raise UsageError(f"task {name}: expected a TaskDefinition, got {type(definition).__name__}")
-    if own := definition.metrics():
-        from hpsearch.metrics.statistics import METRICS
-
-        METRICS.update({metric.name: metric for metric in own})
+    if not (isinstance(found, type) and issubclass(found, TaskDefinition)):
+        raise UsageError(f"task {name}: expected a class of hpsearch.spec.task.TaskDefinition, got {found!r}")
+    definition = found()
+    if name not in TASKS.built_in:
+        _check(name, definition)
     return definition
+
+
+def known_task(name: str) -> TaskDefinition | None:
+    """The definition, where a study is only read: None when the module of a task of one's own is not here."""
+    try:
+        return task_named(name)
+    except UsageError:
+        return None
+
+
+def _check(name: str, definition: TaskDefinition) -> None:
+    """Raise UsageError for a task that lacks something; record its metrics."""
+    from hpsearch.metrics.statistics import BUILT_IN, METRICS
+
+    for attribute in ("name", "architecture", "metric"):
+        if not isinstance(getattr(definition, attribute, None), str):
+            raise UsageError(f"task {name}: the class has no {attribute}, which must be text")
+    if not 1 <= len(definition.fields) <= 2:
+        raise UsageError(f"task {name}: expected one field or two, got {definition.fields!r}")
+    for metric in definition.metrics():
+        if metric.name in BUILT_IN:
+            raise UsageError(f"task {name}: hpsearch has a metric {metric.name} already; give yours another name")
+        METRICS[metric.name] = metric
+    if definition.metric not in METRICS:
+        raise UsageError(f"task {name}: no metric is called {definition.metric}; there are {', '.join(METRICS)}")
+    for objective in definition.objectives:
+        if objective != "loss" and not (objective in METRICS and METRICS[objective].higher_is_better):
+            raise UsageError(f"task {name}: the objective {objective} is no metric of which more is better")

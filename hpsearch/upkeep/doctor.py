@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from hpsearch.errors import StudyBusyError
+from hpsearch.errors import StudyBusyError, UsageError
 from hpsearch.files.layout import earlier_attempts, run_folder
 from hpsearch.files.storage import locate
 from hpsearch.records import LIVE, RANKED, STOPPED, UNFINISHED, TrialState
 from hpsearch.search.record import RecordedTrial, recorded_trials
 from hpsearch.search.study import OPTUNA_STATE, Search
-from hpsearch.spec.study import recorded_study
+from hpsearch.spec.study import StudySpec, recorded_study
 from hpsearch.store import leases
 from hpsearch.store.leases import owner_of
 from hpsearch.store.rows import LeaseRow, PointRow, StudyRow, TrialRow
@@ -81,8 +81,16 @@ def examine(store: Store, *, only: str | None = None, repair: bool = False) -> l
         )
         here = list(_findings(store, study, lease if is_dead else None))
         if repair and any(finding.can_repair for finding in here):
-            _repair(store, study)
-            here = [_repaired(finding) for finding in here]
+            try:
+                spec = recorded_study(row.spec, row.placement, store.url, trials=row.budget_trials)
+            except (
+                ValueError,
+                UsageError,
+            ) as error:  # its task is not here: the other studies are repaired all the same
+                here.append(study.found(f"cannot be repaired here: {error}"))
+            else:
+                _repair(store, study, spec)
+                here = [_repaired(finding) for finding in here]
         found += here
     if only is None and (orphans := store.orphans(remove=repair)):
         text = ", ".join(f"{count} in {table}" for table, count in orphans.items())
@@ -187,29 +195,26 @@ def _wrong_ranking(store: Store, study: _Study) -> Iterator[Finding]:
         yield study.found("its leaderboard does not follow from its scores")
 
 
-def _repair(store: Store, study: _Study) -> None:
+def _repair(store: Store, study: _Study, spec: StudySpec) -> None:
     """Do what the next launch would do first, and remove what nobody needs. Raises StudyBusyError."""
     if study.is_running:
         raise StudyBusyError(f"study '{study.row.name}' is running; repair it when its launch has ended")
     row = study.row
     with leases.hold(store, row, lambda text: None) as lease:
-        if row.placement is not None:
-            owner = owner_of(store, row, lease.token)
-            owner.claim(run_folder(row.placement["folder"], row))
+        owner = owner_of(store, row, lease.token)
+        owner.claim(run_folder(row.placement["folder"], row))
         for trial in study.trials:
             if TrialState(trial.state) is TrialState.RUNNING:
                 store.requeue_trial(trial.id, "its driver died")
-        if row.placement is not None:
-            spec = recorded_study(row.spec, row.placement, store.url, trials=row.budget_trials)
-            search = Search(spec, store.url, lease=(row.id, lease.token))
-            states = {trial.number: trial for trial in store.trials(row.id)}
-            for number in search.unfinished:
-                known = states.get(number)
-                state = TrialState(known.state) if known else TrialState.INTERRUPTED
-                value = known.best_valid(row.objective) if known else None
-                search.tell(number, state, value=value, notes={"outcome": state.value})
-            search.close()
-            collect(store, find_garbage(store, row, keep=len(study.trials) + 1), remove=owner.remove)
+        search = Search(spec, store.url, lease=(row.id, lease.token))
+        states = {trial.number: trial for trial in store.trials(row.id)}
+        for number in search.unfinished:
+            known = states.get(number)
+            state = TrialState(known.state) if known else TrialState.INTERRUPTED
+            value = known.best_valid(row.objective) if known else None
+            search.tell(number, state, value=value, notes={"outcome": state.value})
+        search.close()
+        collect(store, find_garbage(store, row, keep=len(study.trials) + 1), remove=owner.remove)
         for repair in study.repairs:
             repair()
 

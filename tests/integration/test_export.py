@@ -76,7 +76,9 @@ def gpt(folder: Path) -> Path:
     backend.train_from_iterator([" ".join(WORDS)] * 9, trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
     size = backend.get_vocab_size()
-    config = GPT2Config(vocab_size=size, n_embd=32, n_layer=1, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=size, n_embd=32, n_layer=1, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     decoding = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "max_new_tokens": 99}
     GenerationConfig(eos_token_id=0).save_pretrained(folder)

@@ -542,3 +542,14 @@ def test_a_positive_label_that_no_example_has_is_named(tmp_path: Path) -> None:
     assert read(1) == read("1")
     with pytest.raises(DataError, match=r"positive_label: no example .* has the label 'yes'; there are '0', '1'"):
         read("yes")
+
+
+def test_a_row_of_two_held_out_splits_counts_for_both(tmp_path: Path) -> None:
+    """A training split that is mostly the test split is refused, whatever else is in the validation split."""
+    known, own = lines(10), lines(40)[20:]
+    splits = {"train": [*known, *own[:5]], "validation": [*known[:5], *own[5:11]], "test": known}
+    train, validation, test = (
+        rows(tmp_path, f"{split}.jsonl", [{"text": text} for text in texts]) for split, texts in splits.items()
+    )
+    with pytest.raises(DataError, match="10 of the 15 examples of the train split stand in the test split"):
+        read_examples(study(DataSpec(files=files(train, validation=[str(validation)], test=[str(test)]))))

@@ -102,6 +102,84 @@ def test_the_task_is_searched_pruned_ranked_and_shown(modules: Path) -> None:
     assert (Path(exported) / "tokenizer.json").is_file()
 
 
+BROKEN = """
+from hpsearch.spec.task import TaskDefinition
+from my_tasks import Cloze
+class Nameless(Cloze):
+    name = None
+class Unmeasured(Cloze):
+    metric = "no_such"
+class Lower(Cloze):
+    objectives = ("loss", "ter")
+class Many(Cloze):
+    fields = ("a", "b", "c")
+class Key(Cloze):
+    name = "budget"
+class Attribute(Cloze):
+    name = "space"
+class Word(Cloze):
+    name = "method"
+class Taken(Cloze):
+    def metrics(self):
+        (own,) = super().metrics()
+        return [type(own)(**{**vars(own), "name": "f1"})]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Nameless", "the class has no name"),
+        ("Unmeasured", "no metric is called no_such; there are perplexity"),
+        ("Lower", "the objective ter is no metric of which more is better"),
+        ("Many", "expected one field or two"),
+        ("Key", "a task may not be named 'budget'"),
+        ("Attribute", "a task may not be named 'space'"),
+        ("Word", "a task may not be named 'method'"),
+        ("Taken", "hpsearch has a metric f1 already"),
+        ("ClozeTask", "expected a class of hpsearch.spec.task.TaskDefinition, got <class 'my_tasks.ClozeTask'>"),
+    ],
+)
+def test_a_task_that_lacks_something_is_refused(modules: Path, name: str, message: str) -> None:
+    (modules / "broken.py").write_text(BROKEN)
+    file = modules / "cloze.yaml"
+    module = "my_tasks" if name == "ClozeTask" else "broken"
+    file.write_text(CLOZE + f"task: {module}:{name}\n")
+    with pytest.raises(SpecError, match=re.escape(message)):
+        load_study(file)
+
+
+def test_a_module_that_fails_is_told_as_it_fails(modules: Path) -> None:
+    (modules / "failing.py").write_text("nothing = None\nnothing.there\n")
+    file = modules / "cloze.yaml"
+    file.write_text(CLOZE + "task: failing:Task\n")
+    with pytest.raises(SpecError, match="cannot import failing: AttributeError: 'NoneType' object has no attribute"):
+        load_study(file)
+
+
+@pytest.mark.slow
+def test_a_study_whose_task_is_not_here_is_read_all_the_same(modules: Path) -> None:
+    """In another process, which knows neither the task nor its metric."""
+    file = modules / "cloze.yaml"
+    store = f"sqlite:///{modules}/studies.db"
+    file.write_text(f"{CLOZE}{section('A task', 'yaml')}backend: inline\nstore: {store}\nfolder: {modules}/runs\n")
+    hpsearch.launch(file, trials=2)
+    environment = {**os.environ, "PYTHONPATH": "", "HPSEARCH_STORE": store}
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run([*HPSEARCH, *arguments], env=environment, cwd="/", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert "cloze" in said("studies")
+    assert "filled" in said("show", "cloze", "0")
+    assert "cannot be imported here" in said("rank", "cloze")
+    assert "filled" in said("status", "cloze")
+    assert "trial" in said("best", "cloze")
+    said("report", "cloze", "--output", str(modules / "report.html"))
+    assert "test filled" in (modules / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_task_runs_on_ray(modules: Path) -> None:
     file = modules / "cloze.yaml"
@@ -122,7 +200,9 @@ def test_the_task_runs_on_ray(modules: Path) -> None:
         pytest.param(["data.corpus=ui_messages"], "ui_messages is no cloze data; expected python_docs", id="corpus"),
         pytest.param(["translation.num_beams=2"], "settings of another task", id="another task's options"),
         pytest.param(["task=my_tasks:Close"], "my_tasks has no Close", id="no such class"),
-        pytest.param(["task=my_tasks:Options"], "expected a TaskDefinition, got Options", id="no task"),
+        pytest.param(
+            ["task=my_tasks:Options"], "expected a class of hpsearch.spec.task.TaskDefinition, got", id="no task"
+        ),
         pytest.param(["task=causal"], "unknown task 'causal'; expected causal_lm, translation, classi", id="no name"),
     ],
 )

@@ -16,6 +16,8 @@ _HELP = {
     "run_cap": "the number of trials is set under 'budget.trials'",
 }
 
+WANDB_KEYS = ("parameters", "method", *_HELP)
+
 
 def from_wandb(content: dict[str, Any], problems: list[Problem], document: StudyDocument) -> dict[str, Any]:
     """The two top-level words of a pasted W&B sweep in our spelling; the others are refused with advice."""

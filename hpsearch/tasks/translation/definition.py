@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from hpsearch.spec.sections import DataSpec
 from hpsearch.spec.settings import MOST, Strict
 from hpsearch.spec.task import TaskDefinition
 
@@ -45,9 +44,6 @@ class TranslationDefinition(TaskDefinition):
     architecture = "marian"
     objectives = ("loss", "bleu")
     metric = "bleu"
-
-    def columns(self, data: DataSpec) -> tuple[str, ...]:
-        return data.source_column, data.target_column
 
     def split_key(self, text: str) -> str:
         """Lower case without digits and punctuation: near-equal sources fall into the same split."""
