@@ -111,9 +111,9 @@ def doctor(study: str | None, repair: bool, store: str | None, as_json: bool) ->
             whose = finding.study + ("" if finding.trial is None else f", trial {finding.trial}")
             print(plain(f"{whose}: {finding.problem}"))
             print(plain(f"    {'repaired' if finding.repaired else 'remedy'}: {finding.remedy}"))
-        mendable = sum(finding.can_repair and not finding.repaired for finding in findings)
+        repairable = sum(finding.can_repair and not finding.repaired for finding in findings)
         if not findings:
             print("nothing is wrong")
-        elif mendable:
-            print(f"{mendable} of {len(findings)} can be repaired with --repair")
+        elif repairable:
+            print(f"{repairable} of {len(findings)} can be repaired with --repair")
     return 0 if all(finding.repaired for finding in findings) else EXIT_FOUND

@@ -18,6 +18,7 @@ from hpsearch.reports.text import (
     valid_text,
 )
 from hpsearch.results.leaderboard import Comparison, Finalist, Leaderboard, param_names
+from hpsearch.spec.task import known_task
 from hpsearch.store.rows import StudySummary
 
 _LEADERBOARD_WIDTH = 80
@@ -107,6 +108,7 @@ def studies_table(rows: Sequence[StudySummary]) -> Table:
     table = new_table("study", "task", "trials", "best", "launched", "driver")
     for row in rows:
         best, lease = row.best, row.lease
+        known_task(row.task)  # which knows the digits of its metrics
         table.add_row(
             plain(row.name),
             plain(row.task),

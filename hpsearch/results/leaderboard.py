@@ -123,9 +123,9 @@ class Leaderboard:
             "objective": self.objective,
             "states": self.states,
             "validation_would_choose": choice.trial if choice else None,
-            "leading": self.leading,
-            "trials": self.rows,
-            "finals": self.finals,
+            "leading": vars(self.leading) if self.leading else None,
+            "trials": [vars(row) for row in self.rows],
+            "finals": [vars(row) for row in self.finals],
         }
 
 

@@ -9,6 +9,7 @@ from hpsearch.errors import (
     EXIT_FINISHED,
 )
 from hpsearch.results.leaderboard import Choice, Comparison, Leaderboard, compare, frame, leaderboard
+from hpsearch.spec.task import known_task
 from hpsearch.store.rows import LeadingTrial, RankedTrial, TrialRow, WholeTrial
 from hpsearch.store.store import opened_store
 
@@ -58,4 +59,6 @@ class Study:
     def trial(self, number: int) -> WholeTrial:
         """One trial with its curve, scores, decisions and details. Raises UnknownStudyError."""
         with opened_store(self.store) as store:
-            return store.whole_trial(store.trial(store.study(self.name), number))
+            study = store.study(self.name)
+            known_task(study.task)  # which knows the digits of its metrics
+            return store.whole_trial(store.trial(study, number))

@@ -20,7 +20,7 @@ from hpsearch.tasks.base import Batch, Indices, Task
 from hpsearch.training import checkpoints, torch_internals
 from hpsearch.training.devices import has_bfloat16
 from hpsearch.training.evaluation import OutOfMemoryError, is_out_of_memory
-from hpsearch.training.optimizing.optimizers import make_optimizers
+from hpsearch.training.optimizing.optimizers import Optimizers, make_optimizers
 from hpsearch.training.ranks import Ranks
 
 MICRO_BATCH = "micro-batch.txt"
@@ -80,7 +80,7 @@ class Steps:
         self.precision = precision(settings, device)
         self.is_half = self.precision["model"] == "bfloat16"
         dtype = getattr(torch, self.precision["muon"])
-        self._optimizers = make_optimizers(task.model, trained.values(), settings, muon_dtype=dtype)
+        self._optimizers: Optimizers = make_optimizers(task.model, trained.values(), settings, muon_dtype=dtype)
         self._loss = ranks.replicate(_Loss(task))
         has_dropout = device.type == "cpu" and not settings.compile and architecture.has_dropout(task.model)
         self._dropout: AbstractContextManager[Any] = CheapDropout() if has_dropout else nullcontext()
@@ -119,6 +119,10 @@ class Steps:
         self.micro_batch_size = min([self.micro_batch_size, *learnt])
         if not self.micro_batch_size:
             raise OutOfMemoryError(f"on each of {self._ranks.size} devices")
+
+    def forget(self) -> None:
+        """Free the optimizers' states: no step is made any more."""
+        self._optimizers = {}
 
     def state(self) -> dict[str, Tensor]:
         """Of the optimizers, by `OPTIMIZER.NUMBER.NAME`."""

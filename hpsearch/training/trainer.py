@@ -200,6 +200,12 @@ class Trainer:
 
         Close it to stop early. Raises OutOfMemoryError, SmallerMicroBatchError, PreemptedError, DiskFullError.
         """
+        try:
+            yield from self._train()
+        finally:
+            self._steps.forget()
+
+    def _train(self) -> Generator[Point]:
         position = self._resume()
         for point in list(self.curve):
             if (yield from self._hand_out(point)):
@@ -281,6 +287,7 @@ class Trainer:
     def recover_best(self) -> bool:
         """Take the best checkpoint from the newest state of the run, to be scored or exported; whether there is one."""
         self._resume()
+        self._steps.forget()
         return self.best is not None
 
     def score(self) -> Scored:
@@ -401,6 +408,7 @@ class Trainer:
         found = self._states.find()
         if found is not None:
             self._restore_state(found)
+        if found is not None and not self._ranks.rank:
             LOGGER.info("resumes from step %d, evaluation %d", self._position.step, self.resumed_evaluations)
         self._steps.shrink(self._states.earlier)
         self.schedule.begin_at(self._position.step)

@@ -78,7 +78,9 @@ def test_a_study_of_an_earlier_version_goes_on_with_the_optimizer_that_it_was_be
     with sqlite3.connect(tmp_path / "studies.db") as plain:
         # As the migration left the studies that were begun before there was a choice.
         for table in ("hpsearch_studies", "hpsearch_specs"):
-            changed = "json_set(spec, '$.training.optimizer', 'adamw', '$.training.weight_average', 0.0)"
+            # Records once had the options of every task.
+            others = "'$.translation', json('{\"num_beams\": 1}'), '$.classification', json('{\"f1\": \"macro\"}')"
+            changed = f"json_set(spec, '$.training.optimizer', 'adamw', '$.training.weight_average', 0.0, {others})"
             plain.execute(
                 f"UPDATE {table} SET spec = json_remove({changed}, '$.limits', '$.prune.unpromising.percentile')"
             )

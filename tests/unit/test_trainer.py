@@ -137,6 +137,16 @@ def test_a_stream_that_is_shorter_than_a_window_is_predicted_once(tmp_path: Path
     assert sorted(labels[labels != -100].tolist()) == sorted(stream[1:].tolist())
 
 
+def test_the_optimizers_are_gone_once_a_run_is_trained(make: Callable[..., Trainer]) -> None:
+    """What they keep of each weight would stand in the way of scoring."""
+    trainer = make()
+    points = trainer.points()
+    next(points)
+    assert trainer._steps.state()
+    points.close()
+    assert not trainer._steps.state()
+
+
 def test_the_same_seed_gives_the_same_curve_to_the_bit(make: Callable[..., Trainer]) -> None:
     once = losses(make().points())
     assert losses(make().points()) == once
