@@ -245,7 +245,7 @@ def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tm
     trials = package.open_study("tiny", store=store).trials()
     assert [(trial.number, trial.state) for trial in trials] == [(n, "completed") for n in range(6)]
     for number in victims:
-        assert (trials[number]["attempt"], trials[number]["worker_deaths"]) == (2, 0), "no fault of the trial"
+        assert (trials[number].attempt, trials[number].worker_deaths) == (2, 0), "no fault of the trial"
     assert package.doctor(store=store) == []
     cluster.wait_for(lambda: cluster.count() == 3)
 
