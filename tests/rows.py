@@ -10,4 +10,4 @@ Kind = TypeVar("Kind")
 
 def row(kind: type[Kind], **known: Any) -> Kind:
     """A record of this kind; what is not given is None."""
-    return kind(**{**dict.fromkeys(field.name for field in fields(kind)), **known})  # type: ignore[arg-type]  # some dataclass
+    return kind(**{**dict.fromkeys(field.name for field in fields(kind)), **known})

@@ -178,7 +178,7 @@ def _with_absolute_paths(spec: StudySpec, base: Path, problems: list[Problem]) -
         if isinstance(files, AlignedFiles):
             pair = {side: _absolute(base, name, split, problems) for side, name in files.model_dump().items()}
             splits[split] = AlignedFiles(**pair)
-            if not spec.definition.is_pair:
+            if not spec.definition.is_pair or spec.definition.has_labels:
                 message = f"source and target files are for pairs of texts; this study's task is {spec.task}"
                 problems.append(Problem(path=("data", "files", split), message=message))
             continue

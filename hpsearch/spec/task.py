@@ -74,9 +74,8 @@ class TaskDefinition:
 
     def columns(self, data: DataSpec) -> tuple[str, ...]:
         """The columns that an example is read from: one for each field, then that of the labels."""
-        if self.is_pair:
-            return data.source_column, data.target_column
-        return (data.column, data.label_column) if self.has_labels else (data.column,)
+        texts = (data.source_column, data.target_column) if self.is_pair else (data.column,)
+        return (*texts, data.label_column) if self.has_labels else texts
 
     def labels(self, written: str, options: Any) -> list[str]:
         """The labels of an example, as its column has them; several are separated by LABEL_SEPARATOR."""
@@ -117,7 +116,7 @@ class TaskDefinition:
 
     def build(self, config: TrialConfig) -> Task:
         """The task of a trial, its data opened and its model built (weights drawn from torch's current seed)."""
-        raise NotImplementedError
+        raise NotImplementedError  # each task has its own; `task_named` refuses one that has none
 
 
 @cache
@@ -147,6 +146,8 @@ def _check(name: str, definition: TaskDefinition) -> None:
     for attribute in ("name", "architecture", "metric"):
         if not isinstance(getattr(definition, attribute, None), str):
             raise UsageError(f"task {name}: the class has no {attribute}, which must be text")
+    if type(definition).build is TaskDefinition.build:
+        raise UsageError(f"task {name}: the class has no method build")
     if not 1 <= len(definition.fields) <= 2:
         raise UsageError(f"task {name}: expected one field or two, got {definition.fields!r}")
     for metric in definition.metrics():

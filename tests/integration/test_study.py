@@ -282,7 +282,7 @@ def test_a_study_that_runs_out_of_time_is_taken_up_again(tiny: Path, backend: st
     (interrupted,) = [row for row in stopped if row.state == "interrupted"]
     study = hpsearch.launch(tiny, backend=backend, overrides=["search.num_epochs=9"], trials=3)
     rows = study.trials()
-    assert [row.number for row in rows] == [0, 1, 2], "an interrupted trial goes on under its number"
+    assert [row.number for row in rows] == [0, 1, 2], "an interrupted trial resumes under its number"
     assert {row.state for row in rows} <= {"completed", "overfit", "plateau", "unpromising"}
     again = rows[interrupted.number]
     assert (again.params, again.attempt) == (interrupted.params, interrupted.attempt + 1)

@@ -73,7 +73,7 @@ def scores(spec: StudySpec) -> tuple[float, float, str]:
     """BLEU of a perfect model, on the validation and on the test split, and the signature of the latter."""
     folder, _ = prepare(spec)
     settings = ModelSettings(architecture="bart", hidden_size=16, num_layers=1, context_length=16)
-    task = Translation(folder, settings, spec.options, label_smoothing=0.0)  # type: ignore[arg-type]
+    task = Translation(folder, settings, spec.options, label_smoothing=0.0)
     task.decode = lambda evaluate, split: load_texts(folder, split, "target")  # type: ignore[arg-type, method-assign]
     first = task.score(lambda split, function: iter(())).scores[0]
     return task.validation_score(lambda split, function: iter(())), first.value, str(first.contract["signature"])

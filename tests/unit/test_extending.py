@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import hpsearch
 from hpsearch import registry
+from hpsearch.data.prepare import measure
 from hpsearch.errors import SpecError, UsageError
 from hpsearch.metrics import ties
 from hpsearch.metrics.intervals import interval
@@ -113,6 +115,8 @@ class Lower(Cloze):
     objectives = ("loss", "ter")
 class Many(Cloze):
     fields = ("a", "b", "c")
+class Unbuilt(TaskDefinition):
+    name, architecture, metric = "unbuilt", "bert", "accuracy"
 class Key(Cloze):
     name = "budget"
 class Attribute(Cloze):
@@ -133,6 +137,7 @@ class Taken(Cloze):
         ("Unmeasured", "no metric is called no_such; there are perplexity"),
         ("Lower", "the objective ter is no metric of which more is better"),
         ("Many", "expected one field or two"),
+        ("Unbuilt", "the class has no method build"),
         ("Key", "a task may not be named 'budget'"),
         ("Attribute", "a task may not be named 'space'"),
         ("Word", "a task may not be named 'method'"),
@@ -271,3 +276,26 @@ def test_everything_built_in_is_there() -> None:
     for kind in (registry.TASKS, registry.SAMPLERS, registry.TRACKERS):
         for name in kind.built_in:
             assert kind.load(name) is not None
+
+
+PAIRS = """
+from hpsearch.spec.task import TaskDefinition
+from my_tasks import Cloze
+class Entailment(Cloze):
+    name, fields, has_labels, marks = "entailment", ("premise", "hypothesis"), True, "before"
+"""
+
+
+def test_a_pair_of_texts_may_have_a_label(modules: Path) -> None:
+    """As natural language inference has it: two columns of text, and one of labels behind them."""
+    (modules / "pairs.py").write_text(PAIRS)
+    rows = [{"source": f"it rains {n}", "target": f"it is wet {n}", "label": ["yes", "no"][n % 2]} for n in range(80)]
+    (modules / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = modules / "pairs.yaml"
+    file.write_text("name: p\ntask: pairs:Entailment\ndata: {files: pairs.jsonl}\ntokenizer: {vocab_size: 300}\n")
+    card = measure(load_study(file))[0]
+    assert card.labels == ["no", "yes"]
+    assert sum(card.documents.values()) == 80
+    file.write_text(file.read_text().replace("pairs.jsonl", "{source: pairs.jsonl, target: pairs.jsonl}"))
+    with pytest.raises(SpecError, match="source and target files are for pairs of texts"):
+        load_study(file)
