@@ -37,8 +37,12 @@ def store_url(store: str | None = None) -> str:
 # Commands that run trials
 
 
-def check(study: StudyFile, *, extend: bool = False, **options: Unpack[LaunchOptions]) -> dict[str, Any]:
+def check(
+    study: StudyFile, *, extend: bool = False, full: bool = False, **options: Unpack[LaunchOptions]
+) -> dict[str, Any]:
     """What a launch would do, touching nothing: space, first settings, data, store, devices, tokens to train.
+
+    A large corpus is read in part, and its counts are estimated, unless `full` is set.
 
     A database server that only the file names is not asked. Raises the error that the launch would raise.
     """
@@ -48,7 +52,7 @@ def check(study: StudyFile, *, extend: bool = False, **options: Unpack[LaunchOpt
     # libpq would give a server that the file alone names the passwords of PGPASSWORD and ~/.pgpass.
     is_own = bool(options.get("store") or environment_store() or spec.store.startswith("sqlite"))
     moves = options.get("folder") is not None
-    return plan.check(spec, extend=extend, moves=moves, contacts_store=is_own)
+    return plan.check(spec, extend=extend, moves=moves, contacts_store=is_own, full=full)
 
 
 def launch(

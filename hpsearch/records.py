@@ -289,7 +289,25 @@ class Note:
     text: str
 
 
-Event = StudyOpened | TrialStarted | PointReported | TrialEnded | Note
+@dataclass(frozen=True, kw_only=True)
+class DataProgress:
+    """How far a stage of preparing the study's data is."""
+
+    kind: ClassVar = "data"
+    stage: str
+    done: int
+    """Bytes of text."""
+    total: int
+    """Bytes in all; 0 when they are not known before the end."""
+    seconds: float
+    """Since the stage began."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        return self.seconds * (self.total - self.done) / self.done if self.total > self.done > 0 else None
+
+
+Event = DataProgress | StudyOpened | TrialStarted | PointReported | TrialEnded | Note
 """What a person watching wants to know."""
 
 

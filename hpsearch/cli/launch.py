@@ -121,10 +121,11 @@ def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
 
 @click.command()
 @study_options
+@click.option("--full", is_flag=True, help="Read all of a large corpus, where a part is enough for an estimate.")
 @json_option
-def check(study_file: str, as_json: bool, **options: Any) -> int:
+def check(study_file: str, as_json: bool, full: bool, **options: Any) -> int:
     """Validate a study file and say what a launch would do; touches nothing."""
-    return _check(study_file, as_json, options)
+    return _check(study_file, as_json, options, full=full)
 
 
 @click.command()
@@ -155,10 +156,10 @@ def finals(study: str, top: int, seeds: int, store: str | None, quiet: bool, as_
     return found.exit_code
 
 
-def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: bool = False) -> int:
+def _check(study_file: str, as_json: bool, options: dict[str, Any], *, extend: bool = False, full: bool = False) -> int:
     from hpsearch import api
     from hpsearch.cli import output, summaries
 
-    found = api.check(study_file, extend=extend, **options)
+    found = api.check(study_file, extend=extend, full=full, **options)
     print(output.to_json(found) if as_json else summaries.check_report(found))
     return 0

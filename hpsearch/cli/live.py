@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from hpsearch.cli.output import STATE_COLOURS, jsonable, new_table
@@ -21,6 +22,7 @@ from hpsearch.records import (
     LIVE,
     PRUNED,
     UNFINISHED,
+    DataProgress,
     Event,
     Listener,
     Note,
@@ -40,6 +42,7 @@ from hpsearch.reports.text import (
 from hpsearch.results.status import WatchedStudy
 
 _CURVE_ROWS = 10
+_DATA_LINE_EVERY_S = 15.0
 _ROWS_BELOW_A_CURVE = 13
 """Of a screen that shows one: the report above it, its axis, the lines between."""
 
@@ -107,7 +110,8 @@ def json_lines(stream: IO[str]) -> Listener:
 
     def hear(event: Event) -> None:
         facts = {field.name: jsonable(getattr(event, field.name)) for field in fields(event)}
-        print(json.dumps({"event": event.kind, "trial": None, **facts}), file=stream, flush=True)
+        # In one piece: data is told of from another thread.
+        print(json.dumps({"event": event.kind, "trial": None, **facts}) + "\n", end="", file=stream, flush=True)
 
     return hear
 
@@ -115,16 +119,24 @@ def json_lines(stream: IO[str]) -> Listener:
 class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._stage, self._told = "", 0.0
 
     def hear(self, event: Event) -> None:
         if isinstance(event, PointReported) and not event.point.ends_epoch:
             return
+        if isinstance(event, DataProgress):
+            now = time.monotonic()
+            if event.stage == self._stage and now - self._told < _DATA_LINE_EVERY_S:
+                return
+            self._stage, self._told = event.stage, now
         self._console.print(Text(describe(event)), soft_wrap=True)
 
 
 def describe(event: Event) -> str:
     """One line on an event."""
     match event:
+        case DataProgress():
+            return _data_line(event)
         case StudyOpened():
             again = f", {event.finished} done before" if event.finished else ""
             again += f", {event.resumed} to be resumed" if event.resumed else ""
@@ -154,6 +166,19 @@ def describe(event: Event) -> str:
             return plain(event.text)
 
 
+def _data_line(event: DataProgress) -> str:
+    of = f" of {event.total / 1e6:,.0f}" if event.total else ""
+    line = f"data: {event.stage}"
+    if event.done:
+        line += f", {event.done / 1e6:,.0f}{of} MB"
+    if event.done and event.seconds > 1:
+        line += f", {event.done / 1e6 / event.seconds:.1f} MB/s"
+    left = event.seconds_left
+    if left is not None and event.seconds > 1:
+        line += f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
+    return line
+
+
 @dataclass
 class _Running:
     started: TrialStarted
@@ -166,6 +191,7 @@ class _LiveView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._opening: StudyOpened | None = None
+        self._data: DataProgress | None = None
         self._running: dict[int, _Running] = {}
         self._states: dict[str, int] = {}
         self._best: tuple[float, int] | None = None
@@ -174,6 +200,8 @@ class _LiveView:
 
     def hear(self, event: Event) -> None:
         match event:
+            case DataProgress():
+                self._data = event
             case StudyOpened():
                 self._opening = event
                 self._started = time.monotonic()
@@ -203,6 +231,9 @@ class _LiveView:
         self._console.print(Text(describe(event), style=style), highlight=False)
 
     def render(self) -> Group:
+        if self._opening is None and self._data is not None:
+            bar = ProgressBar(total=self._data.total or None, completed=self._data.done, width=40)
+            return Group(Text(_data_line(self._data), style="bold"), bar)
         table = new_table("trial", "epoch", "train", "valid", "verdict", "settings")
         for trial, running in sorted(self._running.items()):
             point, epochs = running.last.point if running.last else None, running.started.epochs

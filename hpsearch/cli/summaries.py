@@ -76,10 +76,12 @@ def check_report(found: dict[str, Any]) -> str:
         lines += [
             f"data         {data['documents']['train']:,} / {data['documents']['validation']:,} / "
             f"{data['documents']['test']:,} documents for training / validation / test, "
-            f"{data['duplicates']:,} duplicates dropped (fingerprint {data['fingerprint']})",
+            f"{data['duplicates']:,} duplicates dropped"
+            + (f" (fingerprint {data['fingerprint']})" if data["read"] == 1 else ""),
             f"tokens       {data['tokens']['train']:,} / {data['tokens']['validation']:,} / {data['tokens']['test']:,} "
             f"(vocabulary {data['vocab_size']:,})",
-            f"leakage      {data['seen_ngrams']:.1%} of the validation split's word 5-grams stand in training"
+            f"leakage      {data['seen_ngrams']:.1%} of the validation split's word 5-grams stand in "
+            + ("training" if data["ngrams_of"] == 1 else f"{data['ngrams_of']:.1%} of training")
             + (f", {data['seen_targets']:.1%} of the held-out targets" if data["seen_targets"] is not None else ""),
             f"cut          {_cut(found)}",
             f"to train     about {found['estimated_tokens']:,} tokens without pruning",

@@ -52,7 +52,7 @@ def ui_messages() -> Iterator[Example]:
 
     Mark-up is removed, of plural forms the singular is taken, and what is left untranslated is dropped.
     """
-    for package in _CATALOG_PACKAGES:
+    for package in CATALOG_PACKAGES:
         try:
             files = importlib.metadata.files(package) or []
         except importlib.metadata.PackageNotFoundError:
@@ -65,7 +65,7 @@ def ui_messages() -> Iterator[Example]:
                 yield from _pairs(Path(str(file.locate())))
 
 
-_CATALOG_PACKAGES = ("jupyterlab-language-pack-fr-FR", "Django", "Trac")
+CATALOG_PACKAGES = ("jupyterlab-language-pack-fr-FR", "Django", "Trac")
 
 _AREAS = {
     "mail": "email smtplib smtpd imaplib poplib nntplib mailbox mailcap mimetypes quopri base64 uu",

@@ -55,6 +55,18 @@ def locate(name: str, revision: str | None) -> Path:
     return folder
 
 
+def dataset_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a data set of the hub is at; None when the hub cannot be asked."""
+    if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
+    except Exception:  # a network has as many errors as layers; `datasets` may have the data set here
+        return None
+
+
 def _check_weights(folder: Path) -> None:
     """Raise UsageError when the weights that transformers would load are not all there; reads their headers only."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,9 @@ class DataCard:
     bytes: dict[str, int]
     duplicates: int
     seen_ngrams: float
+    """Share of the validation split's word 5-grams that stand in training, too: a measure of leakage."""
     seen_targets: float | None
-    """Of a translation study; see `Examples.seen_targets`."""
+    """Of a translation study, the share of the held-out translations that stand in training word for word."""
     labels: list[str]
     """Of a classification study, in the order of their numbers."""
     label_counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
@@ -54,6 +58,14 @@ class DataCard:
     """Of a translation study: what BLEU takes for words if nothing else is set."""
     longest_reference: int | None = None
     """In such words, of the test split."""
+    empty: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rows left out because they have no text in some column, by the file that they are in."""
+    split_on: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What was guessed to part the texts of a plain text file, by file."""
+    ngrams_of: float = 1.0
+    """The part of the training text that `seen_ngrams` looked at."""
+    read: float = 1.0
+    """The part of the source that was read; less than 1 in an estimate, whose counts are of the whole."""
     first_id: int | None = None
     """The token of the target language that each translation begins with, of a multilingual model."""
     start_id: int | None = None
@@ -92,8 +104,8 @@ def load_split(folder: Path, split: str, field: str = "text") -> TokenSplit:
     """One text field of one split of prepared data; the tokens stay on disk until they are touched."""
     return TokenSplit(
         tokens=np.load(folder / f"{split}-{field}.npy", mmap_mode="r"),
-        document_ends=np.load(folder / f"{split}-{field}-ends.npy"),
-        document_bytes=np.load(folder / f"{split}-{field}-bytes.npy"),
+        document_ends=np.load(folder / f"{split}-{field}-ends.npy", mmap_mode="r"),
+        document_bytes=np.load(folder / f"{split}-{field}-bytes.npy", mmap_mode="r"),
     )
 
 
@@ -103,7 +115,48 @@ def load_texts(folder: Path, split: str, field: str) -> list[str]:
     return texts
 
 
-def load_labels(folder: Path, split: str) -> NDArray[np.int64]:
-    """Labels of shape (examples, labels), 1 where an example has a label."""
-    labels: NDArray[np.int64] = np.load(folder / f"{split}-labels.npy")
+def load_labels(folder: Path, split: str) -> NDArray[np.uint8]:
+    """Labels of shape (examples, labels), 1 where an example has a label; they stay on disk until they are touched."""
+    labels: NDArray[np.uint8] = np.load(folder / f"{split}-labels.npy", mmap_mode="r")
     return labels
+
+
+class ArrayWriter:
+    """Writes an array to a .npy file a piece at a time: it is one when it is closed, and can be continued before.
+
+    `at` is how many rows of an earlier writer's are kept.
+    """
+
+    def __init__(self, file: Path, dtype: Any, shape: tuple[int, ...] = (), at: int = 0) -> None:
+        self._dtype, self._shape = np.dtype(dtype), shape
+        self.rows = at
+        header = self._header()
+        self._file = file.open("r+b" if at else "wb")
+        if not at:
+            self._file.write(header)
+        self._file.truncate(len(header) + at * self._row_bytes)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, rows: NDArray[Any]) -> None:
+        rows.astype(self._dtype, copy=False).tofile(self._file)
+        self.rows += len(rows)
+
+    def flush(self) -> None:
+        """What is written is safe from the end of this process."""
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._file.close()
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(self._dtype.itemsize) * math.prod(self._shape)
+
+    def _header(self) -> bytes:
+        """Of as many rows as there are; it is equally long for any number, as numpy leaves room for it to grow."""
+        buffer = io.BytesIO()
+        described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(buffer, {**described, "shape": (self.rows, *self._shape)})
+        return buffer.getvalue()

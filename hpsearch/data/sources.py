@@ -2,145 +2,211 @@
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
-import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from hpsearch.data.corpora import Example
+from hpsearch.data.corpora import READERS, Example
+from hpsearch.data.files import Position, Row, beginning, guess_split, lines_of, misplaced_byte, rows_of, texts_of
 from hpsearch.data.shards import SPLITS
 from hpsearch.errors import DataError
+from hpsearch.spec.files import expanded, format_of, split_by_name
 from hpsearch.spec.sections import AlignedFiles, DataSpec
+from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import LABEL_SEPARATOR
 
-_LOADERS = {".txt": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+@dataclass
+class Reading:
+    """How far the examples of a study have been read, and what was found on the way."""
+
+    position: Position = field(default_factory=Position)
+    empty: Counter[str] = field(default_factory=Counter)
+    """By file, the rows left out because they have no text in some column."""
+    split_on: dict[str, str] = field(default_factory=dict)
+    """By plain text file, what was guessed to part its texts."""
 
 
-def read_files(files: Iterable[str] | AlignedFiles, columns: tuple[str, ...], *, has_labels: bool) -> Iterator[Example]:
-    """Examples of local files; with labels, the last column holds them."""
-    import datasets
-
-    if isinstance(files, AlignedFiles):
-        yield from _aligned(files)
-        return
-    for name in files:
-        kind = _LOADERS[Path(name).suffix]
-        options = {"sample_by": "paragraph"} if kind == "text" else {}
-        rows: Iterable[dict[str, Any]]
-        try:
-            if kind in _AS_WRITTEN:
-                rows = _AS_WRITTEN[kind](name)
-            else:
-                # To `datasets` a name is a pattern.
-                rows = datasets.load_dataset(
-                    kind, data_files=[glob.escape(name)], split="train", streaming=True, **options
-                )
-            yield from _rows(rows, ("text",) if kind == "text" else columns, name, has_labels=has_labels)
-        except DataError:
-            raise
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, error) from error
-        except Exception as error:  # pyarrow, pandas and datasets each raise their own; all mean a malformed file
-            raise DataError(f"data: {name} cannot be read as {kind}: {first_line(error)}") from error
+def given_splits(spec: StudySpec, reading: Reading) -> dict[str, Iterator[Example]]:
+    """The examples of each split that the study's source has, in the order of SPLITS. Raises DataError."""
+    data = spec.data
+    if data.corpus is not None:
+        return {"train": READERS[data.corpus]()}
+    reader = _Reader(spec, reading)
+    if data.files is not None:
+        return {split: reader.files(files) for split, files in files_of(data).items()}
+    return reader.hub()
 
 
-def _csv_rows(name: str) -> Iterator[dict[str, Any]]:
-    """Rows of text as it is written: `datasets` lets pandas guess types by the chunk, and drop `NA`."""
-    csv.field_size_limit(sys.maxsize)
-    with open(name, encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines, strict=True)
-        try:
-            for row in rows:
-                if None in row:
-                    raise ValueError(f"line {rows.reader.line_num}: more fields than the first line names columns")
-                yield row
-        except csv.Error as error:
-            raise ValueError(f"line {rows.reader.line_num}: {error}") from None
+def files_of(data: DataSpec) -> dict[str, list[str] | AlignedFiles]:
+    """The local files of each given split; empty for other sources."""
+    if data.files is None:
+        return {}
+    found: dict[str, list[str] | AlignedFiles] = {}
+    for split in SPLITS:
+        files = getattr(data.files, split)
+        if files:
+            aligned = isinstance(files, AlignedFiles)
+            found[split] = files if aligned else [file for name in files for file in expanded(name)]
+    train = data.files.train
+    if list(found) == ["train"] and isinstance(train, list) and len(train) == 1 and Path(train[0]).is_dir():
+        only = Path(train[0])
+        if (only / "dataset_dict.json").is_file():
+            names = json.loads((only / "dataset_dict.json").read_text())["splits"]
+            return {**split_by_name([str(only / name) for name in names])}
+        return {**split_by_name(expanded(train[0]))}
+    return found
 
 
-def _json_rows(name: str) -> Iterator[dict[str, Any]]:
-    """Objects of a file of JSON lines: `datasets` has pyarrow guess types, and takes text for dates."""
-    with open(name, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+def size_of(data: DataSpec, split: str) -> int:
+    """Bytes of the files of a given split; 0 when they are not known before they are read."""
+    names = names_of(files_of(data).get(split, []))
+    return sum(Path(name).stat().st_size for name in names if Path(name).is_file())
+
+
+def names_of(files: list[str] | AlignedFiles) -> list[str]:
+    return [*files.source, *files.target] if isinstance(files, AlignedFiles) else files
+
+
+class _Reader:
+    """Reads examples as a study's columns say, and tells where a row is that cannot be one."""
+
+    def __init__(self, spec: StudySpec, reading: Reading) -> None:
+        self._data, self._task, self._reading = spec.data, spec.definition, reading
+        self._columns = self._task.columns(spec.data)
+
+    def files(self, files: list[str] | AlignedFiles) -> Iterator[Example]:
+        if isinstance(files, AlignedFiles):
+            yield from self._checked(" and ".join((files.source[0], files.target[0])), self._aligned(files))
+            return
+        for name in files:
+            kind = "data set" if Path(name).is_dir() else format_of(name)
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number}: expected an object, got {line.strip()[:60]}")  # noqa: TRY004
-            yield row
+                yield from self._checked(name, self._file(name, kind))
+            except DataError:
+                raise
+            except UnicodeDecodeError as error:
+                raise self._undecodable(name) from error
+            except Exception as error:  # pyarrow, datasets and the decompressors each raise their own: all malformed
+                raise DataError(f"data: {name} cannot be read as {kind}: {first_line(error)}") from error
 
+    def hub(self) -> dict[str, Iterator[Example]]:
+        import datasets
 
-_AS_WRITTEN = {"csv": _csv_rows, "json": _json_rows}
+        data = self._data
+        try:
+            loaded = datasets.load_dataset(data.hub, data.config, revision=data.revision)
+        except Exception as error:  # hub, network, cache and script errors all mean: not to be had
+            raise DataError(f"data: cannot load {data.hub} from the hub: {first_line(error)}") from error
+        if "train" not in loaded:
+            raise DataError(f"data: {data.hub} has no train split; it has {', '.join(loaded)}")
+        return {
+            split: self._checked(name := f"{data.hub} ({split})", self._examples(_named(loaded[split]), name))
+            for split in SPLITS
+            if split in loaded
+        }
 
+    def _file(self, name: str, kind: str | None) -> Iterator[tuple[str, Example]]:
+        data, position = self._data, self._reading.position
+        if kind == "data set":
+            import datasets
 
-def _aligned(files: AlignedFiles) -> Iterator[Example]:
-    sources, targets = _lines(files.source), _lines(files.target)
-    if len(sources) != len(targets):
-        raise DataError(
-            f"data: {files.source} has {len(sources)} lines and {files.target} has {len(targets)}; line by line, one "
-            "must be the translation of the other"
-        )
-    yield from zip(sources, targets, strict=True)
+            yield from self._examples(_named(datasets.load_from_disk(name)), name)
+        elif kind == "text":
+            split_on = data.split_on
+            if split_on == "auto":
+                split_on = guess_split(beginning(name, data.encoding))
+                if split_on != "blank_line":
+                    self._reading.split_on[name] = split_on
+            for number, text in enumerate(texts_of(name, split_on, encoding=data.encoding, position=position), start=1):
+                yield f"text {number}", (text,)
+        else:
+            rows = rows_of(name, self._columns, encoding=data.encoding, delimiter=data.delimiter, position=position)
+            yield from self._examples(rows, name)
 
+    def _aligned(self, files: AlignedFiles) -> Iterator[tuple[str, Example]]:
+        for source, target in zip(files.source, files.target, strict=True):
+            first, second = self._lines(source), self._lines(target)
+            for number, (one, other) in enumerate(zip_longest(first, second), start=1):
+                if one is None or other is None:
+                    more = number + sum(1 for _ in (second if one is None else first))
+                    lengths = (number - 1, more) if one is None else (more, number - 1)
+                    raise DataError(
+                        f"data: {source} has {lengths[0]} lines and {target} has {lengths[1]}; line by line, one must "
+                        "be the translation of the other"
+                    )
+                yield f"line {number}", (one, other)
 
-def _lines(name: str) -> list[str]:
-    try:
-        # Only a line feed ends a line, as in the tools that align corpora; other separators may stand in a sentence.
-        return Path(name).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(name, error) from error
+    def _lines(self, name: str) -> Iterator[str]:
+        try:
+            yield from lines_of(name, encoding=self._data.encoding, position=self._reading.position)
+        except UnicodeDecodeError as error:
+            raise self._undecodable(name) from error
 
+    def _undecodable(self, name: str) -> DataError:
+        if self._data.encoding:
+            return DataError(f"data: {name} is not {self._data.encoding} text, as data.encoding says")
+        byte = misplaced_byte(name)
+        at = "" if byte is None else f" (byte {byte})"
+        return DataError(f"data: {name} is not UTF-8 text{at}; set data.encoding to what it is, such as cp1252")
 
-def _not_utf8(name: str, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"data: {name} is not UTF-8 text (byte {error.start})")
-
-
-def read_hub(spec: DataSpec, columns: tuple[str, ...], *, has_labels: bool) -> dict[str, Iterator[Example]]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(spec.hub, spec.config, revision=spec.revision)
-    except Exception as error:  # hub, network, cache and script errors all mean: not to be had
-        raise DataError(f"data: cannot load {spec.hub} from the hub: {first_line(error)}") from error
-    if "train" not in loaded:
-        raise DataError(f"data: {spec.hub} has no train split; it has {', '.join(loaded)}")
-    return {
-        split: _rows(_named(loaded[split]), columns, f"{spec.hub} ({split})", has_labels=has_labels)
-        for split in SPLITS
-        if split in loaded
-    }
-
-
-def _named(rows: Any) -> Iterable[dict[str, Any]]:
-    """Rows in which numbered classes read as their names, and `translation` mappings as columns."""
-    classes = {name: feature for name, feature in rows.features.items() if hasattr(feature, "int2str")}
-    for row in rows:
-        named = {name: classes[name].int2str(value) if name in classes else value for name, value in row.items()}
-        pair = named.get("translation")
-        yield {**named, **pair} if isinstance(pair, dict) else named
-
-
-def _rows(
-    rows: Iterable[dict[str, Any]], columns: tuple[str, ...], source: str, *, has_labels: bool
-) -> Iterator[Example]:
-    for number, row in enumerate(rows, start=1):
-        for column in columns:
-            if column not in row:
-                raise DataError(f"data: {source} has no column '{column}'; it has {', '.join(map(str, row))}")
-        yield tuple(
-            as_text(
-                row[column],
-                f"{source}, row {number}: column '{column}'",
-                is_label=has_labels and index == len(columns) - 1,
+    def _examples(self, rows: Iterable[tuple[str, Row]], name: str) -> Iterator[tuple[str, Example]]:
+        last = len(self._columns) - 1
+        for place, row in rows:
+            where = f"{name}, {place}"
+            yield (
+                place,
+                tuple(
+                    as_text(
+                        _value(row, column, where),
+                        f"{where}: column '{column}'",
+                        is_label=self._task.has_labels and index == last,
+                    )
+                    for index, column in enumerate(self._columns)
+                ),
             )
-            for index, column in enumerate(columns)
-        )
+
+    def _checked(self, name: str, examples: Iterator[tuple[str, Example]]) -> Iterator[Example]:
+        """The examples with text in every field: others are left out and counted; with labels a hole is an error."""
+        for place, example in examples:
+            if all(map(str.strip, example)):
+                yield example
+            elif self._task.has_labels:
+                column = next(c for c, text in zip(self._columns, example, strict=True) if not text.strip())
+                raise DataError(f"data: {name}, {place}: column '{column}' is empty")
+            else:
+                self._reading.empty[name] += 1
+
+
+def _named(rows: Any) -> Iterator[tuple[str, Row]]:
+    """Rows of a data set in which numbered classes read as their names."""
+    classes = {name: feature for name, feature in rows.features.items() if hasattr(feature, "int2str")}
+    for number, row in enumerate(rows, start=1):
+        # A class that nobody knows has no name.
+        known = {name: kind for name, kind in classes.items() if isinstance(row[name], int) and row[name] >= 0}
+        yield f"row {number}", {**row, **{name: kind.int2str(row[name]) for name, kind in known.items()}}
+
+
+def _value(row: Row, column: str, where: str) -> Any:
+    """What a row has in a column. `a.b` is b of the mapping a; a mapping `translation` is looked into unasked."""
+    if column in row:
+        return row[column]
+    found: Any = row
+    for part in column.split("."):
+        found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
+    if found is _ABSENT and isinstance(pair := row.get("translation"), dict):
+        found = pair.get(column, _ABSENT)
+    if found is _ABSENT:
+        inner = [f"{name}.{key}" for name, value in row.items() if isinstance(value, dict) for key in value]
+        raise DataError(f"data: {where} has no column '{column}'; it has {', '.join(map(str, [*row, *inner]))}")
+    return found
+
+
+_ABSENT = object()
 
 
 def as_text(value: Any, place: str, *, is_label: bool) -> str:

@@ -1,31 +1,47 @@
-"""Examples, de-duplicated and split into training, validation and test; the same text always falls on the same side."""
+"""Which examples are used, and in which split; the same text always falls on the same side.
+
+Decided by hashes of the texts alone, which `hpsearch.data.rows` keeps on disk.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpsearch.data.corpora import READERS, Example, fold
-from hpsearch.data.shards import SPLITS
-from hpsearch.data.sources import read_files, read_hub
+import numpy as np
+from numpy.typing import NDArray
+
+from hpsearch.data import rows
+from hpsearch.data.corpora import Example
+from hpsearch.data.rows import Column, Labels
+from hpsearch.data.shards import SPLITS, ArrayWriter
 from hpsearch.errors import DataError
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import LABEL_SEPARATOR
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _MOST_SHARED = 0.5
 """A given split of which a larger part stands in another one, too, is no split of its own."""
+_PIECE = 1 << 14
+"""Examples whose labels are written at once."""
+_NOWHERE = len(SPLITS)
+"""Of an example that is not used; else the number of its split in SPLITS."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Examples by split. Training has none twice and no first field of a held-out split; given splits are as given."""
+    """Examples by split, on disk. Training has none twice and no first field of a held-out split; given splits are as
+    given."""
 
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    folder: Path
+    places: dict[str, NDArray[np.uint8]]
+    """Of each given split, where its rows go: numbers in SPLITS, or `_NOWHERE`."""
     duplicates: int
     """Training examples dropped because the same text, white space aside, had been read before."""
     overlaps: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -33,160 +49,188 @@ class Examples:
     in validation."""
     rare: dict[str, int] = dataclasses.field(default_factory=dict)
     """Labels left out because they are too rare to stand in all splits, with their examples."""
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What is left of a label as it is written, where `rare` takes a part of it."""
 
-    def field(self, split: str, index: int) -> list[str]:
-        return [example[index] for example in getattr(self, split)]
+    def origin(self, split: str) -> str:
+        """The given split that the examples of a split are from."""
+        return split if split in self.places else "train"
 
-    @property
-    def seen_ngrams(self) -> float:
-        """Share of the validation split's word 5-grams that stand in training, too: a measure of leakage."""
-        seen = {gram for text in self.field("train", 0) for gram in ngrams(text)}
-        grams = [gram for text in self.field("validation", 0) for gram in ngrams(text)]
-        return sum(gram in seen for gram in grams) / len(grams) if grams else 0.0
+    def chosen(self, split: str) -> NDArray[np.bool_]:
+        """Which rows of its origin a split has."""
+        chosen: NDArray[np.bool_] = self.places[self.origin(split)] == SPLITS.index(split)
+        return chosen
 
-    @property
-    def seen_targets(self) -> float:
-        """Share of the held-out last fields (translations) that stand in training word for word."""
-        seen = set(self.field("train", -1))
-        targets = [*self.field("validation", -1), *self.field("test", -1)]
-        return sum(target in seen for target in targets) / len(targets)
+    def count(self, split: str) -> int:
+        return int(self.chosen(split).sum())
+
+    def tables(self, split: str, of: NDArray[np.bool_] | None = None) -> Iterator[pa.Table]:
+        """The texts of a split, about a megabyte at a time; of these rows of its origin only."""
+        import pyarrow as pa
+
+        chosen = self.chosen(split) if of is None else self.chosen(split) & of
+        for table in rows.batches(self.folder, self.origin(split), chosen):
+            if not self.left:
+                yield table
+                continue
+            field = table.schema.field(-1)
+            written = [self.left.get(text, text) for text in table.columns[-1].to_pylist()]
+            yield table.set_column(table.num_columns - 1, field, pa.array(written, field.type))
+
+    def texts(self, split: str, field: str, of: NDArray[np.bool_] | None = None) -> Iterator[str]:
+        for table in self.tables(split, of):
+            yield from table.column(field).to_pylist()
+
+    def examples(self, split: str) -> Iterator[Example]:
+        for table in self.tables(split):
+            yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
-def read_examples(spec: StudySpec) -> Examples:
-    """Read, de-duplicate and split the examples of a study. Raises DataError."""
+def columns_of(spec: StudySpec, split: str, given: set[str]) -> list[str]:
+    """The columns of hashes that deciding on a split needs, where these are given."""
     data, task = spec.data, spec.definition
-    columns = task.columns(data)
-    if data.corpus is not None:
-        splits = {"train": READERS[data.corpus]()}
-    elif data.files is not None:
-        given = {split: files for split in SPLITS if (files := getattr(data.files, split))}
-        splits = {split: read_files(files, columns, has_labels=task.has_labels) for split, files in given.items()}
-    else:
-        splits = read_hub(data, columns, has_labels=task.has_labels)
-    unique, duplicates, overlaps = _without_overlap({split: _checked(rows, spec) for split, rows in splits.items()})
-    parts = _split(unique, spec)
-    rare = _drop_rare(parts, spec) if task.has_labels and data.rare_labels == "drop" else {}
-    examples = Examples(**parts, duplicates=duplicates, overlaps=overlaps, rare=rare)
+    found = ["example"] if split == "train" else []
+    found += [] if found and text_column(spec) == "example" else [text_column(spec)]
+    found += ["target"] if task.compares_text else []
+    found += ["sample"] if data.max_examples is not None else []
+    found += ["label"] if task.has_labels else []
+    if split == "train":
+        found += ["position"] if task.has_labels or not given.issuperset(SPLITS) else []
+        found += ["fraction"] if data.fraction < 1 else []
+    return found
+
+
+def text_column(spec: StudySpec) -> str:
+    """The column of hashes of the first field."""
+    return "example" if len(spec.definition.columns(spec.data)) == 1 else "text"
+
+
+def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec) -> Examples:
+    """De-duplicate and split the rows that are written in a folder, of these given splits. Raises DataError."""
+    kept, duplicates, overlaps = _without_overlap(folder, given, spec)
+    read = sum(int(rows.sum()) for rows in kept.values())
+    if spec.data.max_examples is not None:
+        kept = {split: _sample(folder, split, of, spec.data.max_examples) for split, of in kept.items()}
+    places = {
+        split: np.where(of, SPLITS.index(split), _NOWHERE).astype(np.uint8)
+        for split, of in kept.items()
+        if split != "train"
+    }
+    places["train"] = _split(folder, kept["train"], {*given}, labels, spec)
+    examples = Examples(folder=folder, places=places, duplicates=duplicates, overlaps=overlaps)
+    if spec.definition.has_labels:
+        counts = _Counts(examples, labels, spec)
+        if spec.data.rare_labels == "drop":
+            examples = counts.without_rare()
     for split in SPLITS:
-        if not getattr(examples, split):
+        if not examples.count(split):
             raise DataError(
-                f"data: the {split} split is empty ({sum(map(len, unique.values()))} documents were read); "
-                "give more text, or a larger fraction"
+                f"data: the {split} split is empty ({read} documents were read); give more text, or a larger fraction"
             )
-    if task.has_labels:
-        _check_labels(examples, spec)
+    if spec.definition.has_labels:
+        _check_labels(examples, labels, spec)
     return examples
 
 
-def stable_fraction(text: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the text alone: the same document always falls on the same side."""
-    digest = hashlib.blake2b(f"{salt}\0{fold(text)}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def _checked(rows: Iterable[Example], spec: StudySpec) -> Iterator[Example]:
-    """The rows with text in every field. A stream skips empty text; elsewhere a hole is an error."""
-    names = spec.definition.columns(spec.data)
-    for number, row in enumerate(rows, start=1):
-        empty = [name for name, value in zip(names, row, strict=True) if not value.strip()]
-        if not empty:
-            yield row
-        elif not spec.definition.is_stream:
-            raise DataError(f"data: row {number}: column '{empty[0]}' is empty")
-
-
 def _without_overlap(
-    splits: dict[str, Iterator[Example]],
-) -> tuple[dict[str, list[Example]], int, dict[str, int]]:
-    """The given splits, training without duplicates; the number of these; how many examples are in a held-out split.
+    folder: Path, given: Sequence[str], spec: StudySpec
+) -> tuple[dict[str, NDArray[np.bool_]], int, dict[str, int]]:
+    """The rows that stay of each given split: of training no duplicates; the number of these; how many rows are in a
+    held-out split.
 
     Held-out splits stay as they are given, so that scores compare with those of others on the same rows.
     """
-    held_out: dict[str, set[str]] = {}
-    overlaps: Counter[str] = Counter()
-    kept: dict[str, list[Example]] = {}
-    duplicates = 0
-    # Held-out splits are read first, so that a text that is in training as well is dropped there.
-    for split in (split for split in reversed(SPLITS) if split in splits):
-        seen: set[Example] = set()
-        shared: Counter[str] = Counter()
-        rows = 0
-        kept[split] = []
-        for example in splits[split]:
-            rows += 1
-            key = tuple(fold(text) for text in example)
-            there = [other for other, texts in held_out.items() if key[0] in texts]
-            shared.update(there)
-            if split != "train":
-                kept[split].append(example)
-            elif there or key in seen:
-                duplicates += 1
-            else:
-                seen.add(key)
-                kept[split].append(example)
-        for other, count in shared.items():
-            if count > _MOST_SHARED * rows:
+    texts = {split: Column(folder, split, text_column(spec)) for split in given}
+    overlaps: dict[str, int] = {}
+    kept = {split: np.ones(len(texts[split]), bool) for split in given}
+    held_out: list[str] = []
+    for split in (split for split in reversed(SPLITS) if split in given):
+        shared = np.zeros(len(texts[split]), bool)
+        for other in held_out:
+            there = rows.among(texts[split], [texts[other]])
+            count = int(there.sum())
+            if count > _MOST_SHARED * len(there):
                 raise DataError(
-                    f"data: {count:,} of the {rows:,} examples of the {split} split stand in the {other} split, too; "
-                    "expected splits that share no text, or none, which are then split off the training split"
+                    f"data: {count:,} of the {len(there):,} examples of the {split} split stand in the {other} split, "
+                    "too; expected splits that share no text, or none, which are then split off the training split"
                 )
-            overlaps[f"{split} in {other}"] = count
-        held_out[split] = {fold(example[0]) for example in kept[split]}
-    return kept, duplicates, dict(overlaps)
+            if count:
+                overlaps[f"{split} in {other}"] = count
+            shared |= there
+        if split == "train":
+            kept[split] = ~shared
+            kept[split] &= ~rows.repeated(Column(folder, split, "example", of=~shared))
+        held_out.append(split)
+    return kept, int((~kept["train"]).sum()), overlaps
 
 
-def _split(unique: dict[str, list[Example]], spec: StudySpec) -> dict[str, list[Example]]:
-    """The examples by split: the given ones, and those that are split off training because they are not given."""
+def _sample(folder: Path, split: str, of: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
+    """At most `most` of these rows: those with the lowest hashes."""
+    if of.sum() <= most:
+        return of
+    places = Column(folder, split, "sample").all().astype(np.uint64)
+    limit = np.partition(places[of], most - 1)[most - 1]
+    chosen = of & (places <= limit)
+    first: NDArray[np.bool_] = chosen & (np.cumsum(chosen) <= most)
+    return first
+
+
+def _split(folder: Path, of: NDArray[np.bool_], given: set[str], labels: Labels, spec: StudySpec) -> NDArray[np.uint8]:
+    """Where each row of training goes: splits that are not given are split off it."""
     data = spec.data
-    parts = {split: _sample(unique.get(split, []), data.max_examples) for split in SPLITS}
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
-    cut = {split: 0.0 if split in unique else fraction for split, fraction in fractions.items()}
+    cut = {split: 0.0 if split in given else fraction for split, fraction in fractions.items()}
     if spec.definition.has_labels:
-        place = _stratified(parts["train"], spec, cut)
-    else:
-        place = _by_threshold(parts["train"], spec, cut)
-    placed = [(place[fold(example[0])], example) for example in parts.pop("train")]
-    return {split: [*parts.get(split, []), *(example for own, example in placed if own == split)] for split in SPLITS}
+        return _stratified(folder, of, cut, labels, spec)
+    places = np.where(of, SPLITS.index("train"), _NOWHERE).astype(np.uint8)
+    if data.fraction < 1:
+        for start, piece in Column(folder, "train", "fraction").pieces():
+            own = places[start : start + len(piece)]
+            own[rows.as_fraction(piece) >= data.fraction] = _NOWHERE
+    if any(cut.values()):
+        for start, piece in Column(folder, "train", "position").pieces():
+            end = start + len(piece)
+            positions = rows.as_fraction(piece)
+            is_validation = of[start:end] & (positions < cut["validation"])
+            is_test = of[start:end] & (positions < cut["validation"] + cut["test"]) & ~is_validation
+            places[start:end][is_validation] = SPLITS.index("validation")
+            places[start:end][is_test] = SPLITS.index("test")
+    return places
 
 
-def _by_threshold(examples: list[Example], spec: StudySpec, cut: dict[str, float]) -> dict[str, str]:
-    """The split of each text, by a hash of the text alone; no split at all beyond the fraction to be used."""
-    place = {}
-    for example in examples:
-        key = spec.definition.split_key(example[0])
-        position = stable_fraction(key, "split")
-        if position < cut["validation"]:
-            split = "validation"
-        elif position < cut["validation"] + cut["test"]:
-            split = "test"
-        else:
-            split = "train" if stable_fraction(key, "fraction") < spec.data.fraction else ""
-        place[fold(example[0])] = split
-    return place
-
-
-def _stratified(examples: list[Example], spec: StudySpec, cut: dict[str, float]) -> dict[str, str]:
-    """The split of each text, such that every class stands in all splits if it has enough texts, else in training.
+def _stratified(
+    folder: Path, of: NDArray[np.bool_], cut: dict[str, float], labels: Labels, spec: StudySpec
+) -> NDArray[np.uint8]:
+    """Where each row goes, such that every class stands in all splits if it has enough texts, else in training.
 
     Within a class, texts are ordered by their hash; validation takes the first and test the last, so that a further
     text moves one over each border at most. A text with several labels belongs to the rarest of them.
     """
-    labels: dict[str, set[str]] = {}
-    for row in examples:
-        labels.setdefault(fold(row[0]), set()).update(labels_of(row, spec))
-    counts = Counter(label for own in labels.values() for label in own)
-    classes: dict[str, list[str]] = {}
-    for text in sorted(labels, key=lambda text: stable_fraction(text, "split")):
-        classes.setdefault(min(labels[text], key=lambda label: (counts[label], label)), []).append(text)
-    place = dict.fromkeys(labels, "")
-    for texts in classes.values():
-        validation, test = _shares(len(texts), cut["validation"], cut["test"])
-        rest = sorted(texts[validation : len(texts) - test], key=lambda text: stable_fraction(text, "fraction"))
-        place |= dict.fromkeys(texts[:validation], "validation")
-        place |= dict.fromkeys(texts[len(texts) - test :], "test")
-        place |= dict.fromkeys(rest[: max(1, round(len(rest) * spec.data.fraction))], "train")
-    _train_every_label(place, labels)
-    return place
+    train, validation, test = map(SPLITS.index, ("train", "validation", "test"))
+    text_of = rows.groups(Column(folder, "train", "text", of).all())
+    _, first_row = np.unique(text_of, return_index=True)
+    positions = Column(folder, "train", "position", of).all().astype(np.uint64)[first_row]
+    sets = _LabelSets(labels, spec)
+    texts, own = sets.pairs(text_of, Column(folder, "train", "label", of).all())
+    rarest = np.full(len(first_row), len(sets.names))
+    np.minimum.at(rarest, texts, sets.by_rarity(own)[own])
+    place = np.full(len(first_row), _NOWHERE, np.uint8)
+    fraction = None
+    if spec.data.fraction < 1:
+        fraction = Column(folder, "train", "fraction", of).all().astype(np.uint64)[first_row]
+    order = np.lexsort((positions, rarest))
+    for members in np.split(order, np.flatnonzero(np.diff(rarest[order])) + 1):
+        first, last = _shares(len(members), cut["validation"], cut["test"])
+        rest = members[first : len(members) - last]
+        if fraction is not None:
+            rest = rest[np.argsort(fraction[rest], kind="stable")][: max(1, round(len(rest) * spec.data.fraction))]
+        place[members[:first]] = validation
+        place[members[len(members) - last :]] = test
+        place[rest] = train
+    _train_every_label(place, texts, own, positions, train)
+    places = np.full(len(of), _NOWHERE, np.uint8)
+    places[of] = place[text_of]
+    return places
 
 
 def _shares(count: int, *cuts: float) -> list[int]:
@@ -199,62 +243,145 @@ def _shares(count: int, *cuts: float) -> list[int]:
     return wanted
 
 
-def _train_every_label(place: dict[str, str], labels: dict[str, set[str]]) -> None:
-    """Put one text of each label that only stands beside rarer ones into training, if none is there."""
-    trained = {label for text, split in place.items() if split == "train" for label in labels[text]}
-    lacking = [text for text, own in labels.items() if not own <= trained]
-    for text in sorted(lacking, key=lambda text: stable_fraction(text, "split")):
-        if not labels[text] <= trained:
-            place[text] = "train"
-            trained |= labels[text]
+def _train_every_label(
+    place: NDArray[np.uint8],
+    texts: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    positions: NDArray[np.uint64],
+    train: int,
+) -> None:
+    """Put one text of each label that only stands beside rarer ones into training, if none is there.
+
+    `texts` and `labels` are pairs, ordered by text: this text has this label.
+    """
+    trained = {*labels[place[texts] == train].tolist()}
+    lacking = ~np.isin(labels, list(trained))
+    for text in sorted({*texts[lacking].tolist()}, key=lambda text: positions[text]):
+        begin, end = np.searchsorted(texts, [text, text + 1])
+        if not trained.issuperset(labels[begin:end].tolist()):
+            place[text] = train
+            trained.update(labels[begin:end].tolist())
 
 
-def _drop_rare(parts: dict[str, list[Example]], spec: StudySpec) -> dict[str, int]:
-    """Leave out the labels that some split lacks, and the examples that then have none; returns how many had each."""
-    counts = {split: counted(rows, spec) for split, rows in parts.items()}
-    total: Counter[str] = sum(counts.values(), Counter())
-    rare = {label: total[label] for label in sorted(total) if not all(label in counts[split] for split in SPLITS)}
-    for split, rows in parts.items():
-        kept = [(row[:-1], [label for label in labels_of(row, spec) if label not in rare]) for row in rows]
-        parts[split] = [(*texts, LABEL_SEPARATOR.join(labels)) for texts, labels in kept if labels]
-    return rare
+class _LabelSets:
+    """The labels that stand behind labels as they are written."""
+
+    def __init__(self, labels: Labels, spec: StudySpec) -> None:
+        sets = [sorted({*spec.definition.labels(written, spec.options)}) for written in labels.written]
+        self.names = sorted({name for names in sets for name in names})
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self._sizes = np.array([len(names) for names in sets], np.int64)
+        self._members = np.array([numbers[name] for names in sets for name in names], np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+
+    def of(self, written: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows and the labels that they have, as pairs."""
+        sizes = self._sizes[written]
+        owners = np.repeat(np.arange(len(written)), sizes)
+        within = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return owners, self._members[self._starts[written][owners] + within]
+
+    def pairs(
+        self, text_of: NDArray[np.int64], written: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The texts and the labels that some row of them has, as distinct pairs ordered by text."""
+        owners, members = self.of(written)
+        found = np.unique(text_of[owners] * len(self.names) + members)
+        return found // len(self.names), found % len(self.names)
+
+    def by_rarity(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rank of each label: the fewer of these there are, the lower; of equally many, by name."""
+        counts = np.bincount(labels, minlength=len(self.names))
+        ranks = np.empty(len(self.names), np.int64)
+        ranks[np.argsort(counts, kind="stable")] = np.arange(len(self.names))
+        return ranks
 
 
-def counted(rows: Iterable[Example], spec: StudySpec) -> Counter[str]:
-    return Counter(label for row in rows for label in set(labels_of(row, spec)))
+class _Counts:
+    """How many examples of each split have each label."""
+
+    def __init__(self, examples: Examples, labels: Labels, spec: StudySpec) -> None:
+        self._examples, self._labels, self._spec = examples, labels, spec
+        self._sets = _LabelSets(labels, spec)
+        self.counts: dict[str, dict[str, int]] = {}
+        for split in SPLITS:
+            _, members = self._sets.of(_written(examples, split))
+            counts = np.bincount(members, minlength=len(self._sets.names)).tolist()
+            self.counts[split] = {name: count for name, count in zip(self._sets.names, counts, strict=True) if count}
+
+    def without_rare(self) -> Examples:
+        """The examples without the labels that some split lacks; those that then have none are left out."""
+        total: Counter[str] = sum(map(Counter, self.counts.values()), Counter())
+        rare = {label: total[label] for label in sorted(total) if not all(label in self.counts[s] for s in SPLITS)}
+        if not rare:
+            return self._examples
+        definition, options = self._spec.definition, self._spec.options
+        left = {
+            written: LABEL_SEPARATOR.join(label for label in definition.labels(written, options) if label not in rare)
+            for written in self._labels.written
+        }
+        has_none = np.array([not left[written] for written in self._labels.written])
+        places = {}
+        for split, place in self._examples.places.items():
+            own = place.copy()
+            own[has_none[Column(self._examples.folder, split, "label").all()]] = _NOWHERE
+            places[split] = own
+        changed = {written: kept for written, kept in left.items() if kept and kept != written}
+        return dataclasses.replace(self._examples, places=places, rare=rare, left=changed)
 
 
-def _sample(examples: list[Example], most: int | None) -> list[Example]:
-    """At most `most` of the examples, in their order: those with the lowest hashes."""
-    if most is None or len(examples) <= most:
-        return list(examples)
-    limit = sorted(stable_fraction(example[0], "sample") for example in examples)[most - 1]
-    return [example for example in examples if stable_fraction(example[0], "sample") <= limit][:most]
+def label_counts(examples: Examples, labels: Labels, spec: StudySpec) -> dict[str, dict[str, int]]:
+    """By split, the examples that have each label, the most frequent first."""
+    counts = _Counts(examples, labels, spec).counts
+    return {
+        split: {name: count for name, count in Counter(own).most_common() if name not in examples.rare}
+        for split, own in counts.items()
+    }
 
 
-def labels_of(row: Example, spec: StudySpec) -> list[str]:
-    return spec.definition.labels(row[-1], spec.options)
+def write_labels(folder: Path, names: Sequence[str], examples: Examples, labels: Labels, spec: StudySpec) -> None:
+    """Write the labels of each split, of shape (examples, labels)."""
+    sets = _LabelSets(labels, spec)
+    number = np.array([names.index(name) if name in names else -1 for name in sets.names])
+    for split in SPLITS:
+        written = _written(examples, split)
+        writer = ArrayWriter(folder / f"{split}-labels.npy", np.uint8, (len(names),))
+        for start in range(0, len(written), _PIECE):
+            piece = written[start : start + _PIECE]
+            owners, members = sets.of(piece)
+            held = number[members] >= 0
+            matrix = np.zeros((len(piece), len(names)), np.uint8)
+            matrix[owners[held], number[members[held]]] = 1
+            writer.append(matrix)
+        writer.close()
 
 
-def _check_labels(examples: Examples, spec: StudySpec) -> None:
-    known = counted(examples.train, spec)
+def _written(examples: Examples, split: str) -> NDArray[np.int32]:
+    return Column(examples.folder, examples.origin(split), "label", examples.chosen(split)).all()
+
+
+def _check_labels(examples: Examples, labels: Labels, spec: StudySpec) -> None:
+    counts = label_counts(examples, labels, spec)
+    known = counts["train"]
     if len(known) < 2:
         raise DataError(f"data: the training split has one class only ({next(iter(known))!r}); a classifier needs two")
     for split in ("validation", "test"):
-        for row in getattr(examples, split):
-            for label in labels_of(row, spec):
-                if label not in known:
-                    raise DataError(
-                        f"data: label {label!r} of the {split} split does not occur in training (text: "
-                        f"{row[0][:60]!r}); `data.rare_labels: drop` leaves such labels out"
-                    )
+        if unknown := {*counts[split]} - {*known}:
+            row, label = _first_with(examples, split, unknown, spec)
+            raise DataError(
+                f"data: label {label!r} of the {split} split does not occur in training (text: {row[0][:60]!r}); "
+                "`data.rare_labels: drop` leaves such labels out"
+            )
+
+
+def _first_with(examples: Examples, split: str, wanted: set[str], spec: StudySpec) -> tuple[Example, str]:
+    for row in examples.examples(split):
+        for label in spec.definition.labels(row[-1], spec.options):
+            if label in wanted:
+                return row, label
+    raise AssertionError(f"no row of {split} has one of {wanted}")
 
 
 def some(names: Sequence[str], most: int = 10) -> str:
     """The first of many names."""
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def ngrams(text: str, size: int = 5) -> Iterator[tuple[str, ...]]:
-    words = text.split()
-    return zip(*(words[start:] for start in range(size)), strict=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from hpsearch.data import pretrained
-from hpsearch.data.splits import Examples
+from hpsearch.data.files import END_OF_TEXT
 from hpsearch.spec.sections import TokenizerSpec
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import Marks
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 END_ID, PADDING_ID = 0, 1
 TOKENIZER_FOLDER = "tokenizer"
@@ -28,7 +27,7 @@ TARGET_FOLDER = "target"
 TARGET_TOKENIZER = "tokenizer-target.json"
 
 
-def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, marks: Marks = "stream") -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], spec: TokenizerSpec, marks: Marks = "stream") -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1.
 
     It puts end-of-text before or behind a text; in a stream, which needs no padding, whoever writes it does.
@@ -44,7 +43,7 @@ def train_tokenizer(texts: Sequence[str], spec: TokenizerSpec, marks: Marks = "s
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.train_from_iterator(texts, trainer)
     if marks != "stream":
         marked = f"{END_OF_TEXT} $A" if marks == "before" else f"$A {END_OF_TEXT}"
         tokenizer.post_processor = processors.TemplateProcessing(single=marked, special_tokens=[(END_OF_TEXT, END_ID)])
@@ -90,26 +89,45 @@ def decode(folder: Path, rows: Sequence[Sequence[int]]) -> list[str]:
     return [text.strip() for text in texts]
 
 
+AnyTokenizers: TypeAlias = "TrainedTokenizers | BroughtTokenizers"
+
+
 class TrainedTokenizers:
     """Tokenizers trained on the training split: one, or one for each language."""
 
     first_id = start_id = None
 
-    def __init__(self, examples: Examples, spec: StudySpec) -> None:
-        task, marks = spec.definition, spec.definition.marks
+    def __init__(self, tokenizers: dict[str, Tokenizer], spec: StudySpec) -> None:
+        """Of each field of the task its tokenizer; two may have the same."""
+        task = spec.definition
         self._is_stream = task.is_stream
-        texts = {field: examples.field("train", index) for index, field in enumerate(task.fields)}
-        if spec.tokenizer.shared:
-            joint = [text for field in texts.values() for text in field]
-            self._tokenizers = dict.fromkeys(texts, train_tokenizer(joint, spec.tokenizer, marks))
-        else:
-            self._tokenizers = {field: train_tokenizer(own, spec.tokenizer, marks) for field, own in texts.items()}
+        self._tokenizers = tokenizers
         first, last = (self._tokenizers[field] for field in (task.fields[0], task.fields[-1]))
         self.end_id, self.padding_id = END_ID, PADDING_ID
         self.vocab_size = first.get_vocab_size()
         self.target_vocab_size = last.get_vocab_size() if last is not first else None
         distinct = dict.fromkeys(tokenizer.to_str() for tokenizer in self._tokenizers.values())
         self.hash = hashlib.sha256("".join(distinct).encode()).hexdigest()[:16]
+
+    @classmethod
+    def trained(cls, texts: Callable[[str], Iterable[str]], spec: StudySpec) -> TrainedTokenizers:
+        """`texts` gives those of a field to train on."""
+        fields, marks = spec.definition.fields, spec.definition.marks
+        if spec.tokenizer.shared:
+            joint = (text for field in fields for text in texts(field))
+            return cls(dict.fromkeys(fields, train_tokenizer(joint, spec.tokenizer, marks)), spec)
+        return cls({field: train_tokenizer(texts(field), spec.tokenizer, marks) for field in fields}, spec)
+
+    @classmethod
+    def read(cls, folder: Path, spec: StudySpec) -> TrainedTokenizers:
+        """What `save` has written."""
+        from tokenizers import Tokenizer
+
+        fields = spec.definition.fields
+        tokenizers = dict.fromkeys(fields, Tokenizer.from_file(str(folder / "tokenizer.json")))
+        if (folder / TARGET_TOKENIZER).is_file():
+            tokenizers[fields[-1]] = Tokenizer.from_file(str(folder / TARGET_TOKENIZER))
+        return cls(tokenizers, spec)
 
     def encode(self, field: str, texts: list[str]) -> list[list[int]]:
         encodings = self._tokenizers[field].encode_batch_fast(texts)

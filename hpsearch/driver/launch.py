@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hpsearch.driver.compatibility import as_begun, existing_trials, refuse_difference, with_its_defaults
-from hpsearch.driver.plan import prepare_data
+from hpsearch.driver.plan import data_reports, prepare_data
 from hpsearch.driver.starts import starts_of
 from hpsearch.errors import (
     EXIT_BUSY,
@@ -78,7 +78,7 @@ def launch_spec(
     starts = [] if repeats is not None else starts_of(spec)
     with ThreadPoolExecutor(1) as helper, ExitStack() as stack:
         # Ray needs seconds to start; the text is read and tokenized meanwhile, and what decides is imported.
-        preparing = helper.submit(prepare_data, spec)
+        preparing = helper.submit(prepare_data, spec, data_reports(listen))
         helper.submit(_import_what_decides)
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()

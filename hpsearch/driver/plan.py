@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
@@ -16,15 +17,23 @@ from hpsearch.data import pretrained
 from hpsearch.driver.compatibility import existing_trials, with_its_defaults
 from hpsearch.driver.starts import starts_of
 from hpsearch.files.storage import Folder, cached
+from hpsearch.records import DataProgress, Listener
 from hpsearch.spec.study import StudySpec
 from hpsearch.store.store import Store
 
 if TYPE_CHECKING:
     from hpsearch.data.shards import DataCard
+    from hpsearch.data.stages import Report
+
+_TOLD_EVERY_S = 1.0
 
 
-def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contacts_store: bool = True) -> dict[str, Any]:
+def check(
+    spec: StudySpec, *, extend: bool = False, moves: bool = False, contacts_store: bool = True, full: bool = False
+) -> dict[str, Any]:
     """What a launch would do, touching nothing: space, first settings, data, store, devices, tokens to train.
+
+    Of a large corpus that is not prepared yet the counts are estimated from a part, unless `full` is set.
 
     With `contacts_store` false nothing is asked of the store, which a file from elsewhere may name. Raises the error
     that the launch would raise.
@@ -38,7 +47,7 @@ def check(spec: StudySpec, *, extend: bool = False, moves: bool = False, contact
     spec.definition.check_score(spec.options)
     if (model := pretrained.of(spec.model)) and spec.definition.is_pair:
         pretrained.load_translator(model, spec.data.source_language, spec.data.target_language)
-    card, truncated = (None, {}) if spec.data.hub else measure(spec)
+    card, truncated = (None, {}) if spec.data.hub else measure(spec, whole=full)
     if card:
         for settings in _corner_models(spec):
             spec.definition.check_model(settings, card)
@@ -95,13 +104,31 @@ def _whole(value: float, integer: bool) -> float:
     return int(value) if integer else value
 
 
-def prepare_data(spec: StudySpec) -> tuple[Folder, DataCard, dict[str, int]]:
+def prepare_data(spec: StudySpec, report: Report | None = None) -> tuple[Folder, DataCard, dict[str, int]]:
     from hpsearch.data.prepare import count_cut, prepare
+    from hpsearch.data.stages import unheard
 
     spec.definition.check_score(spec.options)
-    folder, card = prepare(spec)
+    folder, card = prepare(spec, report or unheard)
     _check_models(spec, card, cached(folder))
     return folder, card, count_cut(spec, cached(folder))
+
+
+def data_reports(listen: Listener) -> Report:
+    """Tells a listener how far the data is, a second after it was last told; nothing of what takes no time."""
+    told = began = time.monotonic()
+    current = ""
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal told, began, current
+        now = time.monotonic()
+        if stage != current:
+            began, current = now, stage
+        if now - told >= _TOLD_EVERY_S:
+            told = now
+            listen(DataProgress(stage=stage, done=done, total=total, seconds=now - began))
+
+    return report
 
 
 def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:

@@ -176,13 +176,21 @@ def filled(target: Folder, *, last: str | None = None) -> Iterator[Path]:
         return
     with private_folder("out-") as scratch:
         yield scratch
-        files = sorted((file for file in scratch.rglob("*") if file.is_file()), key=lambda f: (f.name == last, f))
-        for file in files:
-            there = target / file.relative_to(scratch).as_posix()
-            try:
-                _patiently(there, partial(there.fs.put_file, str(file), there.path))
-            except _DEFINITE as error:
-                raise RunFolderError(f"cannot write {there}: {error}") from error
+        sent(scratch, target, last=last)
+
+
+def sent(source: Path, target: UPath, *, last: str | None = None) -> None:
+    """Copy a folder of this machine to an object store; with `last`, that file comes last.
+
+    Raises RunFolderError, DiskFullError.
+    """
+    files = sorted((file for file in source.rglob("*") if file.is_file()), key=lambda f: (f.name == last, f))
+    for file in files:
+        there = target / file.relative_to(source).as_posix()
+        try:
+            _patiently(there, partial(there.fs.put_file, str(file), there.path))
+        except _DEFINITE as error:
+            raise RunFolderError(f"cannot write {there}: {error}") from error
 
 
 def copied(source: Folder, target: Path, *, without: Collection[str] = ()) -> None:

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -18,6 +19,7 @@ from hpsearch.errors import Problem, SpecError, UsageError
 from hpsearch.files import storage
 from hpsearch.registry import TASKS
 from hpsearch.spec.checks import cross_checks
+from hpsearch.spec.files import expanded, format_of, is_saved_dataset
 from hpsearch.spec.parsing.environment import environment_store, interpolate
 from hpsearch.spec.parsing.space import parse_space, readable
 from hpsearch.spec.parsing.wandb import from_wandb
@@ -176,35 +178,44 @@ def _with_absolute_paths(spec: StudySpec, base: Path, problems: list[Problem]) -
     for split in ("train", "validation", "test"):
         files = getattr(spec.data.files, split)
         if isinstance(files, AlignedFiles):
-            pair = {side: _absolute(base, name, split, problems) for side, name in files.model_dump().items()}
-            splits[split] = AlignedFiles(**pair)
+            sides = files.model_dump()
+            splits[split] = AlignedFiles(
+                **{side: [_absolute(base, name, split, problems) for name in sides[side]] for side in sides}
+            )
             if not spec.definition.is_pair or spec.definition.has_labels:
                 message = f"source and target files are for pairs of texts; this study's task is {spec.task}"
                 problems.append(Problem(path=("data", "files", split), message=message))
             continue
         splits[split] = [_absolute(base, name, split, problems) for name in files]
-        for name in files:
-            _check_format(Path(name), spec.definition, split, problems)
+        for file in (file for name in splits[split] for file in expanded(name)):
+            _check_format(Path(file), spec.definition, split, problems)
     data = spec.data.model_copy(update={"files": FileSplits(**splits)})
     return spec.model_copy(update={"data": data})
 
 
 def _absolute(base: Path, name: str, split: str, problems: list[Problem]) -> str:
-    file = base / name
-    if not file.is_file():
-        problems.append(Problem(path=("data", "files", split), message=f"no such file: {file}"))
-    return str(file.resolve())
+    place = Path(os.path.abspath(base / name))
+    found = expanded(str(place))
+    if not found or not all(Path(file).exists() for file in found):
+        missing = f"no such file: {place}"
+        if place.is_dir():
+            missing = f"no file of text is below the folder {place}"
+        elif has_magic(name):
+            missing = f"no file fits {place}"
+        problems.append(Problem(path=("data", "files", split), message=missing))
+    return str(place.resolve())
 
 
 def _check_format(file: Path, task: TaskDefinition, split: str, problems: list[Problem]) -> None:
     is_plain = len(task.fields) == 1 and not task.has_labels
-    expected = ".txt, .jsonl, .csv or .parquet" if is_plain else ".jsonl, .csv or .parquet"
-    if file.suffix in (".txt", ".jsonl", ".csv", ".parquet") and (file.suffix != ".txt" or is_plain):
+    expected = f"{'.txt, ' if is_plain else ''}.jsonl, .json, .csv, .tsv or .parquet"
+    kind = format_of(file)
+    if (kind and (kind != "text" or is_plain)) or is_saved_dataset(file):
         return
     message = f"cannot tell the format of {file.name}; expected {expected}"
-    if file.suffix == ".txt" or task.is_pair:
+    if kind == "text" or task.is_pair:
         lines = ", or two text files as {source: FILE, target: FILE}" if task.is_pair else ""
-        message = f"{file.name} has one text a paragraph and nothing beside it; expected {expected}{lines}"
+        message = f"{file.name} has texts and nothing beside them; expected {expected}{lines}"
     problems.append(Problem(path=("data", "files", split), message=message))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -18,15 +19,32 @@ TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the rule are made for."""
 
 
-class AlignedFiles(Strict):
-    """Two plain text files: the translation of each line of one is the same line of the other."""
+SplitOn = Literal["blank_line", "line", "end_of_text", "file"]
+_Names = Annotated[list[str], WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}]}), Field(min_length=1)]
 
-    source: str
-    target: str
+
+class AlignedFiles(Strict):
+    """Two plain text files, or as many of each: the translation of a line of one is the same line of the other."""
+
+    source: _Names
+    target: _Names
+
+    @field_validator("source", "target", mode="before")
+    @classmethod
+    def _one(cls, files: Any) -> Any:
+        return [files] if isinstance(files, str) else files
+
+    @model_validator(mode="after")
+    def _as_many(self) -> AlignedFiles:
+        if len(self.source) != len(self.target):
+            raise ValueError(f"expected as many source files ({len(self.source)}) as target files ({len(self.target)})")
+        return self
 
 
 class FileSplits(Strict):
-    """Local text files (.txt, .jsonl, .csv, .parquet); paths are relative to the study file."""
+    """Local files of text: .txt, .jsonl (.json, .ndjson), .csv, .tsv, .parquet; all but the last also as .gz, .bz2, .xz
+    or .zst. Names are relative to the study file; a name may be a pattern, or a folder: all of its files, or what
+    `save_to_disk` of `datasets` has written there."""
 
     train: list[str] | AlignedFiles
     validation: list[str] | AlignedFiles = Field(default_factory=list, description="Without it, a fraction of train.")
@@ -48,7 +66,9 @@ class DataSpec(Strict):
     hub: str | None = Field(None, description="A dataset id for `datasets`, such as Salesforce/wikitext.")
     config: str | None = Field(None, description="Configuration of the hub dataset.")
     revision: str | None = Field(None, description="Commit or tag of the hub dataset.")
-    column: str = Field("text", description="Column or key that holds the text (jsonl, csv, parquet, hub).")
+    column: str = Field(
+        "text", description="Column or key that holds the text; `meta.text` is the key text of the column meta."
+    )
     label_column: str = Field("label", description="Column that holds the label, or a list of labels.")
     source_column: str = Field("source", description="Column that holds the text to translate.")
     target_column: str = Field("target", description="Column that holds its translation.")
@@ -57,6 +77,18 @@ class DataSpec(Strict):
     )
     target_language: str | None = Field(
         None, description="The language to translate to; it decides what BLEU takes for words, too."
+    )
+    split_on: SplitOn | Literal["auto"] = Field(
+        "auto",
+        description="What parts the texts of a plain text file. auto: end-of-text marks, blank lines or lines, by how "
+        "the file begins.",
+    )
+    encoding: str | None = Field(None, description="Of local files: utf-8 unless it is another one, such as cp1252.")
+    delimiter: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="Between the columns of CSV files; by default comma, semicolon, tab or bar, by the first line.",
     )
     max_examples: int | None = Field(None, ge=10, le=MOST, description="Use at most n examples of each split.")
     fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
@@ -90,13 +122,29 @@ class DataSpec(Strict):
             raise ValueError("validation_fraction and test_fraction leave nothing to train on")
         if self.hub is None and (self.config or self.revision):
             raise ValueError("config and revision belong to hub")
+        if self.files is None and (self.encoding or self.delimiter or self.split_on != "auto"):
+            raise ValueError("split_on, encoding and delimiter belong to files")
         return self
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, name: str | None) -> str | None:
+        try:
+            return name and codecs.lookup(name).name
+        except LookupError:
+            raise ValueError(f"no encoding is called {name!r}; expected one such as utf-8, cp1252 or utf-16") from None
 
 
 class TokenizerSpec(Strict):
     """A byte-pair tokenizer trained on the training split alone."""
 
     shared: bool = Field(True, description="One vocabulary for both languages of a translation, or one each.")
+    sample_mb: float | None = Field(
+        100.0,
+        gt=0,
+        le=MOST,
+        description="Training text that it is trained on, in 10^6 bytes; of more, a sample. null: all of it.",
+    )
     vocab_size: int = Field(1024, ge=258, le=1_000_000, description="Entries, the 256 bytes and end-of-text included.")
 
 

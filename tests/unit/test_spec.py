@@ -256,7 +256,7 @@ def test_aligned_files_are_for_translations(tmp_path: Path) -> None:
     spec = load(tmp_path, f"name: s\ntask: translation\n{pair}")
     assert spec.data.files is not None
     assert isinstance(spec.data.files.train, AlignedFiles)
-    assert spec.data.files.train.target == str(tmp_path / "a.fr")
+    assert spec.data.files.train.target == [str(tmp_path / "a.fr")]
     jsonschema.validate(read_study_file(tmp_path / "s.yaml").content, json_schema())
     (line,) = mistakes(tmp_path, f"name: s\ntask: causal_lm\n{pair}")
     assert line.endswith(
@@ -264,7 +264,7 @@ def test_aligned_files_are_for_translations(tmp_path: Path) -> None:
     )
     (tmp_path / "a.txt").write_text("one\n")
     (line,) = mistakes(tmp_path, "name: s\ntask: translation\ndata: {files: a.txt}\n")
-    assert "a.txt has one text a paragraph and nothing beside it" in line
+    assert "a.txt has texts and nothing beside them" in line
     (line,) = mistakes(tmp_path, "name: s\ntask: translation\ndata: {files: {train: 5}}\n")
     assert "data.files.train: expected" in line
 

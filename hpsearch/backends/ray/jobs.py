@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.backends import auth_environment, reachable_store
+from hpsearch.data.sources import files_of
 from hpsearch.files.scratch import private_folder
 from hpsearch.spec.parsing.environment import masked
+from hpsearch.spec.sections import AlignedFiles
 from hpsearch.spec.study import StudySpec
 
 # Read by Ray when it is imported.
@@ -208,8 +210,11 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
     """Copy what a study names on this machine into the package; returns the overrides that say where it is there."""
     overrides = []
     if spec.data.files is not None:
-        found = spec.data.files.model_dump(mode="json")
-        files = {split: _copied(paths, package, Path("data") / split) for split, paths in found.items() if paths}
+        found = {
+            split: files.model_dump() if isinstance(files, AlignedFiles) else files
+            for split, files in files_of(spec.data).items()
+        }
+        files = {split: _copied(paths, package, Path("data") / split) for split, paths in found.items()}
         overrides.append(f"--set=data.files={json.dumps(files)}")
     pretrained = Path(spec.model.pretrained or "")
     if pretrained.is_absolute():
@@ -236,7 +241,10 @@ def _copied(paths: Any, package: Path, place: Path) -> Any:
         return [_copied(path, package, place / str(index)) for index, path in enumerate(paths)]
     target = place / Path(paths).name
     (package / place).mkdir(parents=True)
-    shutil.copyfile(paths, package / target)
+    if Path(paths).is_dir():
+        shutil.copytree(paths, package / target)
+    else:
+        shutil.copyfile(paths, package / target)
     return str(target)
 
 

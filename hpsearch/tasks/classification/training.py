@@ -61,7 +61,7 @@ class Classification:
         ids = padded(
             self._texts[split], indices, longest=self._length, padding=self._card.padding_id, end=self._card.end_id
         )
-        return Batch((ids, torch.from_numpy(self._labels[split][indices])))
+        return Batch((ids, torch.from_numpy(self._labels[split][indices].astype(np.int64))))
 
     def predicted(self, split: str, indices: Indices) -> int:
         return len(indices)
@@ -100,7 +100,7 @@ class Classification:
             "recall": self._options.f1,
             "accuracy": "accuracy",
         }
-        examples = {"truth": truth.astype(np.uint8), "predicted": predicted.astype(np.uint8)}
+        examples = {"truth": np.asarray(truth), "predicted": predicted}
         scores = tuple(
             make_score(name, self._value(name, average, truth, predicted), examples, {**contract, "average": average})
             for name, average in kinds.items()
@@ -133,7 +133,7 @@ class Classification:
 
     def _class_weights(self) -> NDArray[np.float64]:
         """Inverse frequency, 1 on average; of several labels each, how many examples lack one for each that has it."""
-        counts = self._labels["train"].sum(axis=0)
+        counts = self._labels["train"].sum(axis=0, dtype=np.int64)
         if self._options.multi_label:
             return np.asarray((len(self._labels["train"]) - counts) / counts)
         return np.asarray(counts.sum() / (len(counts) * counts))
@@ -141,20 +141,20 @@ class Classification:
     def _lengths(self, split: str) -> NDArray[np.int64]:
         return np.minimum(self._texts[split].lengths, self._length)
 
-    def _predict(self, evaluate: Evaluate, split: str) -> NDArray[np.int64]:
+    def _predict(self, evaluate: Evaluate, split: str) -> NDArray[np.uint8]:
         """Predicted labels of a split, of shape (examples, labels)."""
-        predicted = np.zeros_like(self._labels[split])
+        predicted = np.zeros(self._labels[split].shape, np.uint8)
         for indices, chosen in evaluate(split, lambda batch: self._choose(self._logits(batch))):
             predicted[indices] = chosen.cpu().numpy()
         return predicted
 
-    def _value(self, name: str, average: str, truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    def _value(self, name: str, average: str, truth: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> float:
         positive = self._card.labels.index(self._options.positive_label) if self._options.positive_label else None
         return _sklearn(name, average, truth, predicted, positive)
 
 
 def _sklearn(
-    name: str, average: str, truth: NDArray[np.int64], predicted: NDArray[np.int64], positive: int | None
+    name: str, average: str, truth: NDArray[np.uint8], predicted: NDArray[np.uint8], positive: int | None
 ) -> float:
     from sklearn import metrics  # takes a second, and nothing is scored at first
 

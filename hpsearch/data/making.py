@@ -1,0 +1,64 @@
+"""The folder that data is prepared in: one process at a time, continued after a kill, never taken for prepared data."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpsearch.files import storage
+from hpsearch.files.storage import Folder
+
+
+@contextmanager
+def making_folder(data: Folder, key: str | None, waiting: Callable[[], None]) -> Iterator[Path]:
+    """A folder for this process alone, beside the prepared data, or in the node's cache if that is in an object store.
+
+    With a key, it is the one of an earlier process that was killed; another process of this machine that has it is
+    waited for, after a call of `waiting`. Without a key, or where folders cannot be locked, it is a new one. It is
+    removed in the end, unless this process is killed.
+    """
+    parent = data if isinstance(data, Path) else storage.cache_folder()
+    parent.mkdir(parents=True, exist_ok=True)
+    # Two machines may share the folder and not its locks.
+    machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    place = parent / f".making-{key}-{machine}"
+    lock = None if key is None else _locked(place, waiting)
+    folder = place if lock is not None else Path(tempfile.mkdtemp(prefix=".making-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(place: Path, waiting: Callable[[], None]) -> int | None:
+    """A descriptor that holds the lock of a folder, which is made if it is not there; None where there are no locks."""
+    has_waited = False
+    while True:
+        place.mkdir(exist_ok=True)
+        try:
+            lock = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:  # its process has just removed it
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not has_waited:
+                waiting()
+                has_waited = True
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            os.close(lock)
+            return None
+        # The one that was waited for has removed the folder.
+        if place.exists() and os.path.samestat(os.fstat(lock), place.stat()):
+            return lock
+        os.close(lock)

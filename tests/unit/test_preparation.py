@@ -1,0 +1,323 @@
+"""The stages of preparing data: what they come to, found again, continued after a kill, made by one of several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from hpsearch.data import rows, stages
+from hpsearch.data.prepare import measure, notes, prepare
+from hpsearch.data.shards import SPLITS, ArrayWriter, load_labels, load_split, load_texts, read_card
+from hpsearch.data.tokenizers import train_tokenizer
+from hpsearch.errors import DataError
+from hpsearch.spec.sections import DataSpec, FileSplits, TokenizerSpec
+from hpsearch.spec.study import StudySpec, study_class
+from hpsearch.tasks.classification.definition import ClassificationOptions
+from tests.examples import read_examples
+from tests.reference_data import reference_examples, reference_hash
+
+T = TypeVar("T")
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "café", "世界"]
+COLUMNS = {
+    "causal_lm": ("text",),
+    "translation": ("source", "target"),
+    "classification": ("text", "label"),
+}
+
+
+def write(file: Path, task: str, examples: list[tuple[str, ...]]) -> str:
+    file.write_text("".join(json.dumps(dict(zip(COLUMNS[task], row, strict=True))) + "\n" for row in examples))
+    return str(file)
+
+
+def study(folder: Path, task: str, files: FileSplits, vocab_size: int = 300, **data: Any) -> StudySpec:
+    more = {"classification": ClassificationOptions(multi_label=True)} if task == "classification" else {}
+    return study_class(task)(
+        name="s",
+        task=task,
+        data=DataSpec(files=files, **data),
+        tokenizer=TokenizerSpec(vocab_size=vocab_size),
+        folder=str(folder / "runs"),
+        **more,
+    )
+
+
+text = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(" ".join)
+spaced = st.tuples(text, st.sampled_from(["", " ", "\n "])).map("".join)
+label = st.lists(st.sampled_from("abcd"), min_size=1, max_size=2, unique=True).map("|".join)
+EXAMPLE = {
+    "causal_lm": st.tuples(spaced),
+    "translation": st.tuples(spaced, text),
+    "classification": st.tuples(spaced, label),
+}
+
+
+@st.composite
+def corpora(draw: st.DrawFn, task: str) -> tuple[dict[str, list[tuple[str, ...]]], dict[str, Any]]:
+    example = EXAMPLE[task]
+    found = {"train": draw(st.lists(example, min_size=15, max_size=80))}
+    for split in draw(st.sets(st.sampled_from(SPLITS[1:]))):
+        found[split] = draw(st.lists(example, min_size=1, max_size=10))
+    data: dict[str, Any] = {
+        "fraction": draw(st.sampled_from([1.0, 0.5])),
+        "max_examples": draw(st.sampled_from([None, 10, 30])),
+        "validation_fraction": draw(st.sampled_from([0.1, 0.3])),
+    }
+    if task == "classification":
+        data["rare_labels"] = draw(st.sampled_from(["keep", "drop"]))
+    return found, data
+
+
+@pytest.mark.parametrize("task", list(COLUMNS))
+@given(drawn=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_data_is_what_a_plain_preparation_in_memory_makes_of_it(
+    tmp_path_factory: pytest.TempPathFactory,
+    task: str,
+    drawn: st.DataObject,
+) -> None:
+    """Rows, batches and partitions are small, so that each corpus has several of them."""
+    content, data = drawn.draw(corpora(task))
+    folder = tmp_path_factory.mktemp("data")
+    files = {split: [write(folder / f"{split}.jsonl", task, examples)] for split, examples in content.items()}
+    spec = study(folder, task, FileSplits(**files), **data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BATCH_BYTES", 200)
+        patch.setattr(rows, "_PIECE", 7)
+        patch.setattr(rows, "_PARTITION_ROWS", 9)
+        expected, problem = outcome(lambda: reference_examples(spec))
+        event(f"{task}: {'read' if problem is None else 'refused'}")
+        if expected is None:
+            assert outcome(lambda: prepare(spec)) == (None, problem)
+            return
+        found = read_examples(spec)
+        made, card = prepare(spec)
+    for split in SPLITS:
+        assert getattr(found, split) == getattr(expected, split)
+    assert (found.duplicates, found.rare) == (expected.duplicates, expected.rare)
+    assert found.overlaps == {pair: count for pair, count in expected.overlaps.items() if count}
+    assert card.test_fingerprint == reference_hash(expected.test)
+    assert card.seen_ngrams == pytest.approx(expected.seen_ngrams)
+    if task == "translation":
+        assert card.seen_targets == expected.seen_targets
+        assert load_texts(made, "test", "target") == expected.field("test", 1)
+    fields = spec.definition.fields
+    texts = [text for index in range(len(fields)) for text in expected.field("train", index)]
+    plain = train_tokenizer(texts, spec.tokenizer, spec.definition.marks)
+    assert Tokenizer.from_file(str(made / "tokenizer" / "tokenizer.json")).to_str() == plain.to_str()
+    for split in SPLITS:
+        for index, field in enumerate(fields):
+            ending = [0] if spec.definition.is_stream else []
+            ids = [plain.encode(text).ids + ending for text in expected.field(split, index)]
+            arrays = load_split(made, split, field)
+            assert arrays.tokens.tolist() == [0, *(token for own in ids for token in own)]
+            assert arrays.document_ends.tolist() == np.cumsum([len(own) for own in ids]).tolist()
+            assert arrays.document_bytes.tolist() == [len(text.encode()) for text in expected.field(split, index)]
+        if task == "classification":
+            names = [[card.labels[i] for i in np.flatnonzero(row)] for row in load_labels(made, split)]
+            assert names == [sorted(written.split("|")) for written in expected.field(split, 1)]
+
+
+def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What comes of it, or why nothing does; which of several texts is named there is left open."""
+    try:
+        return action(), None
+    except DataError as error:
+        return None, str(error).partition("(text:")[0]
+
+
+def corpus(folder: Path, count: int = 400) -> FileSplits:
+    return FileSplits(train=[write(folder / "train.jsonl", "causal_lm", numbered(count))])
+
+
+def numbered(count: int) -> list[tuple[str, ...]]:
+    return [(f"{WORDS[i % 12]} {WORDS[i // 12 % 12]} text {i} " * 5,) for i in range(count)]
+
+
+def forbid(patch: pytest.MonkeyPatch) -> None:
+    def read(*_: Any) -> None:
+        raise AssertionError("the source was read again")
+
+    patch.setattr(stages.Preparation, "read", read)
+
+
+def test_what_was_prepared_from_the_same_files_is_found_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path))
+    made = prepare(spec)
+    # Written again with the same content: its time says nothing, its hash does.
+    corpus(tmp_path)
+    with monkeypatch.context() as patch:
+        forbid(patch)
+        assert prepare(spec) == made
+        assert measure(spec)[0] == made[1]
+    corpus(tmp_path, 401)
+    changed = prepare(spec)
+    assert changed[0] != made[0]
+    assert changed[1].tokens["train"] >= made[1].tokens["train"]
+
+
+def test_a_change_in_the_moment_of_reading_is_noticed(tmp_path: Path) -> None:
+    """Of a file that has just been written neither size nor time may tell the next change."""
+    file = tmp_path / "train.jsonl"
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path))
+    first = prepare(spec)
+    before = file.stat()
+    file.write_text(file.read_text().replace("text 7 ", "test 7 "))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepare(spec)[0] != first[0]
+
+
+def test_equal_arrays_of_other_rows_are_made_once_and_counted_as_theirs(tmp_path: Path) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path))
+    folder, card = prepare(spec)
+    before = (folder / "train-text.npy").stat().st_mtime_ns
+    write(tmp_path / "train.jsonl", "causal_lm", [*numbered(400), *numbered(3), ("  ",)])
+    again, other = prepare(spec)
+    assert again == folder
+    assert (folder / "train-text.npy").stat().st_mtime_ns == before
+    assert (card.duplicates, other.duplicates) == (0, 3)
+    assert any("1 rows without text" in note for note in notes(spec, other))
+    assert read_card(folder) == card
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path))
+
+    def grow(stage: str, done: int, total: int) -> None:
+        if stage.startswith("tokenizing"):
+            with (tmp_path / "train.jsonl").open("a") as file:
+                file.write('{"text": "one more"}\n')
+
+    with pytest.raises(DataError, match=r"train\.jsonl was written while it was read"):
+        prepare(spec, grow)
+    assert not list((tmp_path / "runs" / "data").glob(".making*"))
+    assert prepare(spec)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hpsearch.data import rows, stages
+from hpsearch.data.prepare import prepare
+from hpsearch.spec.sections import FileSplits
+from tests.unit.test_preparation import study
+
+rows.BATCH_BYTES, stages._KEPT_EVERY = 500, 2000
+folder, left = Path(sys.argv[1]), int(sys.argv[2])
+
+def report(stage, done, total):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+made, card = prepare(study(folder, "causal_lm", FileSplits(train=[str(folder / "train.jsonl")])), report)
+print(made.name, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_preparation_killed_at_any_moment_is_continued_to_the_same_end(tmp_path: Path) -> None:
+    """Reports come in all stages; each process goes some further than the one before, and is killed there."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = prepare(study(tmp_path / "whole", "causal_lm", corpus(tmp_path / "whole")))[0]
+    corpus(tmp_path / "cut")
+    rng = np.random.default_rng(0)
+    moments = [*sorted(rng.integers(1, 600, 19).tolist()), 0]
+    killed = 0
+    for moment in moments:
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(tmp_path / "cut"), str(moment)], capture_output=True, text=True
+        )
+        killed += done.returncode == -9
+        if done.returncode == 0:
+            assert done.stdout.strip() == whole.name
+    assert killed >= 10
+    data = tmp_path / "cut" / "runs" / "data"
+    assert sorted(entry.name for entry in data.iterdir()) == sorted([whole.name, "sources"])
+    for file in whole.iterdir():
+        if file.is_file():
+            assert (data / whole.name / file.name).read_bytes() == file.read_bytes(), file.name
+    assert sorted(file.name for file in whole.iterdir()) == sorted(file.name for file in (data / whole.name).iterdir())
+
+
+@pytest.mark.slow
+def test_what_a_killed_preparation_left_is_not_continued_with_other_files(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run([*command, "300"]).returncode == -9
+    (tmp_path / "other").mkdir()
+    expected = prepare(study(tmp_path / "other", "causal_lm", corpus(tmp_path / "other", 300)))[0]
+    corpus(tmp_path, 300)
+    assert subprocess.run([*command, "0"], capture_output=True, text=True).stdout.strip() == expected.name
+
+
+@pytest.mark.slow
+def test_of_two_launches_one_prepares_and_the_other_waits(tmp_path: Path) -> None:
+    corpus(tmp_path, 3000)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), "0"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    names = {process.communicate()[0].strip() for process in both}
+    assert len(names) == 1
+    assert sorted(entry.name for entry in (tmp_path / "runs" / "data").iterdir()) == sorted([*names, "sources"])
+
+
+def test_a_large_corpus_is_estimated_from_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path, 4000))
+    whole = measure(spec)[0]
+    monkeypatch.setattr("hpsearch.data.prepare._LARGE", 10_000)
+    monkeypatch.setattr("hpsearch.data.prepare._ESTIMATED_FROM", 100_000)
+    monkeypatch.setattr(rows, "BATCH_BYTES", 10_000)
+    part = measure(spec, whole=False)[0]
+    assert 0.05 < part.read < 0.9
+    assert part.tokens["train"] == pytest.approx(whole.tokens["train"], rel=0.2)
+    assert any("counts are estimated from the first" in note for note in notes(spec, part))
+    assert measure(spec, whole=True)[0] == whole
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_tokenizer_is_trained_on_a_sample_of_a_large_corpus(tmp_path: Path) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path, 2000))
+    small = spec.model_copy(update={"tokenizer": TokenizerSpec(vocab_size=300, sample_mb=0.01)})
+    whole, part = prepare(spec)[1], prepare(small)[1]
+    assert whole.tokenizer != part.tokenizer
+    assert prepare(small)[1] == part
+    assert whole.bytes == part.bytes
+
+
+def test_an_array_can_be_continued_after_its_writer_was_lost(tmp_path: Path) -> None:
+    file = tmp_path / "a.npy"
+    first = ArrayWriter(file, np.uint16, (2,))
+    first.append(np.arange(20).reshape(10, 2))
+    first.flush()
+    again = ArrayWriter(file, np.uint16, (2,), at=4)
+    again.append(np.array([[7, 7]]))
+    again.close()
+    assert np.load(file).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [7, 7]]
+
+
+def test_progress_is_told_of_each_stage(tmp_path: Path) -> None:
+    told: dict[str, tuple[int, int]] = {}
+    began = time.monotonic()
+    prepare(
+        study(tmp_path, "causal_lm", corpus(tmp_path)), lambda stage, done, total: told.update({stage: (done, total)})
+    )
+    assert time.monotonic() > began
+    assert {"hashing", "training the tokenizer", "tokenizing train", "tokenizing test"} <= {*told}
+    done, total = told["tokenizing train"]
+    assert 0 < done == total

@@ -1,0 +1,247 @@
+"""The forms that people's text comes in: each is read to the same examples, or refused with its file and row."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch.data.prepare import measure, notes
+from hpsearch.errors import DataError, SpecError
+from hpsearch.spec.load import load_study
+from hpsearch.spec.study import StudySpec
+from tests.examples import Read, read_examples
+
+TEXTS = [f'a text {"abcdefghij"[i % 10]} of {i} words, {i * 7919 % 1000} all told; "quoted"' for i in range(120)]
+NAMES = ["".join("abcdefghij"[int(digit)] for digit in str(i)) for i in range(120)]
+PAIRS = [{"source": f"the cats of {name}", "target": f"les chats de {name}"} for name in NAMES]
+ROWS = [{"text": text} for text in TEXTS]
+
+
+def written(tmp_path: Path, data: str, task: str = "causal_lm") -> StudySpec:
+    file = tmp_path / "study.yaml"
+    file.write_text(f"name: s\ntask: {task}\ndata: {data}\ntokenizer: {{vocab_size: 300}}\n")
+    return load_study(file)
+
+
+def all_of(found: Read) -> list[str]:
+    return sorted(row[0] for row in (*found.train, *found.validation, *found.test))
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def zstd(content: bytes) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def separated(delimiter: str) -> str:
+    quoted = ('"' + text.replace('"', '""') + '"' for text in TEXTS)
+    return f"id{delimiter}text\r\n" + "".join(f"{i}{delimiter}{text}\r\n" for i, text in enumerate(quoted))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        pytest.param("a.txt", "\n\n".join(TEXTS), "", id="paragraphs"),
+        pytest.param("a.txt", "\n".join(TEXTS), "", id="lines"),
+        pytest.param("a.txt", "\r\n".join(TEXTS), "", id="lines of Windows"),
+        pytest.param("a.txt", "<|endoftext|>".join(TEXTS), "", id="end of text"),
+        pytest.param("a.text", "\n\n".join(TEXTS), "", id="another suffix"),
+        pytest.param("a.jsonl", lines(ROWS), "", id="jsonl"),
+        pytest.param("a.ndjson", "\ufeff" + lines(ROWS), "", id="ndjson with a byte order mark"),
+        pytest.param("a.json", lines(ROWS), "", id="lines called json"),
+        pytest.param("a.json", json.dumps(ROWS), "", id="array"),
+        pytest.param("a.json", json.dumps(ROWS, indent=2), "", id="array over lines"),
+        pytest.param("a.jsonl", lines([{"meta": {"text": t}} for t in TEXTS]), "column: meta.text", id="nested"),
+        pytest.param("a.jsonl", lines([{"meta.text": t} for t in TEXTS]), "column: meta.text", id="dotted name"),
+        pytest.param("a.parquet", parquet([{"id": 1, **row} for row in ROWS]), "", id="parquet"),
+        pytest.param("a.parquet", parquet([{"m": row} for row in ROWS]), "column: m.text", id="nested parquet"),
+        pytest.param("a.csv", separated(","), "", id="comma"),
+        pytest.param("a.csv", separated(";"), "", id="semicolon"),
+        pytest.param("a.tsv", separated("\t"), "", id="tab"),
+        pytest.param("a.csv", separated("^"), "delimiter: ^", id="own delimiter"),
+        pytest.param("a.csv", separated(",").encode("utf-16"), "encoding: utf-16", id="utf-16"),
+        pytest.param("a.jsonl.gz", gzip.compress(lines(ROWS).encode()), "", id="gz"),
+        pytest.param("a.jsonl.bz2", bz2.compress(lines(ROWS).encode()), "", id="bz2"),
+        pytest.param("a.jsonl.xz", lzma.compress(lines(ROWS).encode()), "", id="xz"),
+        pytest.param("a.jsonl.zst", zstd(lines(ROWS).encode()), "", id="zst"),
+        pytest.param("a.json.gz", gzip.compress(json.dumps(ROWS).encode()), "", id="packed array"),
+        pytest.param("a.txt.zst", zstd("\n".join(TEXTS).encode()), "", id="packed lines"),
+    ],
+)
+def test_each_form_of_a_file_gives_its_texts(tmp_path: Path, name: str, content: str | bytes, options: str) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    assert all_of(read_examples(written(tmp_path, f"{{files: {name}, {options}}}"))) == sorted(TEXTS)
+
+
+def test_patterns_and_folders_name_many_files(tmp_path: Path) -> None:
+    (tmp_path / "more" / "inner").mkdir(parents=True)
+    for index in range(3):
+        content = lines(ROWS[index * 40 : index * 40 + 40])
+        (tmp_path / "more" / ("inner" if index else "") / f"part-{index}.jsonl").write_text(content)
+    (tmp_path / "more" / "README.md").write_text("no data")
+    (tmp_path / "more" / ".hidden.jsonl").write_text("no data")
+    for files in ("more", "more/**/*.jsonl", "[more/part-0.jsonl, more/inner]"):
+        assert all_of(read_examples(written(tmp_path, f"{{files: {files}}}"))) == sorted(TEXTS)
+
+
+def test_files_of_a_folder_that_are_called_by_their_splits_are_these(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name, part in (("train-00000-of-00002", 0), ("train-00001-of-00002", 1), ("dev", 2), ("test", 3)):
+        (tmp_path / "set" / f"{name}.jsonl").write_text(lines(ROWS[part * 30 : part * 30 + 30]))
+    found = read_examples(written(tmp_path, "{files: set}"))
+    assert found.field("train", 0) == TEXTS[:60]
+    assert found.field("validation", 0) == TEXTS[60:90]
+    assert found.field("test", 0) == TEXTS[90:]
+
+
+def test_a_data_set_saved_to_disk_is_read_with_its_splits_and_the_names_of_its_classes(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"text": TEXTS, "label": [i % 2 for i in range(120)]}
+    whole = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["dog", "cat"]))
+    whole.save_to_disk(tmp_path / "whole")
+    parts = {
+        "train": whole.select(range(60)),
+        "valid": whole.select(range(60, 90)),
+        "test": whole.select(range(90, 120)),
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "parts")
+    found = read_examples(written(tmp_path, "{files: whole}", "classification"))
+    assert all_of(found) == sorted(TEXTS)
+    assert {label for _, label in found.train} == {"dog", "cat"}
+    found = read_examples(written(tmp_path, "{files: parts}", "classification"))
+    assert [len(found.train), len(found.validation), len(found.test)] == [60, 30, 30]
+
+
+@pytest.mark.parametrize("form", ["columns", "translation", "languages", "array", "tsv", "lines", "many lines"])
+def test_each_form_of_a_translation_gives_its_pairs(tmp_path: Path, form: str) -> None:
+    languages = [{"translation": {"en": pair["source"], "fr": pair["target"]}} for pair in PAIRS]
+    columns = "source_column: translation.en, target_column: translation.fr"
+    sources, targets = ("\r\n".join(pair[side] for pair in PAIRS) + "\r\n" for side in ("source", "target"))
+    contents: dict[str, tuple[dict[str, str], str]] = {
+        "columns": ({"a.jsonl": lines(PAIRS)}, "files: a.jsonl"),
+        "translation": ({"a.jsonl": lines(languages)}, "files: a.jsonl, source_column: en, target_column: fr"),
+        "languages": ({"a.jsonl": lines(languages)}, f"files: a.jsonl, {columns}"),
+        "array": ({"a.json": json.dumps(languages)}, f"files: a.json, {columns}"),
+        "tsv": (
+            {"a.tsv": "source\ttarget\n" + "".join(f"{p['source']}\t{p['target']}\n" for p in PAIRS)},
+            "files: a.tsv",
+        ),
+        "lines": ({"a.en": sources, "a.fr": targets}, "files: {source: a.en, target: a.fr}"),
+        "many lines": (
+            {"a.en": lines_of(sources, 0), "b.en": lines_of(sources, 1), "a.fr": lines_of(targets, 0),
+             "b.fr": lines_of(targets, 1)},
+            "files: {source: [a.en, b.en], target: [a.fr, b.fr]}",
+        ),
+    }  # fmt: skip
+    files, data = contents[form]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode())
+    found = read_examples(written(tmp_path, f"{{{data}}}", "translation"))
+    pairs = sorted([*found.train, *found.validation, *found.test])
+    assert pairs == sorted((pair["source"], pair["target"]) for pair in PAIRS)
+
+
+def lines_of(text: str, half: int) -> str:
+    parts = text.splitlines(keepends=True)
+    return "".join(parts[half * 50 : 50 if half == 0 else None])
+
+
+def test_pairs_of_which_a_side_is_empty_are_left_out_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.en").write_text("".join(f"{pair['source']}\n" for pair in PAIRS) + "\n")
+    (tmp_path / "a.fr").write_text("\n" + "".join(f"{pair['target']}\n" for pair in PAIRS))
+    spec = written(tmp_path, "{files: {source: a.en, target: a.fr}}", "translation")
+    assert len(all_of(read_examples(spec))) == 119
+    assert any("2 rows without text in every column were left out" in note for note in notes(spec, measure(spec)[0]))
+
+
+def test_rows_without_text_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines([*ROWS, {"text": None}, {"text": "  "}]))
+    spec = written(tmp_path, "{files: a.jsonl}")
+    assert any("a.jsonl: 2 rows without text" in note for note in notes(spec, measure(spec)[0]))
+
+
+def test_what_was_guessed_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    spec = written(tmp_path, "{files: a.txt}")
+    assert any("a.txt: read as a text a line (data.split_on: line)" in note for note in notes(spec, measure(spec)[0]))
+    told = written(tmp_path, "{files: a.txt, split_on: blank_line}")
+    with pytest.raises(DataError, match="1 documents were read"):
+        read_examples(told)
+
+
+@pytest.mark.parametrize(
+    ("names", "contents", "message"),
+    [
+        pytest.param(["b.jsonl"], [lines([*ROWS, {"txt": "x"}])], "b.jsonl, line 121 has no column 'text'", id="row"),
+        pytest.param(["b.json"], [json.dumps([*ROWS, 3])], "entry 121 of the array: expected an object", id="entry"),
+        pytest.param(["b.json"], [json.dumps(ROWS)[:-1]], "the array has no end behind its entry 120", id="open array"),
+        pytest.param(["b.json"], [json.dumps(ROWS)[:-20]], "entry 120 of the array", id="open entry"),
+        pytest.param(["b.jsonl"], [lines([{"m": {"t": "x"}}])], "it has m, m.t", id="inner columns are named"),
+        pytest.param(["b.jsonl"], [lines([{"text": "\ud83d"}])], "half a character", id="half a character"),
+        pytest.param(["b.jsonl.gz"], ["no archive"], "b.jsonl.gz cannot be read as json", id="no archive"),
+        pytest.param(
+            ["a.jsonl", "b.jsonl"], [lines(ROWS), lines([{"text": 3}])], "b.jsonl, line 1: column 'text'", id="second"
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_file_and_row(
+    tmp_path: Path, names: list[str], contents: list[str], message: str
+) -> None:
+    for name, content in zip(names, contents, strict=True):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_examples(written(tmp_path, f"{{files: [{', '.join(names)}]}}"))
+    assert message in str(caught.value)
+
+
+def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
+    texts = [f"caf\u00e9 num\u00e9ro {i}" for i in range(100)]
+    (tmp_path / "a.txt").write_bytes("\n".join(texts).encode("cp1252"))
+    with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text \(byte 3\); set data\.encoding"):
+        read_examples(written(tmp_path, "{files: a.txt}"))
+    assert all_of(read_examples(written(tmp_path, "{files: a.txt, encoding: cp1252}"))) == sorted(texts)
+    with pytest.raises(DataError, match="is not ascii text, as"):
+        read_examples(written(tmp_path, "{files: a.txt, encoding: ascii}"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{files: a.txt, encoding: no-such}", "no encoding is called 'no-such'"),
+        ("{files: '*.jsonl'}", "no file fits"),
+        ("{files: empty}", "no file of text is below the folder"),
+        ("{files: a.doc}", "cannot tell the format of a.doc"),
+        ("{files: {source: [a.txt, a.txt], target: a.txt}}", "as many source files"),
+        ("{corpus: python_docs, split_on: line}", "belong to files"),
+    ],
+)
+def test_what_no_file_can_be_is_refused_by_the_study_file(tmp_path: Path, data: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("a.txt", "a.doc"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(SpecError) as caught:
+        written(tmp_path, data)
+    assert message in str(caught.value)
