@@ -34,11 +34,13 @@ class AlignedFiles(Strict):
     def _one(cls, files: Any) -> Any:
         return [files] if isinstance(files, str) else files
 
-    @model_validator(mode="after")
-    def _as_many(self) -> AlignedFiles:
-        if len(self.source) != len(self.target):
-            raise ValueError(f"expected as many source files ({len(self.source)}) as target files ({len(self.target)})")
-        return self
+    @field_validator("target")
+    @classmethod
+    def _as_many(cls, files: list[str], info: ValidationInfo) -> list[str]:
+        sources = info.data.get("source", files)
+        if len(sources) != len(files):
+            raise ValueError(f"expected as many source files ({len(sources)}) as target files ({len(files)})")
+        return files
 
 
 class FileSplits(Strict):
