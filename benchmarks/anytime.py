@@ -32,7 +32,9 @@ study, folder = json.loads(sys.argv[1])
 ended = hpsearch.launch(study, store=f"sqlite:///{folder}/s.db", folder=folder + "/runs")
 best = ended.choose("test")
 states = [trial.state for trial in ended.trials()]
-best = None if best is None else {"state": best.state, "loss": ended.trial(best.trial).best_valid_loss}
+if best is not None:
+    trial = ended.trial(best.trial)
+    best = {"state": best.state, "loss": trial.details.get("whole_validation_loss", trial.best_valid_loss)}
 print(json.dumps({"best": best, "states": {state: states.count(state) for state in sorted(set(states))}}))
 """
 

@@ -94,7 +94,10 @@ hpsearch.launch(study, trials=trials, store=f"sqlite:///{folder}/s.db", folder=f
 def ours(
     case: str, folder: Path, runs: Path, *, trials: int, seed: int, adamw: bool, goal: float, limit: float
 ) -> list[dict[str, Any]]:
-    file = begin({**study(case, adamw=adamw), "seed": seed}, folder, runs)
+    content = study(case, adamw=adamw)
+    # The goal is a loss of all of the validation split.
+    content["training"] = {**content.get("training", {}), "evaluation_share": 1}
+    file = begin({**content, "seed": seed}, folder, runs)
     given = json.dumps([time.time(), str(file), str(folder), MORE * trials, goal, limit])
     command = [sys.executable, "-c", OURS, given]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)

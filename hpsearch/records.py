@@ -126,6 +126,10 @@ class Score:
     """Two scores may be compared only when their contracts are equal."""
 
 
+WHOLE = "whole_validation_loss"
+"""Detail of a trial: the loss of its best checkpoint on all of the validation split, where its curve is of a part."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
     """How a trial ended, as its worker saw it."""

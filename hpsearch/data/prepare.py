@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from hpsearch.data import known
-from hpsearch.data.making import making_folder
 from hpsearch.data.shards import CARD, SPLITS, DataCard, load_split
 from hpsearch.data.sources import size_of
 from hpsearch.data.splits import some
 from hpsearch.data.stages import Preparation, Report, unheard, write_whole
 from hpsearch.errors import DataError, RunFolderError
 from hpsearch.files import storage
+from hpsearch.files.making import making_folder
 from hpsearch.files.scratch import private_folder
 from hpsearch.files.storage import Folder
 from hpsearch.spec.study import StudySpec

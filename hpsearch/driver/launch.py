@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hpsearch.driver.compatibility import as_begun, existing_trials, refuse_difference, with_its_defaults
-from hpsearch.driver.plan import data_reports, prepare_data
+from hpsearch.driver.plan import data_reports, fitted, prepare_data
 from hpsearch.driver.starts import starts_of
 from hpsearch.errors import (
     EXIT_BUSY,
@@ -82,6 +82,7 @@ def launch_spec(
         helper.submit(_import_what_decides)
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()
+        spec = fitted(spec, card)
         from hpsearch.data.prepare import notes
         from hpsearch.driver.run.study_run import StudyRun
         from hpsearch.integrations.optuna_dashboard import Annotator

@@ -49,6 +49,7 @@ def check(
         pretrained.load_translator(model, spec.data.source_language, spec.data.target_language)
     card, truncated = (None, {}) if spec.data.hub else measure(spec, whole=full)
     if card:
+        spec = fitted(spec, card)
         for settings in _corner_models(spec):
             spec.definition.check_model(settings, card)
     suggestions = first_suggestions(spec, 3, starts_of(spec))
@@ -112,6 +113,17 @@ def prepare_data(spec: StudySpec, report: Report | None = None) -> tuple[Folder,
     folder, card = prepare(spec, report or unheard)
     _check_models(spec, card, cached(folder))
     return folder, card, count_cut(spec, cached(folder))
+
+
+def fitted(spec: StudySpec, card: DataCard) -> StudySpec:
+    """The study with as many evaluations of an epoch as its data is long enough for, where its file does not say."""
+    from hpsearch.data.validation import fitting_evaluations
+
+    training = spec.training
+    if training.evaluations_per_epoch is not None:
+        return spec
+    count = fitting_evaluations(card, share=training.evaluation_share, wanted=spec.evaluations_per_epoch)
+    return spec.model_copy(update={"training": training.model_copy(update={"evaluations_per_epoch": count})})
 
 
 def data_reports(listen: Listener) -> Report:

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from hpsearch.errors import plain
 from hpsearch.metrics.intervals import doubt
 from hpsearch.metrics.statistics import METRICS
-from hpsearch.records import PRUNED, RANKED, STOPPED
+from hpsearch.records import PRUNED, RANKED, STOPPED, WHOLE
 from hpsearch.results.leaderboard import Choice, Leaderboard, param_names
 from hpsearch.store.rows import LeadingTrial, PointRow, RankedTrial, StudyRow, TrialRow, WholeTrial
 
@@ -56,7 +56,8 @@ def trial_facts(trial: WholeTrial) -> list[tuple[str, str]]:
         facts.append((f"test {score.metric.replace('_', ' ')}", f"{value} (95 %: {low} to {high}, n={score.n})"))
     if trial.best_valid_loss is not None:
         at = "" if trial.best_epoch is None else f" at epoch {trial.best_epoch:.3g}"
-        facts.append(("best validation loss", f"{trial.best_valid_loss:.4f}{at}"))
+        whole = f"; {trial.details[WHOLE]:.4f} on all of the validation split" if WHOLE in trial.details else ""
+        facts.append(("best validation loss", f"{trial.best_valid_loss:.4f}{at}{whole}"))
     if trial.best_valid_score is not None:
         facts.append(("validation score", f"{trial.best_valid_score:.4f}, which chose the checkpoint"))
     if trial.repeat_of is not None:

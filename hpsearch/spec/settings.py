@@ -107,7 +107,15 @@ class RunSettings(TrainingSettings):
         None,
         ge=1,
         le=MOST,
-        description="Validation losses taken per epoch; by default some 40 in the longest run of the study.",
+        description="Validation losses taken per epoch; by default some 40 in the longest run of the study, fewer "
+        "where the text is too short for so many.",
+    )
+    evaluation_share: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Part of a run's time that its validation losses may take: they are of a part of the validation "
+        "split, the same for all trials. The best checkpoint is confirmed on all of it. 1 looks at all each time.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on GPUs that have it, float32 elsewhere."

@@ -36,9 +36,13 @@ class Evaluator:
         is_half: bool,
         pulse: Callable[[], Any],
         on_full_memory: Callable[[BaseException], Exception],
+        part: float = 1.0,
     ) -> None:
-        """`pulse` is called after every batch; `on_full_memory` makes the error of one of several processes."""
+        """`pulse` is called after every batch; `on_full_memory` makes the error of one of several processes. `part` of
+        the validation split is looked at while the model trains.
+        """
         self._task = task
+        self._part = part
         self._model = model
         self._device = device
         self._ranks = ranks
@@ -46,14 +50,22 @@ class Evaluator:
         self._pulse = pulse
         self._on_full_memory = on_full_memory
 
-    def mean_loss(self, split: str) -> float:
-        """Nats per predicted token (or example, in classification)."""
+    def mean_loss(self) -> float:
+        """Of the part of the validation split that is looked at: nats per predicted token (or text)."""
+        return self._mean_loss(_spread(self._task.evaluation_batches("validation"), self._part))
+
+    def whole_loss(self) -> float | None:
+        """Of all of the validation split; None when `mean_loss` is of all of it."""
+        if self._part == 1.0:
+            return None
+        return self._mean_loss(self._task.evaluation_batches("validation"))
+
+    def _mean_loss(self, batches: Sequence[Indices]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        batches = self._task.evaluation_batches(split)
         for batch in self._own(batches):
-            for _, loss in self._compute(split, batch, self._summed_loss):
+            for _, loss in self._compute("validation", batch, self._summed_loss):
                 total += loss
-        return self._ranks.add(total).item() / sum(self._task.predicted(split, batch) for batch in batches)
+        return self._ranks.add(total).item() / sum(self._task.predicted("validation", batch) for batch in batches)
 
     def evaluate(self, split: str, compute: Callable[[Batch], Tensor]) -> Iterator[tuple[Indices, Tensor]]:
         """What `compute` gives for each evaluation batch of a split, in order. See `tasks.base.Evaluate`."""
@@ -99,6 +111,16 @@ class Evaluator:
                 continue
             self._pulse()
             yield indices, answer
+
+
+def _spread(batches: Sequence[Indices], part: float) -> Sequence[Indices]:
+    """A part of the indices, from everywhere among them, in batches as large: neighbours are of similar length."""
+    if part == 1.0:
+        return batches
+    indices = np.concatenate(batches)
+    count = max(1, round(part * len(indices)))
+    chosen = indices[np.arange(count) * len(indices) // count]
+    return np.array_split(chosen, max(1, round(part * len(batches))))
 
 
 Answers = list[list[tuple[Indices, Tensor]]]

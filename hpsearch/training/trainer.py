@@ -87,6 +87,7 @@ class Trainer:
         pulse: Callable[[], Order] = lambda: Order.CONTINUE,
         time_left: Callable[[], float] | None = None,
         ranks: Ranks | None = None,
+        validation_part: float = 1.0,
     ) -> None:
         """`earlier` are folders of interrupted attempts at this run, resumed from if they hold a state of its `origin`.
 
@@ -94,7 +95,8 @@ class Trainer:
 
         A run that would take longer than `time_left` (seconds) has its learning rate brought down to its end by then.
 
-        `pulse` is called after every step and every evaluation batch; its answer counts between two steps. Of several
+        `validation_part` of the validation split is looked at for each point. `pulse` is called after every step and
+        every evaluation batch; its answer counts between two steps. Of several
         `ranks` each has a Trainer of its own, with the same settings, seed and folder.
         """
         self.task = task
@@ -107,6 +109,8 @@ class Trainer:
         self.curve: list[Point] = []
         self.resumed_evaluations = 0
         """Points of the curve that come from the state that the run was resumed from."""
+        self.confirmed_loss: float | None = None
+        """Of the best checkpoint on all of the validation split, once it is scored; None where each point is of all."""
         self._ranks = ranks or Ranks()
         self.num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
         self._pulse = pulse
@@ -143,6 +147,7 @@ class Trainer:
             is_half=self._steps.is_half,
             pulse=pulse,
             on_full_memory=partial(begin_smaller, folder, self._ranks, 0),
+            part=validation_part,
         )
 
     @property
@@ -264,7 +269,7 @@ class Trainer:
                 epoch=position.epoch + position.step_in_epoch / self.steps_per_epoch,
                 step=position.step,
                 train_loss=self._ranks.add(self._loss_sum).item() / position.loss_count,
-                valid_loss=self.evaluator.mean_loss("validation"),
+                valid_loss=self.evaluator.mean_loss(),
                 learning_rate=self.schedule.learning_rate(max(0, position.step - 1)),
                 tokens=position.tokens,
                 valid_score=self._validation_score() if takes_score else None,
@@ -316,6 +321,7 @@ class Trainer:
 
     def _score(self) -> Scored:
         self._ranks.spread(self._weights().values())
+        self.confirmed_loss = self.evaluator.whole_loss()
         return self.task.score(self.evaluator.evaluate)
 
     def export(self) -> None:

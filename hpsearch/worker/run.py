@@ -30,7 +30,7 @@ from hpsearch.files.storage import Folder, locate
 from hpsearch.files.trial_log import LOGGER, log_file, trial_log
 from hpsearch.metrics import statistics
 from hpsearch.pruning.overfitting import Judgement, Verdict, judge
-from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialState, judgement_dict
+from hpsearch.records import WHOLE, Point, Progress, TrialConfig, TrialResult, TrialState, judgement_dict
 from hpsearch.spec.sections import OverfitRule
 from hpsearch.training import checkpoints, torch_internals
 from hpsearch.training.devices import describe_cpu, device_name, peak_memory, pick_device
@@ -236,7 +236,7 @@ def _scored(result: TrialResult, trainer: Trainer) -> TrialResult:
         device=device_name(trainer.device),
         scores=scored.scores,
         examples=statistics.pack(scored.examples),
-        details=scored.details,
+        details=scored.details if trainer.confirmed_loss is None else {**scored.details, WHOLE: trainer.confirmed_loss},
     )
 
 

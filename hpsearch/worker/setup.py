@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from hpsearch.data.shards import read_card
+from hpsearch.data.validation import part_of_validation
 from hpsearch.files import storage
 from hpsearch.files.storage import locate
 from hpsearch.records import TrialConfig
@@ -40,4 +43,9 @@ def build_trainer(
         pulse=pulse,
         time_left=time_left,
         ranks=ranks,
+        validation_part=part_of_validation(
+            read_card(Path(here.data)),
+            share=config.training.evaluation_share,
+            evaluations_per_epoch=config.training.evaluations_per_epoch or 1,
+        ),
     )

@@ -96,11 +96,11 @@ def test_padding_and_bucketing_change_no_loss(pairs: Path, areas: Path, tmp_path
         if classifies
         else translation(pairs, BART.model_copy(update={"architecture": kind, "init_std": None}))
     )
-    own = trainer(task, tmp_path).evaluator.mean_loss("validation")
+    own = trainer(task, tmp_path).evaluator.mean_loss()
     task.evaluation_batches = lambda split: list(each_alone(task, split))
-    alone = trainer(task, tmp_path).evaluator.mean_loss("validation")
+    alone = trainer(task, tmp_path).evaluator.mean_loss()
     task.evaluation_batches = lambda split: [np.arange(task.num_examples[split])]
-    together = trainer(task, tmp_path).evaluator.mean_loss("validation")
+    together = trainer(task, tmp_path).evaluator.mean_loss()
     assert own == pytest.approx(alone, rel=1e-5)
     assert own == pytest.approx(together, rel=1e-5)
 

@@ -273,7 +273,7 @@ def test_what_is_judged_and_kept_is_the_average_of_the_weights(
     for number, value in enumerate(trainer._trained.values()):
         steps = torch.stack([there[number] for there in weights]).movedim(0, -1)
         value.data.copy_(steps @ torch.tensor(shares, dtype=steps.dtype))
-    assert trainer.evaluator.mean_loss("validation") == pytest.approx(last.valid_loss, rel=1e-4)
+    assert trainer.evaluator.mean_loss() == pytest.approx(last.valid_loss, rel=1e-4)
     plain = list(make(RUN.model_copy(update={"weight_average": 0.0})).points())[-1]
     assert plain.train_loss == last.train_loss, "training itself goes on from the last weights"
     assert plain.valid_loss != last.valid_loss
@@ -287,7 +287,7 @@ def test_the_best_checkpoint_is_scored_not_the_last(make: Callable[..., Trainer]
     assert trainer.best.valid_loss == min(point.valid_loss for point in points)
     assert trainer.best.evaluation < len(points), "this run is made to overfit"
     trainer.score()
-    assert trainer.evaluator.mean_loss("validation") == trainer.best.valid_loss
+    assert trainer.evaluator.mean_loss() == trainer.best.valid_loss
 
 
 def test_the_scores_are_transformers_own_loss_on_the_exported_folder(config: TrialConfig) -> None:
