@@ -5,7 +5,7 @@ STUDY ?= studies/lm.yaml
 TABLES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-fast test-architectures test-faults test-nightly test-pretrained check format screenshots bench bench-anytime bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
+.PHONY: help demo docs test test-fast test-architectures test-faults test-nightly test-pretrained check format screenshots bench bench-anytime bench-data bench-evaluation bench-faults bench-growth bench-intervals bench-orchestration bench-report bench-search bench-trainer bench-verdict bench-warm bench-whole clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +48,7 @@ format: .venv/.dev ## Format the code and sort imports
 screenshots: .venv/.dev ## The README's pictures of pages, from the store of `make demo` (needs chromium)
 	$(BIN)/python -m tests.browser.screenshots
 
-bench: bench-verdict $(if $(TABLES),bench-search bench-warm) bench-trainer bench-orchestration bench-whole bench-anytime bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
+bench: bench-verdict $(if $(TABLES),bench-search bench-warm) bench-trainer bench-orchestration bench-whole bench-anytime bench-data bench-evaluation bench-faults bench-growth bench-report ## Every benchmark that the README quotes (hours)
 
 bench-anytime: .venv/.dev ## What a study ends with whose time is short, beside Ray Tune + OptunaSearch + ASHA + HF Trainer (an hour and a half)
 	$(BIN)/python benchmarks/anytime.py
@@ -70,6 +70,12 @@ bench-orchestration: .venv/.dev ## What a trial costs beside its training, and h
 
 bench-search: .venv/.peers ## Search quality on published curves beside Optuna, Ray Tune, Syne Tune, NePS and SMAC (TABLES=FOLDER; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search.py $(if $(TABLES),--tables $(TABLES))
+
+bench-data: .venv/.dev ## Preparing a corpus of up to 2 GB, beside a plain datasets + tokenizers pipeline (half an hour)
+	$(BIN)/python benchmarks/data.py
+
+bench-evaluation: .venv/.dev ## What validation losses cost a run, beside looking at the whole split each time (a quarter of an hour)
+	$(BIN)/python benchmarks/evaluation.py
 
 bench-trainer: .venv/.dev ## Our training loop beside the HF Trainer (five minutes)
 	$(BIN)/python benchmarks/trainer.py

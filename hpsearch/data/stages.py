@@ -177,7 +177,8 @@ class Preparation:
             return TrainedTokenizers.read(folder, self._spec)
         most = (self._spec.tokenizer.sample_mb or math.inf) * 1e6
         sample, part = self._sampled("train", most, self._fields)
-        size = int(part * sum(self._bytes["train", name] for name in self._fields))
+        whole = sum(self._bytes["train", name] for name in self._fields)
+        size = int(part * whole)
 
         def texts(name: str) -> Iterator[str]:
             done = 0
@@ -186,7 +187,9 @@ class Preparation:
                 self._report("training the tokenizer", done, size)
                 yield text
 
-        tokenizer = TrainedTokenizers.trained(texts, self._spec)
+        spec = self._spec.tokenizer
+        entries = spec.entries(whole if spec.shared else whole // len(self._fields))
+        tokenizer = TrainedTokenizers.trained(texts, entries, self._spec)
         tokenizer.save(folder)
         is_trained.touch()
         return tokenizer

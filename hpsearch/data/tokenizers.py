@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from hpsearch.data import pretrained
 from hpsearch.data.files import END_OF_TEXT
-from hpsearch.spec.sections import TokenizerSpec
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import Marks
 
@@ -27,7 +26,7 @@ TARGET_FOLDER = "target"
 TARGET_TOKENIZER = "tokenizer-target.json"
 
 
-def train_tokenizer(texts: Iterable[str], spec: TokenizerSpec, marks: Marks = "stream") -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, marks: Marks = "stream") -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1.
 
     It puts end-of-text before or behind a text; in a stream, which needs no padding, whoever writes it does.
@@ -38,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], spec: TokenizerSpec, marks: Marks = "s
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=spec.vocab_size,
+        vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT] if marks == "stream" else [END_OF_TEXT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -110,13 +109,13 @@ class TrainedTokenizers:
         self.hash = hashlib.sha256("".join(distinct).encode()).hexdigest()[:16]
 
     @classmethod
-    def trained(cls, texts: Callable[[str], Iterable[str]], spec: StudySpec) -> TrainedTokenizers:
+    def trained(cls, texts: Callable[[str], Iterable[str]], vocab_size: int, spec: StudySpec) -> TrainedTokenizers:
         """`texts` gives those of a field to train on."""
         fields, marks = spec.definition.fields, spec.definition.marks
         if spec.tokenizer.shared:
             joint = (text for field in fields for text in texts(field))
-            return cls(dict.fromkeys(fields, train_tokenizer(joint, spec.tokenizer, marks)), spec)
-        return cls({field: train_tokenizer(texts(field), spec.tokenizer, marks) for field in fields}, spec)
+            return cls(dict.fromkeys(fields, train_tokenizer(joint, vocab_size, marks)), spec)
+        return cls({field: train_tokenizer(texts(field), vocab_size, marks) for field in fields}, spec)
 
     @classmethod
     def read(cls, folder: Path, spec: StudySpec) -> TrainedTokenizers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -147,7 +148,22 @@ class TokenizerSpec(Strict):
         le=MOST,
         description="Training text that it is trained on, in 10^6 bytes; of more, a sample. null: all of it.",
     )
-    vocab_size: int = Field(1024, ge=258, le=1_000_000, description="Entries, the 256 bytes and end-of-text included.")
+    vocab_size: Annotated[int, Field(ge=258, le=1_000_000)] | Literal["auto"] = Field(
+        "auto",
+        description="Entries, the 256 bytes and end-of-text included. auto: by the amount of training text, 1,024 for "
+        "up to half a megabyte, 8,192 for a hundred, at most 32,768.",
+    )
+
+    def entries(self, text_bytes: int) -> int:
+        """The size of the vocabulary for so much training text.
+
+        A power of two near 1,024 (bytes / 300,000)^0.4: with the text grows the model that suits it, and slower than
+        that the vocabulary (Tao et al., arXiv 2407.13623).
+        """
+        if self.vocab_size != "auto":
+            return self.vocab_size
+        wanted = 1024 * (max(1, text_bytes) / 300_000) ** 0.4
+        return int(min(32_768, max(1024, 2 ** round(math.log2(wanted)))))
 
 
 class BudgetSpec(Strict):

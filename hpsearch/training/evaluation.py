@@ -42,7 +42,7 @@ class Evaluator:
         the validation split is looked at while the model trains.
         """
         self._task = task
-        self._part = part
+        self.part = part
         self._model = model
         self._device = device
         self._ranks = ranks
@@ -52,11 +52,11 @@ class Evaluator:
 
     def mean_loss(self) -> float:
         """Of the part of the validation split that is looked at: nats per predicted token (or text)."""
-        return self._mean_loss(_spread(self._task.evaluation_batches("validation"), self._part))
+        return self._mean_loss(_spread(self._task.evaluation_batches("validation"), self.part))
 
     def whole_loss(self) -> float | None:
         """Of all of the validation split; None when `mean_loss` is of all of it."""
-        if self._part == 1.0:
+        if self.part == 1.0:
             return None
         return self._mean_loss(self._task.evaluation_batches("validation"))
 

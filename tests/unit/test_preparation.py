@@ -115,7 +115,7 @@ def test_data_is_what_a_plain_preparation_in_memory_makes_of_it(
         assert load_texts(made, "test", "target") == expected.field("test", 1)
     fields = spec.definition.fields
     texts = [text for index in range(len(fields)) for text in expected.field("train", index)]
-    plain = train_tokenizer(texts, spec.tokenizer, spec.definition.marks)
+    plain = train_tokenizer(texts, 300, spec.definition.marks)
     assert Tokenizer.from_file(str(made / "tokenizer" / "tokenizer.json")).to_str() == plain.to_str()
     for split in SPLITS:
         for index, field in enumerate(fields):
@@ -321,3 +321,11 @@ def test_progress_is_told_of_each_stage(tmp_path: Path) -> None:
     assert {"hashing", "training the tokenizer", "tokenizing train", "tokenizing test"} <= {*told}
     done, total = told["tokenizing train"]
     assert 0 < done == total
+
+
+@pytest.mark.parametrize(
+    ("size", "entries"), [(0, 1024), (300_000, 1024), (1_200_000, 2048), (100_000_000, 8192), (10**12, 32_768)]
+)
+def test_the_vocabulary_grows_with_the_text(size: int, entries: int) -> None:
+    assert TokenizerSpec().entries(size) == entries
+    assert TokenizerSpec(vocab_size=300).entries(size) == 300

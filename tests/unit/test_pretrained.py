@@ -14,7 +14,6 @@ import hpsearch
 from hpsearch.data import pretrained
 from hpsearch.data.tokenizers import train_tokenizer
 from hpsearch.errors import UsageError
-from hpsearch.spec.sections import TokenizerSpec
 
 LINES = [f"line {number} of text" for number in range(99)]
 STUDY = (
@@ -31,7 +30,7 @@ def gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "study.yaml").write_text(STUDY + f"store: sqlite:///{folder}/store.db\nfolder: {folder}/runs\n")
     config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=300, n_positions=16, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "model", max_shard_size="10KB")
-    train_tokenizer(LINES, TokenizerSpec(vocab_size=300)).save(str(folder / "model/tokenizer.json"))
+    train_tokenizer(LINES, 300).save(str(folder / "model/tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "model/tokenizer_config.json").write_text(json.dumps(settings))
     return folder
