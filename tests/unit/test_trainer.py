@@ -25,7 +25,7 @@ from hpsearch.errors import UsageError
 from hpsearch.files.layout import STOP_FILE
 from hpsearch.metrics import intervals
 from hpsearch.models.configuration import build_config
-from hpsearch.records import Point, Progress, TrialConfig, TrialResult, TrialState
+from hpsearch.records import WHOLE, Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, FileSplits, OverfitRule, TokenizerSpec
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import StudySpec
@@ -313,7 +313,7 @@ def test_the_scores_are_transformers_own_loss_on_the_exported_folder(config: Tri
         with torch.no_grad():
             logits = model(input_ids=window[:, :-1]).logits
         total += torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum").item()
-    assert result.best_valid_loss == pytest.approx(total / (len(valid) - 1), rel=1e-5)
+    assert result.details[WHOLE] == pytest.approx(total / (len(valid) - 1), rel=1e-5)
     assert perplexity.low < perplexity.value < perplexity.high
     assert perplexity.contract["tokenizer"] == json.loads((Path(config.data) / "card.json").read_text())["tokenizer"]
 
