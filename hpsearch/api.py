@@ -22,6 +22,7 @@ from hpsearch.store.store import opened_store
 
 if TYPE_CHECKING:
     from hpsearch.backends.ray.jobs import Job
+    from hpsearch.driver.drafting.draft import Draft
     from hpsearch.results.status import StudyStatus, WatchedStudy
     from hpsearch.upkeep.doctor import Finding
     from hpsearch.upkeep.retention import Garbage
@@ -35,6 +36,22 @@ def store_url(store: str | None = None) -> str:
 
 
 # Commands that run trials
+
+
+def init(
+    files: Sequence[str | os.PathLike[str]],
+    *,
+    output: str | os.PathLike[str] = "study.yaml",
+    task: str | None = None,
+    pretrained: str | None = None,
+) -> Draft:
+    """Write a first study file for data in local files, and say what was recognised. Overwrites nothing.
+
+    Raises UsageError for names that are no files of text, DataError for files that cannot be read.
+    """
+    from hpsearch.driver.drafting.draft import draft
+
+    return draft([os.fspath(file) for file in files], os.fspath(output), task=task, pretrained=pretrained)
 
 
 def check(

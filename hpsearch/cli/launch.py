@@ -120,6 +120,27 @@ def _finish(study: Any, *, as_json: bool, quiet: bool, top: int) -> None:
 
 
 @click.command()
+@click.argument("files", nargs=-1, required=True)
+@click.option("-o", "--output", default="study.yaml", show_default=True, help="The study file to write.")
+@click.option("--task", help="What to train, where the data does not tell.")
+@click.option("--pretrained", help="A model to fine-tune: a folder, or a name on the hub.")
+@json_option
+def init(files: tuple[str, ...], output: str, task: str | None, pretrained: str | None, as_json: bool) -> int:
+    """Look at FILES of text and write a first study file for them; asks nothing, overwrites nothing."""
+    from hpsearch import api
+    from hpsearch.cli import output as printed
+
+    made = api.init(files, output=output, task=task, pretrained=pretrained)
+    if as_json:
+        print(printed.to_json(made))
+        return 0
+    for note in made.notes:
+        print(note)
+    print(f"\nwrote {made.path}. Next:\n  hpsearch check {made.path}\n  hpsearch launch {made.path}")
+    return 0
+
+
+@click.command()
 @study_options
 @click.option("--full", is_flag=True, help="Read all of a large corpus, where a part is enough for an estimate.")
 @json_option

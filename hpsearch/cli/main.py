@@ -109,6 +109,7 @@ def completion(shell: str) -> None:
 
 
 for command in (
+    launch.init,
     launch.launch,
     launch.check,
     launch.finals,

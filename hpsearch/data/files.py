@@ -154,7 +154,7 @@ def _parquet_rows(name: str, columns: tuple[str, ...], position: Position) -> It
     number = 0
     with position.of(name) as raw, pq.ParquetFile(raw) as file:
         tops = {name if name in file.schema_arrow.names else name.partition(".")[0] for name in columns}
-        wanted = sorted(tops) if tops <= {*file.schema_arrow.names} else None
+        wanted = sorted(tops) if tops and tops <= {*file.schema_arrow.names} else None
         # Its threads could outlive a reader that stops early.
         for batch in file.iter_batches(batch_size=256, columns=wanted, use_threads=False):
             for row in batch.to_pylist():

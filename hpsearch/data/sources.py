@@ -113,9 +113,7 @@ class _Reader:
     def _file(self, name: str, kind: str | None) -> Iterator[tuple[str, Example]]:
         data, position = self._data, self._reading.position
         if kind == "data set":
-            import datasets
-
-            yield from self._examples(_named(datasets.load_from_disk(name)), name)
+            yield from self._examples(rows_of_dataset(name), name)
         elif kind == "text":
             split_on = data.split_on
             if split_on == "auto":
@@ -180,6 +178,14 @@ class _Reader:
                 raise DataError(f"data: {name}, {place}: column '{column}' is empty")
             else:
                 self._reading.empty[name] += 1
+
+
+def rows_of_dataset(name: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a folder that `save_to_disk` has written; of one with splits those of its training split."""
+    import datasets
+
+    found = datasets.load_from_disk(name)
+    return _named(found["train"] if isinstance(found, datasets.DatasetDict) else found)
 
 
 def _named(rows: Any) -> Iterator[tuple[str, Row]]:

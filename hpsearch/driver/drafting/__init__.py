@@ -1,0 +1,1 @@
+"""A first study file, drafted from the data that a person has."""
