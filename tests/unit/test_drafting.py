@@ -215,7 +215,7 @@ def test_a_drafted_study_ranks_something(drafted: Drafted, form: str) -> None:
         overrides=["search.num_epochs=2", "search.num_layers=1", "model.hidden_size=32", "model.num_heads=2"],
     )
     assert study.exit_code == 0
-    assert len(study.board().ranked) >= 1
+    assert study.board().rows
 
 
 def init(*arguments: str) -> subprocess.CompletedProcess[str]:
