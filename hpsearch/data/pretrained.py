@@ -206,6 +206,14 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if found is None else int(found)
 
 
+def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a tokenizer puts before every text, as its model was trained; None when it puts none."""
+    begin = tokenizer.bos_token_id
+    if begin is None or begin == end_id(tokenizer):
+        return None
+    return int(begin) if tokenizer(["a"], verbose=False)["input_ids"][0][:1] == [begin] else None
+
+
 def of(settings: ModelSettings) -> Path | None:
     """The folder of the model that these settings fine-tune, if they do."""
     return None if settings.pretrained is None else locate(settings.pretrained, settings.revision)

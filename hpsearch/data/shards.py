@@ -68,6 +68,8 @@ class DataCard:
     """The part of the source that was read; less than 1 in an estimate, whose counts are of the whole."""
     first_id: int | None = None
     """The token of the target language that each translation begins with, of a multilingual model."""
+    begin_id: int | None = None
+    """The token that a pretrained language model expects before every text: it is read, and never predicted."""
     start_id: int | None = None
     """The token of the target language that decoding starts from, in place of the model's own start."""
 

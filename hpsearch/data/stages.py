@@ -74,7 +74,9 @@ class Preparation:
         settings: list[Any] = [FORMAT, spec.task, spec.tokenizer.model_dump(), task.data_options(spec.options)]
         settings += [task.fields, task.marks, task.has_labels, task.compares_text]
         settings += [spec.data.source_language, spec.data.target_language]
-        settings += [self._brought.hash] if self._brought else []
+        if self._brought:
+            settings.append(self._brought.hash)
+            settings += [] if self._brought.begin_id is None else [self._brought.begin_id]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for split in SPLITS:
             digest.update(f"{split} {self._hashes[split]}".encode())
@@ -242,6 +244,8 @@ class Preparation:
         words = bleu.choose(self._spec.data.target_language, references()) if compares else None
         counts = splits.label_counts(self.examples, self._labels, self._spec) if self._task.has_labels else {}
         whole = self._whole
+        has_begins = tokenizer.begin_id is not None
+        unpredicted = {split: self.examples.count(split) if has_begins else 0 for split in SPLITS}
         seen, part = self._seen_ngrams()
         return DataCard(
             fingerprint=self.fingerprint,
@@ -252,7 +256,7 @@ class Preparation:
             padding_id=tokenizer.padding_id,
             target_vocab_size=tokenizer.target_vocab_size,
             documents={split: whole(split, self.examples.count(split)) for split in SPLITS},
-            tokens={split: whole(split, tokens[split]) for split in SPLITS},
+            tokens={split: whole(split, tokens[split] - unpredicted[split]) for split in SPLITS},
             bytes={split: whole(split, self._bytes[split, last]) for split in SPLITS},
             seen_ngrams=seen,
             ngrams_of=part,
@@ -261,6 +265,7 @@ class Preparation:
             label_counts=counts,
             bleu_tokenizer=words,
             longest_reference=bleu.longest(references(), words) if words else None,
+            begin_id=tokenizer.begin_id,
             first_id=tokenizer.first_id,
             start_id=tokenizer.start_id,
             **self._of_source(),

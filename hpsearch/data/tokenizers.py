@@ -94,7 +94,7 @@ AnyTokenizers: TypeAlias = "TrainedTokenizers | BroughtTokenizers"
 class TrainedTokenizers:
     """Tokenizers trained on the training split: one, or one for each language."""
 
-    first_id = start_id = None
+    first_id = start_id = begin_id = None
 
     def __init__(self, tokenizers: dict[str, Tokenizer], spec: StudySpec) -> None:
         """Of each field of the task its tokenizer; two may have the same."""
@@ -169,6 +169,7 @@ class BroughtTokenizers:
         end = pretrained.end_id(self._tokenizer)
         assert end is not None
         self.end_id = end
+        self.begin_id = pretrained.begin_id(self._tokenizer) if self._task.is_stream else None
         self.padding_id = end if self._tokenizer.pad_token_id is None else int(self._tokenizer.pad_token_id)
         self.vocab_size = max(len(self._tokenizer), 1 + max(pretrained.languages(self._tokenizer).values(), default=0))
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -178,7 +179,8 @@ class BroughtTokenizers:
     def encode(self, field: str, texts: list[str]) -> list[list[int]]:
         if self._task.is_stream:
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            return [[*ids, self.end_id] for ids in encoded]
+            begin = [] if self.begin_id is None else [self.begin_id]
+            return [[*begin, *ids, self.end_id] for ids in encoded]
         if self._task.is_pair and field == self._task.fields[-1]:
             encoded = self._tokenizer(text_target=texts, verbose=False)["input_ids"]
             codes = {self.first_id, self.start_id} - {None}

@@ -12,8 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hpsearch
 from hpsearch.data import pretrained
+from hpsearch.data.shards import load_split, read_card
 from hpsearch.data.tokenizers import train_tokenizer
 from hpsearch.errors import UsageError
+from hpsearch.records import TrialConfig
+from hpsearch.spec.load import load_study
+from hpsearch.spec.task import task_named
 
 LINES = [f"line {number} of text" for number in range(99)]
 STUDY = (
@@ -141,3 +145,43 @@ def test_a_model_that_transformers_knows_is_used_without_the_code_beside_it(stud
     assert not (folder / "ran").exists()
     assert launched.best is not None
     assert "auto_map" not in json.loads((Path(launched.best.checkpoint) / "config.json").read_text())
+
+
+def with_begin(folder: Path) -> None:
+    """Make the tokenizer one that puts a token of its own before every text, as Llama's do."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>"}))
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=320, n_positions=16, bos_token_id=begin)
+    for file in folder.glob("model*"):
+        file.unlink()
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def test_texts_begin_as_the_model_was_trained_and_the_beginning_is_not_predicted(study: Path) -> None:
+    with_begin(study.parent / "model")
+    pretrained.load_tokenizer.cache_clear()
+    place, store = study.parent / "begun", f"sqlite:///{study.parent}/begun.db"
+    found = hpsearch.launch(study, store=store, folder=str(place), overrides=["model.context_length=16"])
+    (trial,) = found.trials()
+    assert trial.state == "completed"
+    folder = next(entry for entry in (place / "data").iterdir() if entry.name != "sources")
+    card, test = read_card(folder), load_split(folder, "test")
+    assert card.begin_id is not None
+    starts = [0, *test.document_ends[:-1].tolist()]
+    assert [int(test.tokens[1 + start]) for start in starts] == [card.begin_id] * len(starts)
+    assert card.tokens["test"] == len(test.tokens) - 1 - len(starts)
+    whole = found.trial(trial.number)
+    built = task_named("causal_lm").build(
+        TrialConfig.model_construct(data=str(folder), model=load_study(study).settings_for({})[0])
+    )
+    predicted = sum(built.predicted("test", batch) for batch in built.evaluation_batches("test"))
+    assert predicted == card.tokens["test"]
+    (perplexity,) = [score for score in whole.scores if score.metric == "perplexity"]
+    assert perplexity.n == len(starts)

@@ -66,6 +66,8 @@ class CausalLM:
         places = indices[:, None] + np.arange(self._length)
         around = places % predicted
         inputs, labels = tokens[around].astype(np.int64), tokens[around + 1].astype(np.int64)
+        if self._card.begin_id is not None:
+            labels[labels == self._card.begin_id] = IGNORED
         if split == "train":
             labels[:, predicted:] = IGNORED  # of a stream that is shorter than a window
         else:
@@ -74,6 +76,8 @@ class CausalLM:
 
     def predicted(self, split: str, indices: Indices) -> int:
         predicted = len(self._splits[split].tokens) - 1
+        if self._card.begin_id is not None:
+            return int((self.batch(split, indices).tensors[1] != IGNORED).sum())
         left = np.full_like(indices, predicted) if split == "train" else predicted - indices
         return int(np.minimum(left, self._length).sum())
 
@@ -88,7 +92,8 @@ class CausalLM:
         nats = gather_losses(losses)[: test.document_ends[-1]]
         starts = np.concatenate([[0], test.document_ends[:-1]])
         per_document = np.add.reduceat(nats, starts)
-        examples = {"nats": per_document, "tokens": test.lengths, "bytes": test.document_bytes}
+        lengths = test.lengths if self._card.begin_id is None else test.lengths - 1
+        examples = {"nats": per_document, "tokens": lengths, "bytes": test.document_bytes}
         shared = {
             "split": "test",
             "data": self._card.test_fingerprint,
@@ -96,7 +101,7 @@ class CausalLM:
             "stride": self._length,
         }
         by_token = {**shared, "unit": "token", "tokenizer": self._card.tokenizer}
-        perplexity = math.exp(per_document.sum() / test.lengths.sum())
+        perplexity = math.exp(per_document.sum() / lengths.sum())
         bits = float(per_document.sum() / math.log(2) / test.document_bytes.sum())
         scores = (
             make_score("perplexity", perplexity, examples, by_token),
