@@ -44,9 +44,9 @@ class SourceFile:
 def source_files(spec: StudySpec) -> list[Path]:
     """The files that a study's data is made from, a pretrained model's tokenizer included."""
     found: list[Path] = []
-    for files in files_of(spec.data).values():
-        for place in map(Path, names_of(files)):
-            found += sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+    names = [n for source in spec.data.sources for files in files_of(source).values() for n in names_of(files)]
+    for place in map(Path, names):
+        found += sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
     model = pretrained.of(spec.model)
     if model is not None:
         found += sorted(file for file in model.iterdir() if file.is_file() and file.suffix not in _WEIGHTS)
@@ -59,13 +59,14 @@ def key_of(spec: StudySpec) -> str | None:
     facts: list[Any] = [FORMAT, spec.task, data.model_dump(), spec.tokenizer.model_dump()]
     facts += [task.data_options(spec.options), spec.model.pretrained]
     facts += [importlib.metadata.version("tokenizers")]
-    if data.corpus is not None:
-        facts += [sys.version, sys.prefix, _installed()]
-    if data.hub is not None:
-        commit = pretrained.dataset_commit(data.hub, data.revision)
-        if commit is None:
-            return None
-        facts.append(commit)
+    for source in data.sources:
+        if source.corpus is not None:
+            facts += [sys.version, sys.prefix, _installed()]
+        if source.hub is not None:
+            commit = pretrained.dataset_commit(source.hub, source.revision)
+            if commit is None:
+                return None
+            facts.append(commit)
     if spec.task not in TASKS.built_in:
         facts.append(inspect.getsource(type(task)))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -59,7 +59,8 @@ def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) ->
         spec.definition.check_data(spec.options, card)
         return card, count_cut(spec, storage.cached(folder))
     with private_folder("data-") as scratch:
-        is_large = sum(size_of(spec.data, split) for split in SPLITS) > _LARGE
+        # Of a mix, a part would be of its first source.
+        is_large = not spec.data.mix and sum(size_of(spec.data, split) for split in SPLITS) > _LARGE
         preparation = Preparation(spec, scratch, report, most=_ESTIMATED_FROM if is_large and not whole else None)
         preparation.read()
         card = preparation.tokenized()
@@ -89,6 +90,9 @@ def notes(spec: StudySpec, card: DataCard) -> list[str]:
         split, _, other = pair.partition(" in ")
         remedy = "left out of training" if split == "train" else "kept in both"
         found.append(f"{count:,} examples of the {split} split are in the {other} split, too: {remedy}")
+    for source, part in card.used.items():
+        if part < 1:
+            found.append(f"{source}: {part:.1%} of its training text is used, by the weights of the mix")
     for file, count in card.empty.items():
         found.append(f"{file}: {count:,} rows without text in every column were left out")
     for file, split_on in card.split_on.items():

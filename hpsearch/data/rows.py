@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,11 @@ _DTYPES = {
     "fraction": np.dtype(">u8"),
     "sample": np.dtype(">u8"),
     "label": np.dtype("i4"),
+    "source": np.dtype("u1"),
+    "size": np.dtype("<u4"),
 }
-"""Columns: hashes of 128 bits, places in [0, 1) as 64 bits, numbers of labels as they are written."""
+"""Columns: hashes of 128 bits, places in [0, 1) as 64 bits, numbers of labels as they are written, numbers of sources,
+bytes of an example's texts."""
 
 
 def digest(text: str, size: int = 16) -> bytes:
@@ -71,10 +74,20 @@ class Labels:
 class RowWriter:
     """Writes the examples of a given split: text and columns. The split has no rows before it is closed."""
 
-    def __init__(self, folder: Path, split: str, spec: StudySpec, labels: Labels, columns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        spec: StudySpec,
+        labels: Labels,
+        columns: Sequence[str],
+        source: Callable[[], int],
+    ) -> None:
+        """`source` says which source an example is from."""
         import pyarrow as pa
 
         self._folder, self._split, self._task, self._labels = folder, split, spec.definition, labels
+        self._source = source
         names = [*self._task.fields, *(["label"] if self._task.has_labels else [])]
         schema = pa.schema([(name, pa.large_string()) for name in names])
         self._texts = pa.OSFile(str(_text_file(folder, split)), "wb")
@@ -116,6 +129,10 @@ class RowWriter:
                 return place(key, "fraction")
             case "sample":
                 return place(folded[0], "sample")
+            case "source":
+                return bytes([self._source()])
+            case "size":
+                return sum(len(text.encode()) for text in example).to_bytes(4, "little")
             case _:
                 return self._labels.number(example[-1]).to_bytes(4, "little")
 
@@ -141,10 +158,16 @@ class RowWriter:
 
 
 def write_rows(
-    folder: Path, split: str, spec: StudySpec, examples: Iterable[Example], labels: Labels, columns: Sequence[str]
+    folder: Path,
+    split: str,
+    spec: StudySpec,
+    examples: Iterable[Example],
+    labels: Labels,
+    columns: Sequence[str],
+    source: Callable[[], int] = lambda: 0,
 ) -> Generator[int]:
     """Write a given split; yields how much text is written, now and then. Raises DataError for what is no text."""
-    writer = RowWriter(folder, split, spec, labels, columns)
+    writer = RowWriter(folder, split, spec, labels, columns, source)
     before = 0
     try:
         for number, example in enumerate(examples, start=1):

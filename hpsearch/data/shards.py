@@ -58,6 +58,8 @@ class DataCard:
     """Of a translation study: what BLEU takes for words if nothing else is set."""
     longest_reference: int | None = None
     """In such words, of the test split."""
+    used: dict[str, float] = dataclasses.field(default_factory=dict)
+    """See `Examples.used`."""
     empty: dict[str, int] = dataclasses.field(default_factory=dict)
     """Rows left out because they have no text in some column, by the file that they are in."""
     split_on: dict[str, str] = dataclasses.field(default_factory=dict)

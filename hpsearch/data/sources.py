@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hpsearch.data.files import Position, Row, beginning, guess_split, lines_of,
 from hpsearch.data.shards import SPLITS
 from hpsearch.errors import DataError
 from hpsearch.spec.files import expanded, format_of, split_by_name
-from hpsearch.spec.sections import AlignedFiles, DataSpec
+from hpsearch.spec.sections import AlignedFiles, DataSpec, SourceSpec
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import LABEL_SEPARATOR
 
@@ -27,23 +27,40 @@ class Reading:
     position: Position = field(default_factory=Position)
     empty: Counter[str] = field(default_factory=Counter)
     """By file, the rows left out because they have no text in some column."""
+    source: int = 0
+    """Of a mix, the number of the source that the last example is from."""
     split_on: dict[str, str] = field(default_factory=dict)
     """By plain text file, what was guessed to part its texts."""
 
 
 def given_splits(spec: StudySpec, reading: Reading) -> dict[str, Iterator[Example]]:
     """The examples of each split that the study's source has, in the order of SPLITS. Raises DataError."""
-    data = spec.data
-    if data.corpus is not None:
-        return {"train": READERS[data.corpus]()}
-    reader = _Reader(spec, reading)
-    if data.files is not None:
-        return {split: reader.files(files) for split, files in files_of(data).items()}
+    found: dict[str, list[Iterator[Example]]] = {}
+    for number, source in enumerate(spec.data.sources):
+        for split, examples in _given_by(source, spec, reading).items():
+            found.setdefault(split, []).append(_marked(examples, number, reading))
+    if "train" not in found:
+        raise DataError("data: there is no training split")
+    return {split: chain.from_iterable(found[split]) for split in SPLITS if split in found}
+
+
+def _given_by(source: SourceSpec, spec: StudySpec, reading: Reading) -> dict[str, Iterator[Example]]:
+    if source.corpus is not None:
+        return {"train": READERS[source.corpus]()}
+    reader = _Reader(source, spec, reading)
+    if source.files is not None:
+        return {split: reader.files(files) for split, files in files_of(source).items()}
     return reader.hub()
 
 
-def files_of(data: DataSpec) -> dict[str, list[str] | AlignedFiles]:
-    """The local files of each given split; empty for other sources."""
+def _marked(examples: Iterator[Example], number: int, reading: Reading) -> Iterator[Example]:
+    for example in examples:
+        reading.source = number
+        yield example
+
+
+def files_of(data: SourceSpec) -> dict[str, list[str] | AlignedFiles]:
+    """The local files of each given split of a source; empty for other sources."""
     if data.files is None:
         return {}
     found: dict[str, list[str] | AlignedFiles] = {}
@@ -64,7 +81,7 @@ def files_of(data: DataSpec) -> dict[str, list[str] | AlignedFiles]:
 
 def size_of(data: DataSpec, split: str) -> int:
     """Bytes of the files of a given split; 0 when they are not known before they are read."""
-    names = names_of(files_of(data).get(split, []))
+    names = [name for source in data.sources for name in names_of(files_of(source).get(split, []))]
     return sum(Path(name).stat().st_size for name in names if Path(name).is_file())
 
 
@@ -75,9 +92,9 @@ def names_of(files: list[str] | AlignedFiles) -> list[str]:
 class _Reader:
     """Reads examples as a study's columns say, and tells where a row is that cannot be one."""
 
-    def __init__(self, spec: StudySpec, reading: Reading) -> None:
-        self._data, self._task, self._reading = spec.data, spec.definition, reading
-        self._columns = self._task.columns(spec.data)
+    def __init__(self, source: SourceSpec, spec: StudySpec, reading: Reading) -> None:
+        self._data, self._task, self._reading = source, spec.definition, reading
+        self._columns = self._task.columns(source)
 
     def files(self, files: list[str] | AlignedFiles) -> Iterator[Example]:
         if isinstance(files, AlignedFiles):

@@ -20,6 +20,7 @@ from hpsearch.data.corpora import Example
 from hpsearch.data.rows import Column, Labels
 from hpsearch.data.shards import SPLITS, ArrayWriter
 from hpsearch.errors import DataError
+from hpsearch.spec.sections import AlignedFiles, SourceSpec
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import LABEL_SEPARATOR
 
@@ -49,6 +50,8 @@ class Examples:
     in validation."""
     rare: dict[str, int] = dataclasses.field(default_factory=dict)
     """Labels left out because they are too rare to stand in all splits, with their examples."""
+    used: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of a mix with weights, the part of each source's training text that is used."""
     left: dict[str, str] = dataclasses.field(default_factory=dict)
     """What is left of a label as it is written, where `rare` takes a part of it."""
 
@@ -97,6 +100,7 @@ def columns_of(spec: StudySpec, split: str, given: set[str]) -> list[str]:
     if split == "train":
         found += ["position"] if task.has_labels or not given.issuperset(SPLITS) else []
         found += ["fraction"] if data.fraction < 1 else []
+        found += ["source", "size"] if is_weighted(spec) else []
     return found
 
 
@@ -117,7 +121,8 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec) 
         if split != "train"
     }
     places["train"] = _split(folder, kept["train"], {*given}, labels, spec)
-    examples = Examples(folder=folder, places=places, duplicates=duplicates, overlaps=overlaps)
+    used = _weigh(folder, places["train"], spec) if is_weighted(spec) else {}
+    examples = Examples(folder=folder, places=places, duplicates=duplicates, overlaps=overlaps, used=used)
     if spec.definition.has_labels:
         counts = _Counts(examples, labels, spec)
         if spec.data.rare_labels == "drop":
@@ -196,6 +201,39 @@ def _split(folder: Path, of: NDArray[np.bool_], given: set[str], labels: Labels,
             places[start:end][is_validation] = SPLITS.index("validation")
             places[start:end][is_test] = SPLITS.index("test")
     return places
+
+
+def is_weighted(spec: StudySpec) -> bool:
+    return any(source.weight is not None for source in spec.data.mix)
+
+
+def _weigh(folder: Path, places: NDArray[np.uint8], spec: StudySpec) -> dict[str, float]:
+    """Leave out, by their hashes, training examples of the sources that have more text than their weight asks for.
+
+    Returns which part of each source's text is used. No text is used twice.
+    """
+    train, weights = SPLITS.index("train"), [source.weight or 0.0 for source in spec.data.mix]
+    source, sizes = (Column(folder, "train", name).all() for name in ("source", "size"))
+    text = np.bincount(source[places == train], sizes[places == train], len(weights))
+    if not text.all():
+        raise DataError(f"data: source {int(text.argmin()) + 1} of the mix has no text to train on")
+    parts = np.array(weights) / text
+    parts /= parts.max()
+    limits = np.minimum(parts * 2.0**64, 2.0**64 - 2048).astype(np.uint64)
+    for start, piece in Column(folder, "train", "example").pieces():
+        end = start + len(piece)
+        own = source[start:end]
+        is_over = (piece[:, 1] >= limits[own]) & (parts[own] < 1)
+        places[start:end][is_over & (places[start:end] == train)] = _NOWHERE
+    return {_name(source): float(part) for source, part in zip(spec.data.mix, parts, strict=True)}
+
+
+def _name(source: SourceSpec) -> str:
+    """What a person calls a source."""
+    if source.files is None:
+        return str(source.corpus or source.hub)
+    train = source.files.train
+    return train.source[0] if isinstance(train, AlignedFiles) else train[0]
 
 
 def _stratified(

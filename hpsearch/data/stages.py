@@ -130,7 +130,9 @@ class Preparation:
         size = size_of(self._spec.data, split)
         began, written, part = reading.position.bytes, 0, 1.0
         columns = splits.columns_of(self._spec, split, given)
-        with closing(rows.write_rows(self._rows, split, self._spec, examples, labels, columns)) as pieces:
+        with closing(
+            rows.write_rows(self._rows, split, self._spec, examples, labels, columns, lambda: reading.source)
+        ) as pieces:
             for piece in pieces:
                 written += piece
                 done = reading.position.bytes - began
@@ -278,6 +280,7 @@ class Preparation:
             "duplicates": self._whole("train", self.examples.duplicates),
             "overlaps": self.examples.overlaps,
             "rare": self.examples.rare,
+            "used": self.examples.used,
             "empty": {name: count for split in found for name, count in split["empty"].items()},
             "split_on": {name: kind for split in found for name, kind in split["split_on"].items()},
             "read": min(split["part"] for split in found),

@@ -98,7 +98,8 @@ def _completed(row: StudyRow) -> dict[str, Any]:
         spec = recorded_study(row.spec, row.placement, DEFAULT_STORE, trials=row.budget_trials)
     except (ValueError, UsageError):  # what it says is not allowed any more, or its task is not here
         return dict(row.spec)
-    return {**spec.record(), "data": {**spec.record()["data"], "files": row.spec["data"].get("files")}}
+    named = {key: row.spec["data"][key] for key in ("files", "mix") if key in row.spec["data"]}
+    return {**spec.record(), "data": {**spec.record()["data"], **named}}
 
 
 def as_begun(spec: StudySpec, row: StudyRow) -> StudySpec:

@@ -47,7 +47,7 @@ def check(
     spec.definition.check_score(spec.options)
     if (model := pretrained.of(spec.model)) and spec.definition.is_pair:
         pretrained.load_translator(model, spec.data.source_language, spec.data.target_language)
-    card, truncated = (None, {}) if spec.data.hub else measure(spec, whole=full)
+    card, truncated = (None, {}) if any(source.hub for source in spec.data.sources) else measure(spec, whole=full)
     if card:
         spec = fitted(spec, card)
         for settings in _corner_models(spec):

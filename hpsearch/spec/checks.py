@@ -7,22 +7,29 @@ from typing import Any
 
 from hpsearch.errors import Problem
 from hpsearch.spec.parsing.yaml_file import KeyPath
+from hpsearch.spec.sections import SourceSpec
 from hpsearch.spec.settings import FIXED_BY_PRETRAINED, FOR_PRETRAINED, Scalar
 from hpsearch.spec.space import Choice, Range, Space
 from hpsearch.spec.study import StudySpec
+
+
+def places_of_sources(spec: StudySpec) -> list[tuple[KeyPath, SourceSpec]]:
+    """The sources of a study, and the keys that they stand under in its file."""
+    if not spec.data.mix:
+        return [(("data",), spec.data)]
+    return [(("data", "mix", index), source) for index, source in enumerate(spec.data.mix)]
 
 
 def cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
     """Mistakes that only show when two parts of the file are seen together."""
     problems = []
     space = spec.space
-    corpus = spec.data.corpus
     task = spec.definition
-    if corpus is not None and corpus not in task.corpora:
-        fitting = " or ".join(task.corpora) or "files or hub"
-        problems.append(
-            Problem(path=("data", "corpus"), message=f"{corpus} is no {task.name} data; expected {fitting}")
-        )
+    for place, source in places_of_sources(spec):
+        if source.corpus is not None and source.corpus not in task.corpora:
+            fitting = " or ".join(task.corpora) or "files or hub"
+            message = f"{source.corpus} is no {task.name} data; expected {fitting}"
+            problems.append(Problem(path=(*place, "corpus"), message=message))
     for name in ("source_language", "target_language"):
         if getattr(spec.data, name) is not None and not task.is_pair:
             message = f"only a text and its translation have languages; this study's task is {task.name}"

@@ -19,7 +19,9 @@ def json_schema() -> dict[str, Any]:
     aligned = {"$ref": "#/$defs/AlignedFiles"}
     for split in definitions["FileSplits"]["properties"].values():
         split["anyOf"] = [*paths["anyOf"], aligned]
-    _also(definitions["DataSpec"]["properties"]["files"], {"anyOf": [*paths["anyOf"], aligned]})
+    for section in ("DataSpec", "MixedSourceSpec"):
+        _also(definitions[section]["properties"]["files"], {"anyOf": [*paths["anyOf"], aligned]})
+    _also(properties["data"], {"type": "array", "items": {"$ref": "#/$defs/MixedSourceSpec"}, "minItems": 1})
     _also(properties["sampler"], definitions["SamplerSpec"]["properties"]["name"])
     _also(definitions["PruneSpec"]["properties"]["overfit"], {"type": "boolean"})
     _also(definitions["PruneSpec"]["properties"]["unpromising"], definitions["UnpromisingSpec"]["properties"]["rule"])

@@ -18,14 +18,14 @@ from pydantic import BaseModel, ValidationError
 from hpsearch.errors import Problem, SpecError, UsageError
 from hpsearch.files import storage
 from hpsearch.registry import TASKS
-from hpsearch.spec.checks import cross_checks
+from hpsearch.spec.checks import cross_checks, places_of_sources
 from hpsearch.spec.files import expanded, format_of, is_saved_dataset
 from hpsearch.spec.parsing.environment import environment_store, interpolate
 from hpsearch.spec.parsing.space import parse_space, readable
 from hpsearch.spec.parsing.wandb import from_wandb
-from hpsearch.spec.parsing.yaml_file import StudyDocument, parse_scalar, read_study_file
+from hpsearch.spec.parsing.yaml_file import KeyPath, StudyDocument, parse_scalar, read_study_file
 from hpsearch.spec.redaction import hide_secrets, remember_secrets
-from hpsearch.spec.sections import AlignedFiles, FileSplits
+from hpsearch.spec.sections import AlignedFiles, FileSplits, SourceSpec
 from hpsearch.spec.settings import SEARCHABLE
 from hpsearch.spec.study import StudySpec, study_class
 from hpsearch.spec.task import TaskDefinition, task_named
@@ -172,28 +172,36 @@ def _submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 
 def _with_absolute_paths(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:
-    if spec.data.files is None:
-        return spec
+    placed = [_placed(spec, source, base, place, problems) for place, source in places_of_sources(spec)]
+    if spec.data.mix:
+        return spec.model_copy(update={"data": spec.data.model_copy(update={"mix": placed})})
+    return spec.model_copy(update={"data": placed[0]})
+
+
+def _placed(spec: StudySpec, source: SourceSpec, base: Path, place: KeyPath, problems: list[Problem]) -> SourceSpec:
+    """A source with the absolute names of its files."""
+    if source.files is None:
+        return source
     splits: dict[str, Any] = {}
     for split in ("train", "validation", "test"):
-        files = getattr(spec.data.files, split)
+        files = getattr(source.files, split)
+        path = (*place, "files", split)
         if isinstance(files, AlignedFiles):
             sides = files.model_dump()
             splits[split] = AlignedFiles(
-                **{side: [_absolute(base, name, split, problems) for name in sides[side]] for side in sides}
+                **{side: [_absolute(base, name, path, problems) for name in sides[side]] for side in sides}
             )
             if not spec.definition.is_pair or spec.definition.has_labels:
                 message = f"source and target files are for pairs of texts; this study's task is {spec.task}"
-                problems.append(Problem(path=("data", "files", split), message=message))
+                problems.append(Problem(path=path, message=message))
             continue
-        splits[split] = [_absolute(base, name, split, problems) for name in files]
+        splits[split] = [_absolute(base, name, path, problems) for name in files]
         for file in (file for name in splits[split] for file in expanded(name)):
-            _check_format(Path(file), spec.definition, split, problems)
-    data = spec.data.model_copy(update={"files": FileSplits(**splits)})
-    return spec.model_copy(update={"data": data})
+            _check_format(Path(file), spec.definition, path, problems)
+    return source.model_copy(update={"files": FileSplits(**splits)})
 
 
-def _absolute(base: Path, name: str, split: str, problems: list[Problem]) -> str:
+def _absolute(base: Path, name: str, path: KeyPath, problems: list[Problem]) -> str:
     place = Path(os.path.abspath(base / name))
     found = expanded(str(place))
     if not found or not all(Path(file).exists() for file in found):
@@ -202,11 +210,11 @@ def _absolute(base: Path, name: str, split: str, problems: list[Problem]) -> str
             missing = f"no file of text is below the folder {place}"
         elif has_magic(name):
             missing = f"no file fits {place}"
-        problems.append(Problem(path=("data", "files", split), message=missing))
+        problems.append(Problem(path=path, message=missing))
     return str(place.resolve())
 
 
-def _check_format(file: Path, task: TaskDefinition, split: str, problems: list[Problem]) -> None:
+def _check_format(file: Path, task: TaskDefinition, path: KeyPath, problems: list[Problem]) -> None:
     is_plain = len(task.fields) == 1 and not task.has_labels
     expected = f"{'.txt, ' if is_plain else ''}.jsonl, .json, .csv, .tsv or .parquet"
     kind = format_of(file)
@@ -216,7 +224,7 @@ def _check_format(file: Path, task: TaskDefinition, split: str, problems: list[P
     if kind == "text" or task.is_pair:
         lines = ", or two text files as {source: FILE, target: FILE}" if task.is_pair else ""
         message = f"{file.name} has texts and nothing beside them; expected {expected}{lines}"
-    problems.append(Problem(path=("data", "files", split), message=message))
+    problems.append(Problem(path=path, message=message))
 
 
 def _with_pretrained_folder(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import WithJsonSchema
@@ -61,8 +62,8 @@ class FileSplits(Strict):
         return files
 
 
-class DataSpec(Strict):
-    """Where the text comes from: exactly one of corpus, files and hub."""
+class SourceSpec(Strict):
+    """Where text comes from: exactly one of corpus, files and hub."""
 
     corpus: Corpus | None = Field(None, description="Built-in text, read at run time from the running Python.")
     files: FileSplits | None = Field(None, description="A path, a list of paths, or train, validation and test.")
@@ -75,12 +76,6 @@ class DataSpec(Strict):
     label_column: str = Field("label", description="Column that holds the label, or a list of labels.")
     source_column: str = Field("source", description="Column that holds the text to translate.")
     target_column: str = Field("target", description="Column that holds its translation.")
-    source_language: str | None = Field(
-        None, description="What a multilingual tokenizer calls the language to translate from: eng_Latn, en_XX, en."
-    )
-    target_language: str | None = Field(
-        None, description="The language to translate to; it decides what BLEU takes for words, too."
-    )
     split_on: SplitOn | Literal["auto"] = Field(
         "auto",
         description="What parts the texts of a plain text file. auto: end-of-text marks, blank lines or lines, by how "
@@ -92,15 +87,6 @@ class DataSpec(Strict):
         min_length=1,
         max_length=1,
         description="Between the columns of CSV files; by default comma, semicolon, tab or bar, by the first line.",
-    )
-    max_examples: int | None = Field(None, ge=10, le=MOST, description="Use at most n examples of each split.")
-    fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no validation split.")
-    test_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no test split.")
-    rare_labels: Literal["keep", "drop"] = Field(
-        "keep",
-        description="Labels with too few examples to stand in all splits: they stand in training at least, or are left "
-        "out with their examples.",
     )
 
     @field_validator("files", mode="before")
@@ -117,12 +103,11 @@ class DataSpec(Strict):
         return files
 
     @model_validator(mode="after")
-    def _one_source(self) -> DataSpec:
-        given = [name for name in ("corpus", "files", "hub") if getattr(self, name) is not None]
+    def _one_source(self) -> Self:
+        given = [name for name in self._KINDS if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"expected exactly one of corpus, files and hub, got {' and '.join(given) or 'none'}")
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError("validation_fraction and test_fraction leave nothing to train on")
+            kinds = f"{', '.join(self._KINDS[:-1])} and {self._KINDS[-1]}"
+            raise ValueError(f"expected exactly one of {kinds}, got {' and '.join(given) or 'none'}")
         if self.hub is None and (self.config or self.revision):
             raise ValueError("config and revision belong to hub")
         if self.files is None and (self.encoding or self.delimiter or self.split_on != "auto"):
@@ -136,6 +121,56 @@ class DataSpec(Strict):
             return name and codecs.lookup(name).name
         except LookupError:
             raise ValueError(f"no encoding is called {name!r}; expected one such as utf-8, cp1252 or utf-16") from None
+
+    _KINDS: ClassVar[tuple[str, ...]] = ("corpus", "files", "hub")
+
+
+class MixedSourceSpec(SourceSpec):
+    """One of several sources that are mixed."""
+
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Its part of the training text, beside the weights of the others; of what is too much, a part is "
+        "left out. By default all of it is used.",
+    )
+
+
+class DataSpec(SourceSpec):
+    """Where the text comes from, exactly one of corpus, files, hub and mix, and how it is split."""
+
+    mix: list[MixedSourceSpec] = Field(
+        default_factory=list, description="Several sources that are read as one, each with columns of its own."
+    )
+    source_language: str | None = Field(
+        None, description="What a multilingual tokenizer calls the language to translate from: eng_Latn, en_XX, en."
+    )
+    target_language: str | None = Field(
+        None, description="The language to translate to; it decides what BLEU takes for words, too."
+    )
+    max_examples: int | None = Field(None, ge=10, le=MOST, description="Use at most n examples of each split.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Part of the training split to use.")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no validation split.")
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="Part split off when there is no test split.")
+    rare_labels: Literal["keep", "drop"] = Field(
+        "keep",
+        description="Labels with too few examples to stand in all splits: they stand in training at least, or are left "
+        "out with their examples.",
+    )
+
+    @model_validator(mode="after")
+    def _fitting(self) -> DataSpec:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction leave nothing to train on")
+        if 0 < sum(source.weight is not None for source in self.mix) < len(self.mix):
+            raise ValueError("some sources of the mix have a weight and others none; give all of them one, or none")
+        return self
+
+    @property
+    def sources(self) -> Sequence[SourceSpec]:
+        return self.mix or [self]
+
+    _KINDS: ClassVar[tuple[str, ...]] = ("corpus", "files", "hub", "mix")
 
 
 class TokenizerSpec(Strict):

@@ -229,8 +229,9 @@ class StudySpec(Strict):
         record = self.model_dump(mode="json", exclude={"store", "budget", *_PLACEMENT})
         for section, values in self.defaults.items():
             record[section] |= values
-        if self.data.files is not None:
-            record["data"]["files"] = _names(record["data"]["files"])
+        for source in (record["data"], *record["data"]["mix"]):
+            if source["files"] is not None:
+                source["files"] = _names(source["files"])
         if Path(record["model"]["pretrained"] or "").is_absolute():
             record["model"]["pretrained"] = Path(record["model"]["pretrained"]).name
         return record
@@ -240,7 +241,7 @@ class StudySpec(Strict):
         return {
             **self.model_dump(mode="json", include=_PLACEMENT),
             "folder": str(locate(self.folder)),
-            "files": self.data.model_dump(mode="json")["files"],
+            **self.data.model_dump(mode="json", include={"files", "mix"}),
             "pretrained": self.model.pretrained,
         }
 
@@ -269,7 +270,7 @@ def study_class(*tasks: str) -> type[StudySpec]:
 def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str, *, trials: int) -> StudySpec:
     """The study that `record()` and `placement()` of a launched one describe."""
     where = dict(placement)
-    data = {**record["data"], "files": where.pop("files", record["data"]["files"])}
+    data = {**record["data"], **{key: where.pop(key) for key in ("files", "mix") if key in where}}
     model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
     others = {name for name in TASKS.built_in if name != record["task"]}  # earlier records have sections of all tasks
     record = {key: value for key, value in record.items() if key not in others}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hpsearch.errors import Problem, UsageError
 from hpsearch.registry import TASKS
-from hpsearch.spec.sections import DataSpec
+from hpsearch.spec.sections import SourceSpec
 from hpsearch.spec.settings import ModelSettings, Strict
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TaskDefinition:
     def is_pair(self) -> bool:
         return len(self.fields) == 2
 
-    def columns(self, data: DataSpec) -> tuple[str, ...]:
+    def columns(self, data: SourceSpec) -> tuple[str, ...]:
         """The columns that an example is read from: one for each field, then that of the labels."""
         texts = (data.source_column, data.target_column) if self.is_pair else (data.column,)
         return (*texts, data.label_column) if self.has_labels else texts

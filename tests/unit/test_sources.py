@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+import hpsearch
 from hpsearch.data.prepare import measure, notes
-from hpsearch.errors import DataError, SpecError
+from hpsearch.errors import DataError, SpecError, UsageError
 from hpsearch.spec.load import load_study
 from hpsearch.spec.study import StudySpec
 from tests.examples import Read, read_examples
@@ -245,3 +246,76 @@ def test_what_no_file_can_be_is_refused_by_the_study_file(tmp_path: Path, data: 
     with pytest.raises(SpecError) as caught:
         written(tmp_path, data)
     assert message in str(caught.value)
+
+
+def two_sources(tmp_path: Path) -> None:
+    """300 texts in one file under `text`, 300 as long in another under `body`."""
+    for name, column in (("a", "text"), ("b", "body")):
+        texts = [{column: f"{name} {'abcdefghij'[i % 10]} text {i:03d} of the source"} for i in range(300)]
+        (tmp_path / f"{name}.jsonl").write_text(lines(texts))
+
+
+@pytest.mark.parametrize("form", ["[{0}, {1}]", "{{mix: [{0}, {1}], validation_fraction: 0.1}}"])
+def test_sources_are_mixed_by_their_weights(tmp_path: Path, form: str) -> None:
+    two_sources(tmp_path)
+    spec = written(
+        tmp_path, form.format("{files: a.jsonl, weight: 0.75}", "{files: b.jsonl, column: body, weight: 0.25}")
+    )
+    found = read_examples(spec)
+    counts = {name: sum(text.startswith(name) for (text,) in found.train) for name in "ab"}
+    assert counts["a"] > 200, "all of it that is trained on"
+    assert counts["b"] == pytest.approx(counts["a"] / 3, rel=0.25)
+    held_out = [text[0] for split in (found.validation, found.test) for (text,) in split]
+    assert held_out.count("b") == pytest.approx(held_out.count("a"), abs=25), "what is held out is of all sources"
+    card = measure(spec)[0]
+    assert card.used[str(tmp_path / "a.jsonl")] == 1
+    assert card.used[str(tmp_path / "b.jsonl")] == pytest.approx(1 / 3, rel=0.15)
+    assert any("b.jsonl: 3" in note and "% of its training text is used" in note for note in notes(spec, card))
+    assert read_examples(spec) == found
+
+
+def test_sources_without_weights_are_read_one_after_the_other(tmp_path: Path) -> None:
+    two_sources(tmp_path)
+    (tmp_path / "test.jsonl").write_text(lines([{"text": f"held out {i}"} for i in range(9)]))
+    own = "{files: {train: a.jsonl, test: test.jsonl}}"
+    found = read_examples(written(tmp_path, f"[{own}, {{files: b.jsonl, column: body}}, {{corpus: python_docs}}]"))
+    assert found.field("test", 0) == [f"held out {i}" for i in range(9)], "given by one of them"
+    texts = [text for (text,) in (*found.train, *found.validation)]
+    assert sum(text.startswith(("a ", "b ")) and "of the source" in text for text in texts) == 600
+    assert len(texts) > 1000
+
+
+def test_a_mix_is_prepared_again_when_one_of_its_files_changes_and_runs(tmp_path: Path) -> None:
+    two_sources(tmp_path)
+    data = "[{files: a.jsonl, weight: 2}, {files: b.jsonl, column: body, weight: 1}]"
+    file = tmp_path / "study.yaml"
+    model = "model: {hidden_size: 16, num_layers: 1, num_heads: 2, context_length: 16}\nbackend: inline\n"
+    file.write_text(
+        f"name: s\ntask: causal_lm\ndata: {data}\ntokenizer: {{vocab_size: 300}}\n{model}budget: {{trials: 1}}\n"
+        f"training: {{num_epochs: 1, evaluations_per_epoch: 1}}\nfolder: runs\nstore: sqlite:///{tmp_path}/s.db\n"
+    )
+    study = hpsearch.launch(file, folder=str(tmp_path / "runs"))
+    assert study.best is not None
+    assert hpsearch.launch(file, folder=str(tmp_path / "runs")).best == study.best
+    (tmp_path / "b.jsonl").write_text(lines([{"body": f"another text {i}"} for i in range(300)]))
+    with pytest.raises(UsageError, match="was begun on other text"):
+        hpsearch.launch(file, folder=str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("[{files: a.jsonl, weight: 1}, {files: b.jsonl}]", "give all of them one, or none"),
+        ("[{files: a.jsonl}, {corpus: ui_messages}]", "ui_messages is no causal_lm data"),
+        ("[{files: a.jsonl}, {files: no.jsonl}]", "no such file"),
+        ("[{files: a.jsonl, fraction: 0.5}]", "unknown key 'fraction'"),
+        ("{mix: [{files: a.jsonl}], files: a.jsonl}", "expected exactly one of corpus, files, hub and mix"),
+        ("{mix: [{column: text}]}", "expected exactly one of corpus, files and hub, got none"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused_by_the_study_file(tmp_path: Path, data: str, message: str) -> None:
+    two_sources(tmp_path)
+    with pytest.raises(SpecError) as caught:
+        written(tmp_path, data)
+    assert message in str(caught.value)
+    assert "study.yaml:3:" in str(caught.value), "with its place"

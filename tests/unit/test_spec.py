@@ -92,7 +92,7 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, line: str)
         pytest.param("name: ../up\ntask: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:7: name: expected letters", id="path"),
         pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: unknown task 'lm'; expected causal_lm, translation, classification, or package.module:name of your own", id="task"),
         pytest.param("name: a\ntask: translation\ndata: {corpus: python_docs}\n", "s.yaml:3:16: data.corpus: python_docs is no translation data; expected ui_messages", id="corpus of another task"),
-        pytest.param("name: a\ntask: causal_lm\ndata: {}\n", "s.yaml:3:7: data: expected exactly one of corpus, files and hub, got none", id="no data"),
+        pytest.param("name: a\ntask: causal_lm\ndata: {}\n", "s.yaml:3:7: data: expected exactly one of corpus, files, hub and mix, got none", id="no data"),
         pytest.param("name: a\ntask: causal_lm\ndata: {files: gone.txt}\n", "data.files.train: no such file", id="no file"),
         pytest.param("name: a\ntask: causal_lm\ndata: {files: s.yaml}\n", "cannot tell the format of s.yaml", id="format"),
     ],

@@ -26,7 +26,7 @@ from hpsearch.backends import auth_environment, reachable_store
 from hpsearch.data.sources import files_of
 from hpsearch.files.scratch import private_folder
 from hpsearch.spec.parsing.environment import masked
-from hpsearch.spec.sections import AlignedFiles
+from hpsearch.spec.sections import AlignedFiles, SourceSpec
 from hpsearch.spec.study import StudySpec
 
 # Read by Ray when it is imported.
@@ -209,12 +209,14 @@ def plain_log(text: str) -> str:
 def _pack(spec: StudySpec, package: Path) -> list[str]:
     """Copy what a study names on this machine into the package; returns the overrides that say where it is there."""
     overrides = []
-    if spec.data.files is not None:
-        found = {
-            split: files.model_dump() if isinstance(files, AlignedFiles) else files
-            for split, files in files_of(spec.data).items()
-        }
-        files = {split: _copied(paths, package, Path("data") / split) for split, paths in found.items()}
+    if spec.data.mix:
+        sources = []
+        for number, source in enumerate(spec.data.mix):
+            content = source.model_dump(mode="json", exclude_defaults=True)
+            sources.append({**content, **_packed_files(source, package, Path("data") / f"source-{number}")})
+        overrides.append(f"--set=data={json.dumps({**_without_sources(spec), 'mix': sources})}")
+    elif spec.data.files is not None:
+        files = _packed_files(spec.data, package, Path("data"))["files"]
         overrides.append(f"--set=data.files={json.dumps(files)}")
     pretrained = Path(spec.model.pretrained or "")
     if pretrained.is_absolute():
@@ -222,6 +224,20 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
         shutil.copytree(pretrained, package / "model" / pretrained.name)
         overrides.append(f"--set=model.pretrained=model/{pretrained.name}")
     return overrides
+
+
+def _packed_files(source: SourceSpec, package: Path, place: Path) -> dict[str, Any]:
+    """`files` of a source as they are called in the package that they are copied into."""
+    found = {
+        split: files.model_dump() if isinstance(files, AlignedFiles) else files
+        for split, files in files_of(source).items()
+    }
+    files = {split: _copied(paths, package, place / split) for split, paths in found.items()}
+    return {"files": files} if files else {}
+
+
+def _without_sources(spec: StudySpec) -> dict[str, Any]:
+    return spec.data.model_dump(mode="json", exclude_defaults=True, exclude={"mix"})
 
 
 def _refuse_links(folder: Path) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hpsearch.data.tokenizers import train_tokenizer
 from hpsearch.driver.drafting.looks import Look, look_at
 from hpsearch.errors import DataError, UsageError
 from hpsearch.spec.load import load_study
+from hpsearch.spec.parsing.yaml_file import on_a_line
 from hpsearch.spec.sections import TokenizerSpec
 
 _TASKS = ("causal_lm", "translation", "classification")
@@ -123,15 +123,15 @@ class _Writer:
         budget = min(_LONGEST_MINUTES, max(5, math.ceil(2 * minutes)))
         lines = [
             f"# Drafted by `hpsearch init` from {self._look.form}.",
-            f"name: {_scalar(self._target.stem)}",
+            f"name: {on_a_line(self._target.stem)}",
             f"task: {self.task:<20}# {self._why}",
-            f"data: {_flow(self._data)}",
+            f"data: {on_a_line(self._data)}",
         ]
         if self.task == "classification" and self._is_multi:
             lines.append("classification: {multi_label: true}")
         if self._pretrained:
             lines += [
-                f"model: {_flow({'pretrained': self._pretrained, 'context_length': context})}",
+                f"model: {on_a_line({'pretrained': self._pretrained, 'context_length': context})}",
                 "search:",
                 "  learning_rate: {min: 1.0e-5, max: 5.0e-4, scale: log}",
                 "  batch_size: [8, 16, 32]",
@@ -148,9 +148,9 @@ class _Writer:
             low, high = {"causal_lm": (1e-3, 2e-2)}.get(self.task, (5e-4, 1e-2))
             layers = size.layers if self.task == "causal_lm" else (1, max(2, size.layers[1] // 2))
             lines += [
-                f"model: {_flow(model)}   # 95 % of the texts fit into the context"
+                f"model: {on_a_line(model)}   # 95 % of the texts fit into the context"
                 if self.task != "causal_lm"
-                else f"model: {_flow(model)}",
+                else f"model: {on_a_line(model)}",
                 "search:",
                 f"  learning_rate: {{min: {low:.1e}, max: {high:.1e}, scale: log}}",
                 f"  batch_size: {list(size.batches)}",
@@ -255,14 +255,6 @@ def _two_texts(look: Look) -> tuple[Any, Any] | None:
 def _epochs(size: _Size) -> str:
     low, high = size.epochs
     return f"  num_epochs: {{min: {low}, max: {high}}}" if low < high else f"  num_epochs: {low}"
-
-
-def _scalar(value: Any) -> str:
-    return yaml.safe_dump(value, width=math.inf).removesuffix("\n...\n").strip()
-
-
-def _flow(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).strip()
 
 
 def _gpus() -> int:

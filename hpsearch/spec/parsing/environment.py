@@ -84,5 +84,9 @@ def interpolate(content: dict[str, Any], problems: list[Problem]) -> None:
     if isinstance(content.get("store"), str):
         content["store"] = filled(content["store"], ("store",))
         remember_secrets(content["store"])
-    if isinstance(content.get("data"), dict) and "files" in content["data"]:
-        content["data"] = {**content["data"], "files": walk(content["data"]["files"], ("data", "files"))}
+    data = content.get("data")
+    if isinstance(data, list):  # the short form of a mix
+        data = {"mix": data}
+    if isinstance(data, dict):
+        named = {key: walk(data[key], ("data", key)) for key in ("files", "mix") if key in data}
+        content["data"] = {**data, **named}

@@ -8,6 +8,7 @@ larger or deeper than any study needs.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -226,3 +227,9 @@ def _child(node: Any, part: str | int) -> Any:
 
 def _dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)
+
+
+def on_a_line(value: Any) -> str:
+    """A value as it is written in a study file, mappings and lists in braces and brackets."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n...\n").strip()
