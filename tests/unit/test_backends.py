@@ -135,15 +135,15 @@ def test_what_tune_pickles_holds_no_study(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(bridge)).run is None
 
 
-def test_a_model_folder_with_links_out_of_it_is_not_sent_away(tmp_path: Path) -> None:
+def test_a_folder_with_links_out_of_it_is_not_sent_away(tmp_path: Path) -> None:
     from hpsearch.backends.ray.jobs import _refuse_links
 
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
     (model / "same.json").symlink_to(model / "config.json")
-    _refuse_links(model)
+    _refuse_links(model, "model.pretrained")
     (tmp_path / "id_rsa").write_text("private")
     (model / "vocab.txt").symlink_to(tmp_path / "id_rsa")
-    with pytest.raises(UsageError, match=r"vocab\.txt is a link to .*id_rsa, outside of the folder"):
-        _refuse_links(model)
+    with pytest.raises(UsageError, match=r"data\.files: .*vocab\.txt is a link to .*id_rsa, outside of"):
+        _refuse_links(model, "data.files")

@@ -220,7 +220,7 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
         overrides.append(f"--set=data.files={json.dumps(files)}")
     pretrained = Path(spec.model.pretrained or "")
     if pretrained.is_absolute():
-        _refuse_links(pretrained)
+        _refuse_links(pretrained, "model.pretrained")
         shutil.copytree(pretrained, package / "model" / pretrained.name)
         overrides.append(f"--set=model.pretrained=model/{pretrained.name}")
     return overrides
@@ -240,12 +240,12 @@ def _without_sources(spec: StudySpec) -> dict[str, Any]:
     return spec.data.model_dump(mode="json", exclude_defaults=True, exclude={"mix"})
 
 
-def _refuse_links(folder: Path) -> None:
+def _refuse_links(folder: Path, key: str) -> None:
     """Raise UsageError when a folder that is to be sent away has links to what lies elsewhere."""
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UsageError(
-                f"model.pretrained: {path} is a link to {path.resolve()}, outside of the folder that goes to the "
+                f"{key}: {path} is a link to {path.resolve()}, outside of the folder that goes to the "
                 f"cluster; send a copy of the folder that holds the files themselves (cp -rL {folder} COPY)"
             )
 
@@ -258,6 +258,7 @@ def _copied(paths: Any, package: Path, place: Path) -> Any:
     target = place / Path(paths).name
     (package / place).mkdir(parents=True)
     if Path(paths).is_dir():
+        _refuse_links(Path(paths), "data.files")
         shutil.copytree(paths, package / target)
     else:
         shutil.copyfile(paths, package / target)

@@ -1,4 +1,4 @@
-"""A study waits while the disk of its run folder is full, and ends when it stays so."""
+"""A study waits while the disk of its run folder is full or its data is away, and ends when that stays so."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DiskWait:
 
     def __init__(self, run: Folder, data: Folder, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = run
-        self._data = data
+        self.data = data
         self._clock = clock
         self._since = 0.0
         self._needed: int | None = None
@@ -28,6 +28,11 @@ class DiskWait:
     @property
     def is_full(self) -> bool:
         return self._needed is not None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the study's data is not where it was, as when a network file system is not mounted."""
+        return not storage.names(self.data)
 
     def begin(self, needed: int) -> None:
         """Note that a trial needed this many bytes and they did not fit."""
@@ -39,7 +44,7 @@ class DiskWait:
             return False
         self._next_probe = now + _PROBE_EVERY_S
         # Twice: the state that is written, and the one that it replaces. Data that is away is no room either.
-        if not storage.has_room(self._run, 2 * self._needed) or not storage.names(self._data):
+        if not storage.has_room(self._run, 2 * self._needed) or self.is_away:
             return False
         self._needed = None
         return True

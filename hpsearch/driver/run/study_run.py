@@ -315,6 +315,12 @@ class StudyRun:
         if self._trials.live[number].config.scores_only:
             self._end_scoring(number, result)
             return
+        if result.lost_files and self._disk.is_away:
+            if not self._disk.is_full:
+                self._disk.begin(0)
+                self._note(f"the study's data is away ({result.reason}): no new trial starts until it is back")
+            self._requeue(number, "its data was away")
+            return
         if result.lost_files:
             self._lose(number, result.reason, result)
             return
@@ -586,9 +592,12 @@ class StudyRun:
 
     def _look_for_room(self) -> None:
         if self._disk.probe():
-            self._note("there is room on the disk again; the study resumes")
+            self._note("there is room on the disk again, and the data is there; the study resumes")
         elif self._disk.has_run_out:
-            self.request_stop(f"the disk of {self._folder} was full for {DISK_PATIENCE_S / 60:.0f} minutes", EXIT_IO)
+            what = f"the disk of {self._folder} was full"
+            if self._disk.is_away:
+                what = f"the data of the study ({self._disk.data}) was away"
+            self.request_stop(f"{what} for {DISK_PATIENCE_S / 60:.0f} minutes", EXIT_IO)
 
     def _listen(self, event: Event) -> None:
         for listener in self._listeners:
