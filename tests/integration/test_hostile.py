@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import sqlite3
 import subprocess
 import time
@@ -74,6 +75,48 @@ def test_the_environment_reaches_the_store_and_the_data_files_only(
     study = load_study(file)
     assert study.store == "sqlite:///canary.db"
     assert study.folder == "${HPSEARCH_SECRET}"
+
+
+def test_a_study_file_from_elsewhere_learns_nothing_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+    file = tmp_path / "s.yaml"
+    file.write_text(GOOD + "store: postgresql://x@127.0.0.1/${AWS_SECRET_ACCESS_KEY}\n")
+    with pytest.raises(SpecError, match=r"\$\{AWS_SECRET_ACCESS_KEY\} is not read in a study file") as refused:
+        load_study(file)
+    assert "canary" not in str(refused.value)
+
+
+def test_check_contacts_no_server_that_the_file_alone_names(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        text = "\n".join(line for line in tiny.read_text().splitlines() if not line.startswith("store:"))
+        tiny.write_text(f"{text}\nstore: postgresql://x@127.0.0.1:{port}/studies\n")
+        found = package.check(tiny)
+        assert found["store"] is None
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rank", "s", "--top", "99999999999999999999999"],
+        ["rank", "s", "--top", "nan"],
+        ["finals", "s", "--seeds", "1e400"],
+        ["launch", "s.yaml", "--trials", "99999999999999999999999"],
+        ["launch", "s.yaml", "--set", "budget.minutes=.nan"],
+        ["launch", "s.yaml", "--set", "training.learning_rate=1e400"],
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_arguments(tmp_path: Path, hpsearch: Run, arguments: list[str]) -> None:
+    (tmp_path / "s.yaml").write_text(GOOD)
+    said = hpsearch(*arguments)
+    assert said.returncode == 2, said.stderr
+    assert "Traceback" not in said.stderr
+    assert said.stdout == ""
 
 
 EVIL = [

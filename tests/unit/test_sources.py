@@ -319,3 +319,10 @@ def test_a_mix_that_cannot_be_is_refused_by_the_study_file(tmp_path: Path, data:
         written(tmp_path, data)
     assert message in str(caught.value)
     assert "study.yaml:3:" in str(caught.value), "with its place"
+
+
+def test_words_that_pandas_takes_for_nothing_are_words(tmp_path: Path) -> None:
+    pairs = [*((pair["source"], pair["target"]) for pair in PAIRS), ("None", "Aucun"), ("NA", "null")]
+    (tmp_path / "ui.csv").write_text("source,target\n" + "".join(f"{one},{other}\n" for one, other in pairs))
+    found = read_examples(written(tmp_path, "{files: ui.csv}", "translation"))
+    assert {("None", "Aucun"), ("NA", "null")} <= {*found.train, *found.validation, *found.test}

@@ -579,3 +579,15 @@ def test_a_run_that_has_time_enough_keeps_its_schedule(make: Callable[..., Train
     as_planned = losses(make().points())
     assert losses(trainer.points()) == as_planned
     assert not trainer.schedule.is_shortened
+
+
+def test_a_result_that_another_study_has_left_is_not_taken_for_the_trials(tmp_path: Path) -> None:
+    from hpsearch.worker.run import _read_result, _write_result
+
+    result = TrialResult(state=TrialState.COMPLETED, reason="ran its 4 epochs")
+    _write_result(tmp_path, result, [], "one/3")
+    assert _read_result(tmp_path, "another/3") is None
+    assert _read_result(tmp_path, "one/4") is None
+    found = _read_result(tmp_path, "one/3")
+    assert found is not None
+    assert found[0].reason == result.reason
