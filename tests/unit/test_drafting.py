@@ -285,3 +285,14 @@ def test_what_cannot_be_told_is_said_and_nothing_is_written(
         hpsearch.init([tmp_path / name], output=tmp_path / "study.yaml", **options)
     assert message in str(caught.value)
     assert not (tmp_path / "study.yaml").exists()
+
+
+def test_rows_that_are_sorted_by_their_labels_are_seen_all_over(tmp_path: Path) -> None:
+    rows = [{"text": f"{TEXTS[i % 300]} {i}", "topic": "news" if i < 12_000 else "sport"} for i in range(24_000)]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    made = hpsearch.init([tmp_path / "a.jsonl"], output=tmp_path / "study.yaml")
+    assert made.task == "classification"
+    assert any(note.startswith("2 labels") for note in made.notes)
+    tokens = next(int(note.split()[1].replace(",", "")) for note in made.notes if "training tokens" in note)
+    card = hpsearch.check(tmp_path / "study.yaml")["data"]
+    assert tokens == pytest.approx(card["tokens"]["train"], rel=0.2), "a sample says how much text there is"

@@ -7,15 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpsearch.data.files import Position, beginning, guess_split, lines_of, rows_of, texts_of
 from hpsearch.data.sources import first_line, rows_of_dataset
 from hpsearch.errors import DataError, UsageError
 from hpsearch.spec.files import expanded, format_of, is_saved_dataset, split_by_name
 
+_READ = 200_000
+"""Rows that are read at most."""
 _ROWS = 5000
-"""Rows of a sample at most."""
+"""Rows of a sample at least, where there are so many; at most twice as many."""
+_T = TypeVar("_T")
 _LANGUAGES = (
     "ar bg bn ca cs da de el en es et eu fa fi fr gl gu he hi hr hu id is it ja ka kk kn ko lt lv mk ml mr ms mt nb ne "
     "nl nn no pa pl ps pt ro ru sk sl sq sr sv sw ta te th tl tr uk ur uz vi xh yo zh zu"
@@ -131,15 +134,14 @@ def look_at(names: Sequence[str]) -> Look:
     position = Position()
     try:
         if format_of(first) == "text":
-            begin = beginning(first, encoding)
-            split_on = guess_split(begin)
-            texts = list(islice(texts_of(first, split_on, encoding=encoding, position=position), _ROWS))
+            split_on = guess_split(beginning(first, encoding))
+            texts, part = _sampled(texts_of(first, split_on, encoding=encoding, position=position))
             form = {"line": "a text a line", "blank_line": "texts parted by blank lines"}
             return Look(
                 splits=named,
                 form=form.get(split_on, "texts that end with an end-of-text mark"),
                 texts=(texts,),
-                part=_part(texts, begin, position, size),
+                part=part * min(1.0, position.bytes / max(1, size)),
                 encoding=encoding,
             )
         rows: Iterable[tuple[str, dict[str, Any]]]
@@ -148,8 +150,8 @@ def look_at(names: Sequence[str]) -> Look:
         else:
             delimiter = _delimiter(first, encoding)
             rows = rows_of(first, (), encoding=encoding, delimiter=delimiter, position=position)
-        sample = [_flat(row) for _, row in islice(rows, _ROWS)]
-        part = position.bytes / size if size and len(sample) == _ROWS else 1 / max(1, len(splits["train"]))
+        sample, part = _sampled(_flat(row) for _, row in rows)
+        part *= min(1.0, position.bytes / size) if size else 1.0
     except UnicodeDecodeError as error:
         raise DataError(f"{first} is neither UTF-8 nor cp1252 text ({error.reason})") from error
     except (ValueError, OSError) as error:
@@ -160,15 +162,24 @@ def look_at(names: Sequence[str]) -> Look:
         splits=named,
         form="a data set of `save_to_disk`" if Path(first).is_dir() else f"rows of {format_of(first)}",
         columns={name: Column(name=name, values=values) for name, values in columns.items()},
-        part=min(1.0, part),
+        part=part,
         encoding=encoding,
     )
 
 
-def _part(texts: list[str], begin: str, position: Position, size: int) -> float:
-    if len(texts) < _ROWS:
-        return 1.0 if position.bytes >= size else position.bytes / size
-    return min(1.0, sum(map(len, texts)) / max(1, len(begin)) * len(begin.encode()) / max(1, size))
+def _sampled(items: Iterable[_T]) -> tuple[list[_T], float]:
+    """Some of the items, from everywhere among the first _READ, and which part of these they are.
+
+    Rows are often sorted: the first ones may all have one label.
+    """
+    kept: list[_T] = []
+    step, read = 1, 0
+    for read, item in enumerate(islice(items, _READ), start=1):
+        if (read - 1) % step == 0:
+            kept.append(item)
+        if len(kept) == 2 * _ROWS:
+            kept, step = kept[::2], 2 * step
+    return kept, len(kept) / max(1, read)
 
 
 def _aligned(files: list[str]) -> Look | None:
@@ -195,9 +206,7 @@ def _aligned(files: list[str]) -> Look | None:
     for split, own in split_by_name(sources).items():
         others = [targets[sources.index(file)] for file in own]
         found[split] = {"source": own, "target": others} if len(own) > 1 else {"source": own[0], "target": others[0]}
-    texts = tuple(
-        list(islice(lines_of(side[0], encoding=None, position=Position()), _ROWS)) for side in (sources, targets)
-    )
+    texts = tuple(_sampled(lines_of(side[0], encoding=None, position=Position()))[0] for side in (sources, targets))
     return Look(
         splits=found,
         form="aligned files, a text a line",
