@@ -19,6 +19,8 @@ from hpsearch.spec.sections import AlignedFiles, DataSpec, SourceSpec
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import LABEL_SEPARATOR
 
+_BYTES_OF_A_TOKEN = 4
+
 
 @dataclass
 class Reading:
@@ -38,7 +40,8 @@ def given_splits(spec: StudySpec, reading: Reading) -> dict[str, Iterator[Exampl
     found: dict[str, list[Iterator[Example]]] = {}
     for number, source in enumerate(spec.data.sources):
         for split, examples in _given_by(source, spec, reading).items():
-            found.setdefault(split, []).append(_marked(examples, number, reading))
+            most = _BYTES_OF_A_TOKEN * source.max_tokens if source.max_tokens and split == "train" else None
+            found.setdefault(split, []).append(_marked(examples, number, reading, most))
     if "train" not in found:
         raise DataError("data: there is no training split")
     return {split: chain.from_iterable(found[split]) for split in SPLITS if split in found}
@@ -53,10 +56,15 @@ def _given_by(source: SourceSpec, spec: StudySpec, reading: Reading) -> dict[str
     return reader.hub()
 
 
-def _marked(examples: Iterator[Example], number: int, reading: Reading) -> Iterator[Example]:
+def _marked(examples: Iterator[Example], number: int, reading: Reading, most: int | None) -> Iterator[Example]:
+    """The examples of a source, up to about so many bytes of them, while `reading` says that they are from it."""
+    read = 0
     for example in examples:
         reading.source = number
         yield example
+        read += sum(len(text.encode(errors="replace")) for text in example) if most is not None else 0
+        if most is not None and read >= most:
+            return
 
 
 def files_of(data: SourceSpec) -> dict[str, list[str] | AlignedFiles]:
@@ -116,7 +124,8 @@ class _Reader:
 
         data = self._data
         try:
-            loaded = datasets.load_dataset(data.hub, data.config, revision=data.revision)
+            streamed = {"streaming": True} if data.max_tokens else {}
+            loaded = datasets.load_dataset(data.hub, data.config, revision=data.revision, **streamed)
         except Exception as error:  # hub, network, cache and script errors all mean: not to be had
             raise DataError(f"data: cannot load {data.hub} from the hub: {first_line(error)}") from error
         if "train" not in loaded:
@@ -207,7 +216,8 @@ def rows_of_dataset(name: str) -> Iterator[tuple[str, Row]]:
 
 def _named(rows: Any) -> Iterator[tuple[str, Row]]:
     """Rows of a data set in which numbered classes read as their names."""
-    classes = {name: feature for name, feature in rows.features.items() if hasattr(feature, "int2str")}
+    # A stream may not know its columns before it is read.
+    classes = {name: feature for name, feature in (rows.features or {}).items() if hasattr(feature, "int2str")}
     for number, row in enumerate(rows, start=1):
         # A class that nobody knows has no name.
         known = {name: kind for name, kind in classes.items() if isinstance(row[name], int) and row[name] >= 0}

@@ -70,6 +70,13 @@ class SourceSpec(Strict):
     hub: str | None = Field(None, description="A dataset id for `datasets`, such as Salesforce/wikitext.")
     config: str | None = Field(None, description="Configuration of the hub dataset.")
     revision: str | None = Field(None, description="Commit or tag of the hub dataset.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1000,
+        le=10**13,
+        description="Read about so many tokens of its training text at most, from the beginning, at four bytes each; a "
+        "data set of the hub is then streamed, and never fetched as a whole.",
+    )
     column: str = Field(
         "text", description="Column or key that holds the text; `meta.text` is the key text of the column meta."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -557,3 +558,34 @@ def test_a_row_of_two_held_out_splits_counts_for_both(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="10 of the 15 examples of the train split stand in the test split"):
         read_examples(study(DataSpec(files=files(train, validation=[str(validation)], test=[str(test)]))))
+
+
+def test_a_large_data_set_of_the_hub_is_streamed_up_to_a_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    read = 0
+
+    def rows() -> Iterator[dict[str, str]]:
+        nonlocal read
+        for number in range(100_000):
+            read += 1
+            yield {"text": f"text number {number:06d} of many"}
+
+    def load_dataset(*arguments: object, **options: object) -> object:
+        assert options["streaming"] is True
+        return datasets.IterableDatasetDict({"train": datasets.IterableDataset.from_generator(rows)})
+
+    # The hub itself cannot be had in a test.
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = read_examples(study(DataSpec(hub="HuggingFaceFW/fineweb", max_tokens=2000)))
+    size = sum(len(text) for split in ("train", "validation", "test") for text in texts.field(split, 0))
+    assert size == pytest.approx(8000, rel=0.02)
+    assert read < 1000
+
+
+def test_a_file_is_read_up_to_a_number_of_tokens(tmp_path: Path) -> None:
+    file = rows(tmp_path, "a.jsonl", [{"text": line} for line in lines(5000)])
+    texts = read_examples(study(DataSpec(files=files(file), max_tokens=2000)))
+    count = len(texts.train) + len(texts.validation) + len(texts.test)
+    size = sum(len(line) for line in lines(5000)[:count])
+    assert size == pytest.approx(8000, rel=0.02)
