@@ -78,12 +78,19 @@ def texts_of(name: str, split_on: SplitOn, *, encoding: str | None, position: Po
         if split_on == "file":
             yield file.read()
             return
-        separator, rest = _SEPARATORS[split_on], ""
+        separator = _SEPARATORS[split_on]
+        pieces: list[str] = []  # of a text whose end has not been read
+        end = ""
         while chunk := file.read(_CHUNK):
-            *whole, rest = (rest + chunk).split(separator)
-            yield from filter(None, whole)
-        if rest:
-            yield rest
+            is_inside = separator not in end + chunk
+            pieces.append(chunk)
+            end = (end + chunk)[-len(separator) :]
+            if is_inside:
+                continue
+            *whole, rest = "".join(pieces).split(separator)
+            yield from filter(str.strip, whole)
+            pieces = [rest]
+        yield from filter(str.strip, ["".join(pieces)])
 
 
 def guess_split(begin: str) -> SplitOn:
@@ -115,7 +122,8 @@ def opened(name: str, encoding: str | None, position: Position, newline: str | N
     with position.of(name) as raw:
         unpack = _UNPACK.get(Path(name).suffix.lower())
         binary: Any = unpack(raw) if unpack else raw
-        yield io.TextIOWrapper(binary, encoding=encoding or "utf-8-sig", newline=newline)
+        name_ = "utf-8-sig" if encoding in (None, "utf-8") else encoding
+        yield io.TextIOWrapper(binary, encoding=name_, newline=newline)
 
 
 def misplaced_byte(name: str) -> int | None:
@@ -209,11 +217,16 @@ def _array_rows(text: IO[str]) -> Iterator[tuple[str, Row]]:
             else:
                 raise ValueError(f"the array has no end behind its entry {number}")
         if rest[place] == "]":
-            return
+            while not rest[place + 1 :].strip():
+                if not (rest := text.read(_CHUNK)):
+                    return
+                place = -1
+            raise ValueError(f"something follows behind the end of the array: {rest[place + 1 :].strip()[:60]}")
         try:
             row, place = decoder.raw_decode(rest, place)
         except json.JSONDecodeError as error:
-            if more := text.read(_CHUNK):
+            could_go_on = error.msg.startswith("Unterminated") or error.pos >= len(rest) - len("false") - 1
+            if could_go_on and (more := text.read(_CHUNK)):
                 rest, place = rest[place:] + more, 0
                 continue
             raise ValueError(f"entry {number + 1} of the array: {error.msg}") from None

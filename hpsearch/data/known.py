@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from typing import Any
 from hpsearch.data import pretrained
 from hpsearch.data.shards import CARD, FORMAT, DataCard
 from hpsearch.data.sources import files_of, names_of
+from hpsearch.errors import DataError
 from hpsearch.files import storage
 from hpsearch.files.storage import Folder
 from hpsearch.registry import TASKS
@@ -104,17 +106,28 @@ def remember(spec: StudySpec, key: str, files: list[SourceFile], card: DataCard)
 
 def described(file: Path) -> SourceFile:
     """What a file is now, its content hashed."""
-    status = file.stat()
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "blake2b").hexdigest()[:32]
+    status = status_of(file)
+    try:
+        with file.open("rb") as content:
+            found = hashlib.file_digest(content, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise DataError(f"data: {file} cannot be read: {error.strerror}") from error
     is_settled = time.time() - status.st_mtime > _SETTLED_S
     return SourceFile(
         name=str(file), size=status.st_size, modified_ns=status.st_mtime_ns, hash=found, is_settled=is_settled
     )
 
 
+def status_of(file: Path) -> os.stat_result:
+    """Raises DataError."""
+    try:
+        return file.stat()
+    except OSError as error:
+        raise DataError(f"data: {file} cannot be read: {error.strerror}") from error
+
+
 def _is_unchanged(was: SourceFile) -> bool:
-    status = Path(was.name).stat()
+    status = status_of(Path(was.name))
     if status.st_size != was.size:
         return False
     return (was.is_settled and status.st_mtime_ns == was.modified_ns) or described(Path(was.name)).hash == was.hash

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,18 @@ def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) ->
         folder, card = found
         spec.definition.check_data(spec.options, card)
         return card, count_cut(spec, storage.cached(folder))
+    # Of a mix, a part would be of its first source.
+    is_large = not spec.data.mix and sum(size_of(spec.data, split) for split in SPLITS) > _LARGE
+    if is_large and not whole:
+        # What is wrong with a part need not be wrong with the whole: a file may be sorted by its labels.
+        with suppress(DataError):
+            return _measured(spec, report, _ESTIMATED_FROM)
+    return _measured(spec, report, None)
+
+
+def _measured(spec: StudySpec, report: Report, most: int | None) -> tuple[DataCard, dict[str, int]]:
     with private_folder("data-") as scratch:
-        # Of a mix, a part would be of its first source.
-        is_large = not spec.data.mix and sum(size_of(spec.data, split) for split in SPLITS) > _LARGE
-        preparation = Preparation(spec, scratch, report, most=_ESTIMATED_FROM if is_large and not whole else None)
+        preparation = Preparation(spec, scratch, report, most=most)
         preparation.read()
         card = preparation.tokenized()
         spec.definition.check_data(spec.options, card)
@@ -130,9 +139,8 @@ def _made(spec: StudySpec, key: str | None, report: Report) -> tuple[Folder, Dat
             _refuse_changed(files)
             if key is not None:
                 known.remember(spec, key, files, card)
-            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise RunFolderError(f"cannot write the tokenized data under {data}: {error.strerror}") from error
+        raise RunFolderError(f"cannot write the tokenized data under {data}: {error.strerror or error}") from error
     return target, card
 
 
@@ -148,12 +156,19 @@ def _continue_only(folder: Path, files: list[known.SourceFile]) -> None:
 def _publish(made: Path, target: Folder) -> None:
     if not isinstance(target, Path):
         storage.sent(made, target, last=CARD)
-    elif not target.exists():
+        return
+    aside = made.with_name("replaced")
+    with suppress(FileNotFoundError):
+        os.rename(target, aside)  # it has lost its card
+    try:
         os.rename(made, target)
+    except OSError:
+        if storage.read(target / CARD) is None:  # else another launch was first, with the same
+            raise
 
 
 def _refuse_changed(files: list[known.SourceFile]) -> None:
     for file in files:
-        status = Path(file.name).stat()
+        status = known.status_of(Path(file.name))
         if (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
             raise DataError(f"data: {file.name} was written while it was read; launch again when it is whole")

@@ -14,7 +14,7 @@ from hpsearch.data.corpora import READERS, Example
 from hpsearch.data.files import Position, Row, beginning, guess_split, lines_of, misplaced_byte, rows_of, texts_of
 from hpsearch.data.shards import SPLITS
 from hpsearch.errors import DataError
-from hpsearch.spec.files import expanded, format_of, split_by_name
+from hpsearch.spec.files import expanded, format_of, split_by_name, split_called
 from hpsearch.spec.sections import AlignedFiles, DataSpec, SourceSpec
 from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import LABEL_SEPARATOR
@@ -81,9 +81,22 @@ def files_of(data: SourceSpec) -> dict[str, list[str] | AlignedFiles]:
     if list(found) == ["train"] and isinstance(train, list) and len(train) == 1 and Path(train[0]).is_dir():
         only = Path(train[0])
         if (only / "dataset_dict.json").is_file():
-            names = json.loads((only / "dataset_dict.json").read_text())["splits"]
-            return {**split_by_name([str(only / name) for name in names])}
-        return {**split_by_name(expanded(train[0]))}
+            return {**_saved_splits(only)}
+        try:
+            return {**split_by_name(expanded(train[0]), only)}
+        except ValueError as error:
+            raise DataError(f"data: {only}: {error}") from None
+    return found
+
+
+def _saved_splits(folder: Path) -> dict[str, list[str]]:
+    """The splits of a data set that was saved with several; those that are called otherwise are not read."""
+    found: dict[str, list[str]] = {}
+    for name in json.loads((folder / "dataset_dict.json").read_text())["splits"]:
+        if (split := split_called(name)) is not None:
+            found.setdefault(split, []).append(str(folder / name))
+    if "train" not in found:
+        raise DataError(f"data: {folder} has no train split")
     return found
 
 
@@ -170,6 +183,8 @@ class _Reader:
             yield from lines_of(name, encoding=self._data.encoding, position=self._reading.position)
         except UnicodeDecodeError as error:
             raise self._undecodable(name) from error
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"data: {name} cannot be read: {first_line(error)}") from error
 
     def _undecodable(self, name: str) -> DataError:
         if self._data.encoding:
@@ -217,11 +232,20 @@ def rows_of_dataset(name: str) -> Iterator[tuple[str, Row]]:
 def _named(rows: Any) -> Iterator[tuple[str, Row]]:
     """Rows of a data set in which numbered classes read as their names."""
     # A stream may not know its columns before it is read.
-    classes = {name: feature for name, feature in (rows.features or {}).items() if hasattr(feature, "int2str")}
+    classes = {}
+    for name, feature in (rows.features or {}).items():
+        kind = getattr(feature, "feature", feature)  # of a list of classes
+        if hasattr(kind, "int2str"):
+            classes[name] = kind
     for number, row in enumerate(rows, start=1):
-        # A class that nobody knows has no name.
-        known = {name: kind for name, kind in classes.items() if isinstance(row[name], int) and row[name] >= 0}
-        yield f"row {number}", {**row, **{name: kind.int2str(row[name]) for name, kind in known.items()}}
+        yield f"row {number}", {**row, **{name: _class_name(row[name], kind) for name, kind in classes.items()}}
+
+
+def _class_name(value: Any, kind: Any) -> Any:
+    """The name of a numbered class; a class that nobody knows (-1) has none."""
+    if isinstance(value, list):
+        return [_class_name(one, kind) for one in value]
+    return kind.int2str(value) if isinstance(value, int) and value >= 0 else None
 
 
 def _value(row: Row, column: str, where: str) -> Any:

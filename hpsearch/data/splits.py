@@ -31,7 +31,7 @@ _MOST_SHARED = 0.5
 """A given split of which a larger part stands in another one, too, is no split of its own."""
 _PIECE = 1 << 14
 """Examples whose labels are written at once."""
-_NOWHERE = len(SPLITS)
+NOWHERE = len(SPLITS)
 """Of an example that is not used; else the number of its split in SPLITS."""
 
 
@@ -42,7 +42,7 @@ class Examples:
 
     folder: Path
     places: dict[str, NDArray[np.uint8]]
-    """Of each given split, where its rows go: numbers in SPLITS, or `_NOWHERE`."""
+    """Of each given split, where its rows go: numbers in SPLITS, or `NOWHERE`."""
     duplicates: int
     """Training examples dropped because the same text, white space aside, had been read before."""
     overlaps: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -116,7 +116,7 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec) 
     if spec.data.max_examples is not None:
         kept = {split: _sample(folder, split, of, spec.data.max_examples) for split, of in kept.items()}
     places = {
-        split: np.where(of, SPLITS.index(split), _NOWHERE).astype(np.uint8)
+        split: np.where(of, SPLITS.index(split), NOWHERE).astype(np.uint8)
         for split, of in kept.items()
         if split != "train"
     }
@@ -187,11 +187,11 @@ def _split(folder: Path, of: NDArray[np.bool_], given: set[str], labels: Labels,
     cut = {split: 0.0 if split in given else fraction for split, fraction in fractions.items()}
     if spec.definition.has_labels:
         return _stratified(folder, of, cut, labels, spec)
-    places = np.where(of, SPLITS.index("train"), _NOWHERE).astype(np.uint8)
+    places = np.where(of, SPLITS.index("train"), NOWHERE).astype(np.uint8)
     if data.fraction < 1:
         for start, piece in Column(folder, "train", "fraction").pieces():
             own = places[start : start + len(piece)]
-            own[rows.as_fraction(piece) >= data.fraction] = _NOWHERE
+            own[rows.as_fraction(piece) >= data.fraction] = NOWHERE
     if any(cut.values()):
         for start, piece in Column(folder, "train", "position").pieces():
             end = start + len(piece)
@@ -224,7 +224,7 @@ def _weigh(folder: Path, places: NDArray[np.uint8], spec: StudySpec) -> dict[str
         end = start + len(piece)
         own = source[start:end]
         is_over = (piece[:, 1] >= limits[own]) & (parts[own] < 1)
-        places[start:end][is_over & (places[start:end] == train)] = _NOWHERE
+        places[start:end][is_over & (places[start:end] == train)] = NOWHERE
     return {_name(source): float(part) for source, part in zip(spec.data.mix, parts, strict=True)}
 
 
@@ -252,7 +252,7 @@ def _stratified(
     texts, own = sets.pairs(text_of, Column(folder, "train", "label", of).all())
     rarest = np.full(len(first_row), len(sets.names))
     np.minimum.at(rarest, texts, sets.by_rarity(own)[own])
-    place = np.full(len(first_row), _NOWHERE, np.uint8)
+    place = np.full(len(first_row), NOWHERE, np.uint8)
     fraction = None
     if spec.data.fraction < 1:
         fraction = Column(folder, "train", "fraction", of).all().astype(np.uint64)[first_row]
@@ -266,7 +266,7 @@ def _stratified(
         place[members[len(members) - last :]] = test
         place[rest] = train
     _train_every_label(place, texts, own, positions, train)
-    places = np.full(len(of), _NOWHERE, np.uint8)
+    places = np.full(len(of), NOWHERE, np.uint8)
     places[of] = place[text_of]
     return places
 
@@ -362,7 +362,7 @@ class _Counts:
         places = {}
         for split, place in self._examples.places.items():
             own = place.copy()
-            own[has_none[Column(self._examples.folder, split, "label").all()]] = _NOWHERE
+            own[has_none[Column(self._examples.folder, split, "label").all()]] = NOWHERE
             places[split] = own
         changed = {written: kept for written, kept in left.items() if kept and kept != written}
         return dataclasses.replace(self._examples, places=places, rare=rare, left=changed)

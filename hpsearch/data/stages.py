@@ -36,6 +36,8 @@ _LOOKED_AT = 100_000_000
 """Bytes of training text that `seen_ngrams` is measured on; of more, a sample."""
 _KEPT_EVERY = 64_000_000
 """Bytes of text after which a kill loses no more of what was tokenized."""
+_PIECE = 1 << 18
+"""Rows that are counted at once."""
 _GRAM = 5
 """Words of a run that tells text from text."""
 
@@ -71,12 +73,15 @@ class Preparation:
     def fingerprint(self) -> str:
         """Of everything that decides the arrays, so that equal ones are made once."""
         task, spec = self._task, self._spec
-        settings: list[Any] = [FORMAT, spec.task, spec.tokenizer.model_dump(), task.data_options(spec.options)]
+        tokenizer = {"shared": spec.tokenizer.shared, "vocab_size": self._entries}
+        settings: list[Any] = [FORMAT, spec.task, tokenizer, task.data_options(spec.options)]
         settings += [task.fields, task.marks, task.has_labels, task.compares_text]
         settings += [spec.data.source_language, spec.data.target_language]
         if self._brought:
             settings.append(self._brought.hash)
             settings += [] if self._brought.begin_id is None else [self._brought.begin_id]
+        elif self._trained_on() < self._training_bytes:
+            settings.append(self._trained_on())
         digest = hashlib.sha256(json.dumps(settings).encode())
         for split in SPLITS:
             digest.update(f"{split} {self._hashes[split]}".encode())
@@ -96,6 +101,8 @@ class Preparation:
         card = self._card(tokenizer, {split: tokens[split, self._fields[-1]] for split in SPLITS})
         if self._task.has_labels:
             splits.write_labels(self.out, card.labels, self.examples, self._labels, self._spec)
+        for note in self.out.glob(".*.json"):
+            note.unlink()
         (self.out / CARD).write_text(json.dumps(asdict(card), indent=1))
         return card
 
@@ -173,16 +180,28 @@ class Preparation:
             chosen[start : start + len(piece)] = piece[:, 1] < np.uint64(part * 2.0**64)
         return chosen, part
 
+    @property
+    def _training_bytes(self) -> int:
+        return sum(self._bytes["train", name] for name in self._fields)
+
+    @property
+    def _entries(self) -> int:
+        """Of the vocabulary, or of each of two."""
+        spec, whole = self._spec.tokenizer, self._whole("train", self._training_bytes)
+        return spec.entries(whole if spec.shared else whole // len(self._fields))
+
+    def _trained_on(self) -> float:
+        """Bytes of training text that a tokenizer sees at most."""
+        return (self._spec.tokenizer.sample_mb or math.inf) * 1e6
+
     def _trained(self) -> TrainedTokenizers:
         """The tokenizer of this study's training split."""
         folder = self.out / TOKENIZER_FOLDER
         is_trained = self._rows / "tokenizer-is-trained"
         if is_trained.is_file():
             return TrainedTokenizers.read(folder, self._spec)
-        most = (self._spec.tokenizer.sample_mb or math.inf) * 1e6
-        sample, part = self._sampled("train", most, self._fields)
-        whole = sum(self._bytes["train", name] for name in self._fields)
-        size = int(part * whole)
+        sample, part = self._sampled("train", self._trained_on(), self._fields)
+        size = int(part * self._training_bytes)
 
         def texts(name: str) -> Iterator[str]:
             done = 0
@@ -191,9 +210,7 @@ class Preparation:
                 self._report("training the tokenizer", done, size)
                 yield text
 
-        spec = self._spec.tokenizer
-        entries = spec.entries(whole if spec.shared else whole // len(self._fields))
-        tokenizer = TrainedTokenizers.trained(texts, entries, self._spec)
+        tokenizer = TrainedTokenizers.trained(texts, self._entries, self._spec)
         tokenizer.save(folder)
         is_trained.touch()
         return tokenizer
@@ -211,7 +228,7 @@ class Preparation:
         if not begun:
             tokens.append(np.array([tokenizer.end_id]))
         chosen = self.examples.chosen(split)
-        tables = self.examples.tables(split, np.cumsum(chosen) > at["rows"])
+        tables = self.examples.tables(split, _behind(chosen, at["rows"]) if at["rows"] else None)
         size, kept = self._bytes[split, name], at["bytes"]
         for column, ids in _ahead(tables, lambda table: _encoded(table.column(name), name, tokenizer)):
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
@@ -233,7 +250,7 @@ class Preparation:
                 kept = at["bytes"]
         for writer in (tokens, ends, sizes):
             writer.close()
-        note.unlink(missing_ok=True)
+        write_whole(note, json.dumps(at))
         return int(at["tokens"])
 
     def _card(self, tokenizer: AnyTokenizers, tokens: dict[str, int]) -> DataCard:
@@ -288,7 +305,12 @@ class Preparation:
 
     def _whole(self, split: str, count: int) -> int:
         """A count of a split as it is in all of the source, where only a part of that was read."""
-        return round(count / float(self._source["splits"][self.examples.origin(split)]["part"]))
+        origin = self.examples.origin(split)
+        times = 1 / float(self._source["splits"][origin]["part"])
+        if times > 1 and self._spec.data.max_examples is not None:
+            used = int((self.examples.places[origin] != splits.NOWHERE).sum())
+            times = min(times, self._spec.data.max_examples / max(1, used))
+        return round(count * times)
 
     def _seen_ngrams(self) -> tuple[float, float]:
         """The share of the validation split's word n-grams that stand in training, too; of which part of training."""
@@ -315,6 +337,20 @@ class Preparation:
 
         seen = sum(int(rows.among(column(split), [column("train")]).sum()) for split in SPLITS[1:])
         return seen / sum(examples.count(split) for split in SPLITS[1:])
+
+
+def _behind(chosen: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    """The chosen rows but the first so many of them."""
+    left = chosen.copy()
+    for start in range(0, len(chosen), _PIECE):
+        piece = left[start : start + _PIECE]
+        here = int(piece.sum())
+        if here > count:
+            piece[np.flatnonzero(piece)[:count]] = False
+            break
+        piece[:] = False
+        count -= here
+    return left
 
 
 def _encoded(column: pa.ChunkedArray, name: str, tokenizer: AnyTokenizers) -> tuple[pa.ChunkedArray, list[list[int]]]:

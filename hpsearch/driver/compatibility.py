@@ -10,6 +10,7 @@ from hpsearch.errors import (
 )
 from hpsearch.files.storage import locate
 from hpsearch.spec.redaction import hide_secrets
+from hpsearch.spec.settings import DEFAULT_SHARE
 from hpsearch.spec.space import narrowed
 from hpsearch.spec.study import DEFAULT_STORE, StudySpec, recorded_space, recorded_study
 from hpsearch.store.rows import StudyRow
@@ -104,11 +105,17 @@ def _completed(row: StudyRow) -> dict[str, Any]:
 
 def as_begun(spec: StudySpec, row: StudyRow) -> StudySpec:
     """The study with the defaults that it was begun with, where its file says nothing: today's may be others."""
-    update = {}
+    update: dict[str, Any] = {}
     for section, defaults in spec.defaults.items():
         recorded = row.spec.get(section, {})
         values = {name: recorded[name] for name in defaults if recorded.get(name) is not None}
         update[section] = getattr(spec, section).model_copy(update=values)
+    training = update.get("training", spec.training)
+    if "evaluation_share" not in row.spec.get("training", {}) and training.evaluation_share == DEFAULT_SHARE:
+        update["training"] = training.model_copy(update={"evaluation_share": 1.0})
+    entries = row.spec.get("tokenizer", {}).get("vocab_size")
+    if spec.tokenizer.vocab_size == "auto" and isinstance(entries, int):
+        update["tokenizer"] = spec.tokenizer.model_copy(update={"vocab_size": entries})
     return spec.model_copy(update=update)
 
 

@@ -78,7 +78,9 @@ def launch_spec(
     starts = [] if repeats is not None else starts_of(spec)
     with ThreadPoolExecutor(1) as helper, ExitStack() as stack:
         # Ray needs seconds to start; the text is read and tokenized meanwhile, and what decides is imported.
-        preparing = helper.submit(prepare_data, spec, data_reports(listen))
+        stopped = threading.Event()
+        stack.callback(stopped.set)
+        preparing = helper.submit(prepare_data, spec, data_reports(listen, stopped))
         helper.submit(_import_what_decides)
         backend = stack.enter_context(open_backend(spec, note))
         folder, card, truncated = preparing.result()

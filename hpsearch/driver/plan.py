@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -126,8 +127,11 @@ def fitted(spec: StudySpec, card: DataCard) -> StudySpec:
     return spec.model_copy(update={"training": training.model_copy(update={"evaluations_per_epoch": count})})
 
 
-def data_reports(listen: Listener) -> Report:
-    """Tells a listener how far the data is, a second after it was last told; nothing of what takes no time."""
+def data_reports(listen: Listener, stopped: threading.Event | None = None) -> Report:
+    """Tells a listener how far the data is, a second after it was last told; nothing of what takes no time.
+
+    Once `stopped` is set, the preparation ends by KeyboardInterrupt, and the next launch continues it.
+    """
     told = began = time.monotonic()
     current = ""
 
@@ -136,7 +140,9 @@ def data_reports(listen: Listener) -> Report:
         now = time.monotonic()
         if stage != current:
             began, current = now, stage
-        if now - told >= _TOLD_EVERY_S:
+        if stopped is not None and stopped.is_set():
+            raise KeyboardInterrupt
+        if now - told >= _TOLD_EVERY_S or not (done or total):
             told = now
             listen(DataProgress(stage=stage, done=done, total=total, seconds=now - began))
 

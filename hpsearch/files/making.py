@@ -8,12 +8,15 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpsearch.files import storage
 from hpsearch.files.storage import Folder
+
+_ABANDONED_S = 3 * 24 * 3600.0
 
 
 @contextmanager
@@ -22,10 +25,11 @@ def making_folder(data: Folder, key: str | None, waiting: Callable[[], None]) ->
 
     With a key, it is the one of an earlier process that was killed; another process of this machine that has it is
     waited for, after a call of `waiting`. Without a key, or where folders cannot be locked, it is a new one. It is
-    removed in the end, unless this process is killed.
+    removed in the end, unless this process is killed or interrupted.
     """
     parent = data if isinstance(data, Path) else storage.cache_folder()
     parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(parent)
     # Two machines may share the folder and not its locks.
     machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
     place = parent / f".making-{key}-{machine}"
@@ -33,9 +37,14 @@ def making_folder(data: Folder, key: str | None, waiting: Callable[[], None]) ->
     folder = place if lock is not None else Path(tempfile.mkdtemp(prefix=".making-", dir=parent))
     try:
         yield folder
-    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        if lock is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
             os.close(lock)
 
 
@@ -59,6 +68,21 @@ def _locked(place: Path, waiting: Callable[[], None]) -> int | None:
             os.close(lock)
             return None
         # The one that was waited for has removed the folder.
-        if place.exists() and os.path.samestat(os.fstat(lock), place.stat()):
-            return lock
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), place.stat()):
+                return lock
         os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what processes have left that were killed days ago and never run again."""
+    for place in parent.glob(".making-*"):
+        with suppress(OSError):
+            if time.time() - place.stat().st_mtime < _ABANDONED_S:
+                continue
+            lock = os.open(place, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(place, ignore_errors=True)
+            finally:
+                os.close(lock)

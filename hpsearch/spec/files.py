@@ -53,13 +53,26 @@ def expanded(name: str) -> list[str]:
 _SPLIT_NAMES = {"train": "train|training", "validation": "validation|valid|val|dev|eval", "test": "test|testing"}
 
 
-def split_by_name(files: list[str]) -> dict[str, list[str]]:
-    """Files of a folder by the split that their names begin with (train-00000-of-00002.parquet, test.jsonl).
+def split_called(name: str) -> str | None:
+    """The split that a file's or folder's name begins with (train-00000-of-00002.parquet, test_data.csv, dev)."""
+    return next((s for s, names in _SPLIT_NAMES.items() if re.match(rf"({names})(?![a-z])", name.lower())), None)
 
-    All are of the training split unless each belongs to one, and some to it.
+
+def split_by_name(files: list[str], below: Path | None = None) -> dict[str, list[str]]:
+    """Files by the split that their names begin with, or those of the folders that they are in, below this one.
+
+    All are of the training split where none is called by a held-out one. Raises ValueError where some are, and it
+    cannot be told what the others are.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str | None, list[str]] = {}
     for file in files:
-        split = next((s for s, names in _SPLIT_NAMES.items() if re.match(rf"({names})\b", Path(file).name.lower())), "")
-        found.setdefault(split, []).append(file)
-    return found if "train" in found and "" not in found else {"train": files}
+        place = Path(file)
+        folders = place.relative_to(below).parent.parts if below and place != below else ()
+        named = map(split_called, (place.name, *reversed(folders)))
+        found.setdefault(next(filter(None, named), None), []).append(file)
+    if len(files) == 1 or not found.keys() & {"validation", "test"}:
+        return {"train": files}
+    if "train" not in found or None in found:
+        of = Path((found.get(None) or files)[0]).name
+        raise ValueError(f"some files are called by their splits, and {of} is not: name the files of each split")
+    return {str(split): own for split, own in found.items()}

@@ -6,6 +6,7 @@ Imports nothing heavy, so that a wrong study is refused before torch, Ray or a d
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -188,6 +189,10 @@ def _placed(spec: StudySpec, source: SourceSpec, base: Path, place: KeyPath, pro
         path = (*place, "files", split)
         if isinstance(files, AlignedFiles):
             sides = files.model_dump()
+            for name in (name for side in sides.values() for name in side):
+                if (base / name).is_dir() or (has_magic(name) and not (base / name).exists()):
+                    message = f"expected the name of a file, got {name}: aligned files are named one by one"
+                    problems.append(Problem(path=path, message=message))
             splits[split] = AlignedFiles(
                 **{side: [_absolute(base, name, path, problems) for name in sides[side]] for side in sides}
             )
@@ -202,7 +207,10 @@ def _placed(spec: StudySpec, source: SourceSpec, base: Path, place: KeyPath, pro
 
 
 def _absolute(base: Path, name: str, path: KeyPath, problems: list[Problem]) -> str:
+    # A file may be a link to one that is called otherwise.
     place = Path(os.path.abspath(base / name))
+    if has_magic(name) and not place.exists():
+        place = Path(os.path.join(glob.escape(os.path.abspath(base)), name))
     found = expanded(str(place))
     if not found or not all(Path(file).exists() for file in found):
         missing = f"no such file: {place}"
@@ -211,7 +219,7 @@ def _absolute(base: Path, name: str, path: KeyPath, problems: list[Problem]) -> 
         elif has_magic(name):
             missing = f"no file fits {place}"
         problems.append(Problem(path=path, message=missing))
-    return str(place.resolve())
+    return str(place)
 
 
 def _check_format(file: Path, task: TaskDefinition, path: KeyPath, problems: list[Problem]) -> None:

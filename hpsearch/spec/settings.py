@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MOST = 10**9
+DEFAULT_SHARE = 0.1
+"""Of a run's time, for its validation losses."""
 """No count in a study is larger: databases keep counts in 32 bits."""
 Scalar = bool | int | float | str
 
@@ -111,7 +113,7 @@ class RunSettings(TrainingSettings):
         "where the text is too short for so many.",
     )
     evaluation_share: float = Field(
-        0.1,
+        DEFAULT_SHARE,
         gt=0,
         le=1,
         description="Part of a run's time that its validation losses may take: they are of a part of the validation "

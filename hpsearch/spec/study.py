@@ -274,6 +274,8 @@ def recorded_study(record: dict[str, Any], placement: dict[str, Any], store: str
     model = {**record["model"], "pretrained": where.pop("pretrained", record["model"]["pretrained"])}
     others = {name for name in TASKS.built_in if name != record["task"]}  # earlier records have sections of all tasks
     record = {key: value for key, value in record.items() if key not in others}
+    # Earlier studies looked at all of the validation split each time.
+    record["training"] = {"evaluation_share": 1.0, **record["training"]}
     whole = {**record, **where, "data": data, "model": model, "store": store, "budget": {"trials": trials}}
     return study_class(record["task"]).model_validate(whole, context={"recorded": True})
 

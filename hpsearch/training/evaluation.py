@@ -114,13 +114,27 @@ class Evaluator:
 
 
 def _spread(batches: Sequence[Indices], part: float) -> Sequence[Indices]:
-    """A part of the indices, from everywhere among them, in batches as large: neighbours are of similar length."""
+    """A part of the indices, from everywhere among them.
+
+    Those of neighbouring batches are joined up to the size of the last of them, which fits into memory at its longest.
+    """
     if part == 1.0:
         return batches
-    indices = np.concatenate(batches)
-    count = max(1, round(part * len(indices)))
-    chosen = indices[np.arange(count) * len(indices) // count]
-    return np.array_split(chosen, max(1, round(part * len(batches))))
+    total = sum(map(len, batches))
+    count = max(1, round(part * total))
+    places = np.arange(count) * total // count
+    found: list[Indices] = []
+    start = 0
+    for batch in batches:
+        inside = places[(places >= start) & (places < start + len(batch))] - start
+        start += len(batch)
+        if not len(inside):
+            continue
+        if found and len(found[-1]) + len(inside) <= len(batch):
+            found[-1] = np.concatenate([found[-1], batch[inside]])
+        else:
+            found.append(batch[inside])
+    return found
 
 
 Answers = list[list[tuple[Indices, Tensor]]]

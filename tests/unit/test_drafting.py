@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import hpsearch
-from hpsearch.errors import DataError, UsageError
+from hpsearch.errors import DataError, SpecError, UsageError
 from hpsearch.spec.load import load_study
 from tests.commands import HPSEARCH
 
@@ -296,3 +296,35 @@ def test_rows_that_are_sorted_by_their_labels_are_seen_all_over(tmp_path: Path) 
     tokens = next(int(note.split()[1].replace(",", "")) for note in made.notes if "training tokens" in note)
     card = hpsearch.check(tmp_path / "study.yaml")["data"]
     assert tokens == pytest.approx(card["tokens"]["train"], rel=0.2), "a sample says how much text there is"
+
+
+def test_pieces_of_one_text_are_no_translation(tmp_path: Path) -> None:
+    for name in ("part1.txt", "part2.txt"):
+        (tmp_path / name).write_text("\n".join(TEXTS))
+    made = hpsearch.init([tmp_path / "part1.txt", tmp_path / "part2.txt"], output=tmp_path / "study.yaml")
+    assert made.task == "causal_lm"
+
+
+def test_files_are_aligned_by_their_names_in_whichever_order_they_are_given(tmp_path: Path) -> None:
+    names = ["train.en", "dev.en", "dev.fr", "train.fr"]
+    for name in names:
+        (tmp_path / name).write_text("\n".join(TEXTS if name.endswith("en") else FRENCH))
+    hpsearch.init([tmp_path / name for name in names], output=tmp_path / "study.yaml")
+    files = yaml.safe_load((tmp_path / "study.yaml").read_text())["data"]["files"]
+    assert files == {
+        "train": {"source": "train.en", "target": "train.fr"},
+        "validation": {"source": "dev.en", "target": "dev.fr"},
+    }
+
+
+def test_a_file_that_is_refused_is_not_left_and_names_become_names(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    with pytest.raises(SpecError):
+        hpsearch.init([tmp_path / "a.txt"], output=tmp_path / "s.yaml", pretrained="/no/such/model")
+    assert not (tmp_path / "s.yaml").exists()
+    hpsearch.init([tmp_path / "a.txt"], output=tmp_path / "my study.yaml")
+    assert load_study(tmp_path / "my study.yaml").name == "my-study"
+    (tmp_path / "mdl").mkdir()
+    (tmp_path / "sub").mkdir()
+    hpsearch.init([tmp_path / "a.txt"], output=tmp_path / "sub" / "s.yaml", pretrained=str(tmp_path / "mdl"))
+    assert load_study(tmp_path / "sub" / "s.yaml").model.pretrained == str(tmp_path / "mdl")

@@ -21,12 +21,15 @@ from hpsearch.data import rows, stages
 from hpsearch.data.prepare import measure, notes, prepare
 from hpsearch.data.shards import SPLITS, ArrayWriter, load_labels, load_split, load_texts, read_card
 from hpsearch.data.tokenizers import train_tokenizer
+from hpsearch.driver.compatibility import as_begun
 from hpsearch.errors import DataError
 from hpsearch.spec.sections import DataSpec, FileSplits, TokenizerSpec
 from hpsearch.spec.study import StudySpec, study_class
+from hpsearch.store.rows import StudyRow
 from hpsearch.tasks.classification.definition import ClassificationOptions
 from tests.examples import read_examples
 from tests.reference_data import reference_examples, reference_hash
+from tests.rows import row
 
 T = TypeVar("T")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "café", "世界"]
@@ -329,3 +332,70 @@ def test_progress_is_told_of_each_stage(tmp_path: Path) -> None:
 def test_the_vocabulary_grows_with_the_text(size: int, entries: int) -> None:
     assert TokenizerSpec().entries(size) == entries
     assert TokenizerSpec(vocab_size=300).entries(size) == 300
+
+
+def test_an_estimate_that_a_part_refuses_is_taken_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [(f"{WORDS[i % 12]} text {i}", "a" if i < 2000 else "b") for i in range(4000)]
+    files = FileSplits(train=[write(tmp_path / "sorted.jsonl", "classification", examples)])
+    spec = study(tmp_path, "classification", files)
+    monkeypatch.setattr("hpsearch.data.prepare._LARGE", 10_000)
+    monkeypatch.setattr("hpsearch.data.prepare._ESTIMATED_FROM", 20_000)
+    monkeypatch.setattr(rows, "BATCH_BYTES", 5_000)
+    assert measure(spec, whole=False)[0] == measure(spec)[0]
+
+
+def test_an_estimate_knows_how_many_examples_are_used_and_which_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path, 4000), max_examples=300)
+    whole = measure(spec)[0]
+    monkeypatch.setattr("hpsearch.data.prepare._LARGE", 10_000)
+    monkeypatch.setattr("hpsearch.data.prepare._ESTIMATED_FROM", 100_000)
+    monkeypatch.setattr(rows, "BATCH_BYTES", 10_000)
+    part = measure(spec, whole=False)[0]
+    assert part.read < 1
+    assert sum(part.documents.values()) == pytest.approx(300, abs=3)
+    assert part.tokens["train"] == pytest.approx(whole.tokens["train"], rel=0.2)
+
+
+def test_prepared_data_that_has_lost_its_card_is_made_again(tmp_path: Path) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path))
+    folder, card = prepare(spec)
+    (folder / "card.json").unlink()
+    assert prepare(spec) == (folder, card)
+    assert read_card(folder) == card
+
+
+def test_a_preparation_that_is_interrupted_is_continued_and_an_old_one_removed(tmp_path: Path) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path))
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "tokenizing train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(spec, interrupt)
+    data = tmp_path / "runs" / "data"
+    (left,) = data.glob(".making-*")
+    told: list[str] = []
+    prepare(spec, lambda stage, done, total: told.append(stage))
+    assert "reading train" not in told
+    assert "training the tokenizer" not in told
+    assert not list(data.glob(".making-*"))
+    left.mkdir()
+    (left / "text").write_text("of a study that nobody launches any more")
+    os.utime(left, (0, 0))
+    prepare(study(tmp_path, "causal_lm", corpus(tmp_path), vocab_size=310))
+    assert not left.exists()
+
+
+def test_a_study_that_was_begun_before_there_were_these_defaults_is_as_it_was(tmp_path: Path) -> None:
+    spec = study(tmp_path, "causal_lm", corpus(tmp_path))
+    auto = spec.model_copy(update={"tokenizer": TokenizerSpec()})
+    record = auto.record()
+    record["tokenizer"] = {"shared": True, "vocab_size": 1024}
+    del record["training"]["evaluation_share"]
+    begun = as_begun(auto, row(StudyRow, spec=record))
+    assert begun.tokenizer.vocab_size == 1024
+    assert begun.training.evaluation_share == 1.0
+    assert prepare(begun)[1].fingerprint == prepare(auto)[1].fingerprint, "equal vocabularies are one"

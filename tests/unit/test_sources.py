@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import hpsearch
-from hpsearch.data.prepare import measure, notes
+from hpsearch.data.prepare import measure, notes, prepare
 from hpsearch.errors import DataError, SpecError, UsageError
 from hpsearch.spec.load import load_study
 from hpsearch.spec.study import StudySpec
@@ -326,3 +326,117 @@ def test_words_that_pandas_takes_for_nothing_are_words(tmp_path: Path) -> None:
     (tmp_path / "ui.csv").write_text("source,target\n" + "".join(f"{one},{other}\n" for one, other in pairs))
     found = read_examples(written(tmp_path, "{files: ui.csv}", "translation"))
     assert {("None", "Aucun"), ("NA", "null")} <= {*found.train, *found.validation, *found.test}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"train_data.csv": "train", "test_data.csv": "test"},
+        {"train/0001.csv": "train", "train/0002.csv": "train", "test/0001.csv": "test"},
+        {"train.csv": "train", "dev-1.csv": "validation", "dev-2.csv": "validation"},
+    ],
+)
+def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path: Path, names: dict[str, str]) -> None:
+    for number, name in enumerate(names):
+        file = tmp_path / "set" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("text\n" + "".join(f"{name} {i}\n" for i in range(number * 100, number * 100 + 100)))
+    found = read_examples(written(tmp_path, "{files: set}"))
+    for name, split in names.items():
+        own = {text for (text,) in getattr(found, split)}
+        assert {f"{name} {i}" for i in range(1000)} & own
+        if split != "train":
+            assert not any(text.startswith(name) for (text,) in found.train)
+
+
+def test_a_folder_of_which_one_cannot_tell_the_splits_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("train", "test", "more"):
+        (tmp_path / "set" / f"{name}.jsonl").write_text(lines(ROWS))
+    with pytest.raises(DataError, match=r"more\.jsonl is not: name the files of each split"):
+        read_examples(written(tmp_path, "{files: set}"))
+
+
+def test_splits_of_a_saved_data_set_are_these_and_no_others(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"text": TEXTS, "label": [i % 2 for i in range(120)]}
+    whole = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
+    unknown = datasets.Dataset.from_dict({"text": ["of no class"], "label": [-1]}, features=whole.features)
+    parts = {"train": whole.select(range(90)), "test": whole.select(range(90, 120)), "unsupervised": unknown}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "imdb")
+    found = read_examples(written(tmp_path, "{files: imdb}", "classification"))
+    assert len(found.train) + len(found.validation) == 90
+    assert len(found.test) == 30
+    assert {label for _, label in found.train} == {"neg", "pos"}
+    datasets.DatasetDict({"test": whole}).save_to_disk(tmp_path / "alone")
+    with pytest.raises(DataError, match="has no train split"):
+        read_examples(written(tmp_path, "{files: alone}", "classification"))
+
+
+def test_lists_of_classes_read_as_their_names(tmp_path: Path) -> None:
+    import datasets
+
+    kinds = datasets.List(datasets.ClassLabel(names=["a", "b", "c"]))
+    features = datasets.Features({"text": datasets.Value("string"), "label": kinds})
+    content = {"text": TEXTS, "label": [[i % 3, (i + 1) % 3] for i in range(120)]}
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "tags")
+    found = read_examples(written(tmp_path, "{files: tags}", "classification\nclassification: {multi_label: true}"))
+    assert {label for _, own in found.train for label in own.split("|")} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("more", ['\n[{"text": "b"}]', '\n{"text": "c"}', " x"])
+def test_what_follows_an_array_is_no_part_of_it(tmp_path: Path, more: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS) + more)
+    with pytest.raises(DataError, match="something follows behind the end of the array"):
+        read_examples(written(tmp_path, "{files: a.json}"))
+    (tmp_path / "a.json").write_text(json.dumps(ROWS) + "\n \n")
+    assert all_of(read_examples(written(tmp_path, "{files: a.json}"))) == sorted(TEXTS)
+
+
+def test_texts_and_arrays_longer_than_what_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.data.files._CHUNK", 7)
+    rows = [{"n": 1234567890, "text": f'{text} "\\u00e9\\n'} for text in TEXTS]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    assert all_of(read_examples(written(tmp_path, "{files: a.json}"))) == sorted(row["text"] for row in rows)
+    for split_on, parted in (("blank_line", "\n\n"), ("end_of_text", "<|endoftext|>"), ("line", "\n")):
+        (tmp_path / "a.txt").write_text(parted.join(TEXTS) + parted * 2)
+        assert all_of(read_examples(written(tmp_path, f"{{files: a.txt, split_on: {split_on}}}"))) == sorted(TEXTS)
+
+
+def test_files_are_told_by_the_names_that_they_are_given(tmp_path: Path) -> None:
+    """A link is called as the person calls it, and a folder above may have brackets in its name."""
+    folder = tmp_path / "b [1]"
+    folder.mkdir()
+    (folder / "blob123").write_text(lines(ROWS))
+    (folder / "link.jsonl").symlink_to(folder / "blob123")
+    for files in ("link.jsonl", "'*.jsonl'"):
+        assert all_of(read_examples(written(folder, f"{{files: {files}}}"))) == sorted(TEXTS)
+
+
+def test_a_mark_at_the_beginning_is_no_text_whatever_the_encoding_is_called(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufefftext\n".encode() + "".join(f"row {i}\n" for i in range(99)).encode())
+    assert len(all_of(read_examples(written(tmp_path, "{files: a.csv, encoding: UTF-8}")))) == 99
+
+
+def test_aligned_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "c.fr").write_text("un\n" * 99)
+    (tmp_path / "c.en.gz").write_bytes(gzip.compress(b"one\n" * 99)[:20])
+    spec = written(tmp_path, "{files: {source: c.en.gz, target: c.fr}}", "translation")
+    with pytest.raises(DataError, match=r"c\.en\.gz cannot be read"):
+        measure(spec)
+    with pytest.raises(SpecError, match="aligned files are named one by one"):
+        written(tmp_path, "{files: {source: '*.gz', target: c.fr}}", "translation")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(ROWS))
+    spec = written(tmp_path, "{files: a.jsonl}").model_copy(update={"folder": str(tmp_path / "runs")})
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Root may read everything.
+    monkeypatch.setattr("hpsearch.data.known.hashlib.file_digest", denied)
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read: Permission denied"):
+        prepare(spec)

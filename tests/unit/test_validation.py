@@ -16,6 +16,7 @@ from hpsearch.data.validation import COST, LEAST_TEXTS, LEAST_TOKENS, fitting_ev
 from hpsearch.driver.plan import fitted
 from hpsearch.spec.sections import DataSpec, TokenizerSpec
 from hpsearch.spec.study import StudySpec, study_class
+from hpsearch.tasks.base import within_budget
 from hpsearch.training.evaluation import _spread
 from hpsearch.training.trainer import Trainer
 from tests.rows import row
@@ -58,7 +59,7 @@ def test_a_part_is_from_everywhere_in_the_split_in_batches_as_large() -> None:
     chosen = np.concatenate(some)
     assert len(chosen) == len({*chosen.tolist()}) == 300
     assert np.histogram(chosen, 10, (0, 1000))[0].tolist() == [30] * 10
-    assert [len(batch) for batch in some] == [100] * 3
+    assert [len(batch) for batch in some] == [90, 90, 90, 30]
     assert _spread(batches, 1.0) is batches
 
 
@@ -109,3 +110,15 @@ def test_the_best_checkpoint_is_confirmed_on_all_of_the_split(tmp_path: Path) ->
     assert part.confirmed_loss == pytest.approx(whole.curve[-1].valid_loss, rel=1e-6)
     assert part.curve[-1].valid_loss != part.confirmed_loss
     assert part.curve[-1].valid_loss == pytest.approx(part.confirmed_loss, rel=0.05)
+
+
+def test_a_part_of_long_and_short_texts_keeps_within_the_budget_of_a_batch() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(4, 1.2, 5000).astype(np.int64), 1, 512)
+    batches = within_budget(lengths, 4096)
+    for part in (0.03, 0.1, 0.5, 0.9):
+        some = _spread(batches, part)
+        padded = [len(batch) * lengths[batch].max() for batch in some]
+        assert max(padded) <= 4096
+        assert sum(map(len, some)) == round(part * 5000)
+        assert len(some) <= len(batches)
+    assert len(_spread(batches, 0.1)) < 0.5 * len(batches), "neighbours are joined"

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.backends import auth_environment, reachable_store
-from hpsearch.data.sources import files_of
 from hpsearch.files.scratch import private_folder
+from hpsearch.spec.files import expanded
 from hpsearch.spec.parsing.environment import masked
-from hpsearch.spec.sections import AlignedFiles, SourceSpec
+from hpsearch.spec.sections import SourceSpec
 from hpsearch.spec.study import StudySpec
 
 # Read by Ray when it is imported.
@@ -228,11 +228,8 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
 
 def _packed_files(source: SourceSpec, package: Path, place: Path) -> dict[str, Any]:
     """`files` of a source as they are called in the package that they are copied into."""
-    found = {
-        split: files.model_dump() if isinstance(files, AlignedFiles) else files
-        for split, files in files_of(source).items()
-    }
-    files = {split: _copied(paths, package, place / split) for split, paths in found.items()}
+    found = source.files.model_dump() if source.files is not None else {}
+    files = {split: _copied(paths, package, place / split) for split, paths in found.items() if paths}
     return {"files": files} if files else {}
 
 
@@ -255,8 +252,12 @@ def _copied(paths: Any, package: Path, place: Path) -> Any:
         return {side: _copied(path, package, place / side) for side, path in paths.items()}
     if isinstance(paths, list):
         return [_copied(path, package, place / str(index)) for index, path in enumerate(paths)]
-    target = place / Path(paths).name
     (package / place).mkdir(parents=True)
+    if not Path(paths).exists():  # a pattern: there may be more files than fit into a command
+        for number, file in enumerate(expanded(paths)):
+            shutil.copyfile(file, package / place / f"{number:06d}-{Path(file).name}")
+        return str(place / "*")
+    target = place / Path(paths).name
     if Path(paths).is_dir():
         _refuse_links(Path(paths), "data.files")
         shutil.copytree(paths, package / target)

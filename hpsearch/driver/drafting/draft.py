@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from hpsearch.data.tokenizers import train_tokenizer
 from hpsearch.driver.drafting.looks import Look, look_at
-from hpsearch.errors import DataError, UsageError
+from hpsearch.errors import DataError, SpecError, UsageError
 from hpsearch.spec.load import load_study
 from hpsearch.spec.parsing.yaml_file import on_a_line
 from hpsearch.spec.sections import TokenizerSpec
@@ -65,13 +66,18 @@ def draft(names: Sequence[str], output: str, *, task: str | None, pretrained: st
         raise UsageError(f"{output} is there already; name another file with -o, or remove it")
     if task is not None and task not in _TASKS:
         raise UsageError(f"--task {task}: expected {', '.join(_TASKS[:-1])} or {_TASKS[-1]}")
-    look = look_at(names)
+    look = look_at(names, task)
+    if pretrained is not None and Path(pretrained).is_dir():
+        pretrained = os.path.join(".", os.path.relpath(pretrained, target.parent))
     made = _Writer(look, target, task, pretrained)
     content = made.content()
     try:
         with target.open("x") as file:
             file.write(content)
         load_study(target)
+    except SpecError:
+        target.unlink()
+        raise
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error.strerror}") from error
     return Draft(path=output, task=made.task, notes=made.notes)
@@ -123,7 +129,7 @@ class _Writer:
         budget = min(_LONGEST_MINUTES, max(5, math.ceil(2 * minutes)))
         lines = [
             f"# Drafted by `hpsearch init` from {self._look.form}.",
-            f"name: {on_a_line(self._target.stem)}",
+            f"name: {on_a_line(re.sub(r'[^A-Za-z0-9._-]+', '-', self._target.stem).strip('-.') or 'study')}",
             f"task: {self.task:<20}# {self._why}",
             f"data: {on_a_line(self._data)}",
         ]

@@ -110,7 +110,7 @@ class Look:
         return None
 
 
-def look_at(names: Sequence[str]) -> Look:
+def look_at(names: Sequence[str], task: str | None) -> Look:
     """Raises UsageError for names that are no files of text, DataError for files that cannot be read."""
     files = [file for name in names for file in expanded(name)]
     for file in files:
@@ -118,14 +118,18 @@ def look_at(names: Sequence[str]) -> Look:
             raise UsageError(f"no such file: {file}")
     if not files:
         raise UsageError(f"no file of text is in {' '.join(names)}")
-    if (aligned := _aligned(files)) is not None:
+    if task in (None, "translation") and (aligned := _aligned(files)) is not None:
         return aligned
     for file in files:
         if format_of(file) is None and not is_saved_dataset(Path(file)):
             raise UsageError(
                 f"cannot tell the format of {Path(file).name}; see docs/tasks-and-data.md for those there are"
             )
-    splits = {split: own for split, own in split_by_name(files).items() if own}
+    folder = Path(names[0]) if len(names) == 1 and Path(names[0]).is_dir() else None
+    try:
+        splits = split_by_name(files, folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     only = names[0] if len(names) == 1 and Path(names[0]).is_dir() else None
     first = splits["train"][0]
     size = sum(Path(file).stat().st_size for file in splits["train"] if Path(file).is_file())
@@ -183,19 +187,22 @@ def _sampled(items: Iterable[_T]) -> tuple[list[_T], float]:
 
 
 def _aligned(files: list[str]) -> Look | None:
-    """Two plain files, or two of each split, that are called alike but for their last suffix and have as many lines."""
-    by_suffix: dict[str, list[str]] = {}
+    """Plain files in two languages, called alike but for these: corpus.en and corpus.fr, or en.txt and fr.txt."""
+    if any(format_of(file) not in (None, "text") for file in files):
+        return None
+    known = {*_LANGUAGES.split(), "src", "tgt", "trg", "source", "target"}
+    by_language: dict[str, dict[str, str]] = {}
     for file in files:
-        by_suffix.setdefault(Path(file).suffix, []).append(file)
-    is_plain = len(by_suffix) == 2 and all(format_of(file) in (None, "text") for file in files)
-    if len(files) == 2 and not is_plain and all(format_of(file) == "text" for file in files):
-        by_suffix = {file: [file] for file in files}  # a.en.txt and a.fr.txt
-        is_plain = split_by_name(files) == {"train": files} and _lines(files[0]) == _lines(files[1])
-    if not is_plain:
+        words = re.split(r"([._-])", Path(file).name.removesuffix(".txt"))
+        if (language := words[-1].lower()) not in known:
+            return None
+        by_language.setdefault(language, {})[str(Path(file).parent / "".join(words[:-1]))] = file
+    if len(by_language) != 2:
         return None
-    sources, targets = by_suffix.values()
-    if len(sources) != len(targets):
+    (first, second), stems = by_language.values(), [*next(iter(by_language.values()))]
+    if {*first} != {*second} or len(first) + len(second) != len(files):
         return None
+    sources, targets = [first[stem] for stem in stems], [second[stem] for stem in stems]
     for source, target in zip(sources, targets, strict=True):
         if (counts := (_lines(source), _lines(target)))[0] != counts[1]:
             raise DataError(
@@ -224,8 +231,9 @@ def _encoding(name: str) -> str | None:
     """None of UTF-8 text and of Parquet."""
     if Path(name).is_dir() or format_of(name) == "parquet":
         return None
-    if Path(name).read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
+    with Path(name).open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return "utf-16"
     try:
         beginning(name, None)
     except UnicodeDecodeError:
