@@ -126,7 +126,7 @@ def _made(spec: StudySpec, key: str | None, report: Report) -> tuple[Folder, Dat
             # Another launch may have made it while this one waited.
             if key is not None and (found := known.find(spec, key)) is not None:
                 return found
-            files = [known.described(file) for file in known.source_files(spec)]
+            files = _described(spec, report)
             _continue_only(folder, files)
             preparation = Preparation(spec, folder, report)
             preparation.read()
@@ -142,6 +142,16 @@ def _made(spec: StudySpec, key: str | None, report: Report) -> tuple[Folder, Dat
     except OSError as error:
         raise RunFolderError(f"cannot write the tokenized data under {data}: {error.strerror or error}") from error
     return target, card
+
+
+def _described(spec: StudySpec, report: Report) -> list[known.SourceFile]:
+    places = known.source_files(spec)
+    total = sum(known.status_of(place).st_size for place in places)
+    files: list[known.SourceFile] = []
+    for place in places:
+        files.append(known.described(place))
+        report("hashing the files", sum(file.size for file in files), total)
+    return files
 
 
 def _continue_only(folder: Path, files: list[known.SourceFile]) -> None:

@@ -163,7 +163,7 @@ class Preparation:
                 for name in self._fields:
                     sizes[name] += pc.sum(pc.binary_length(table.column(name))).as_py()
                 done += table.nbytes
-                self._report("hashing", done, 0)
+                self._report("hashing the texts", done, 0)
             self._hashes[split] = digest.hexdigest()[:16]
             self._bytes |= {(split, name): sizes[name] for name in self._fields}
 

@@ -321,7 +321,7 @@ def test_progress_is_told_of_each_stage(tmp_path: Path) -> None:
         study(tmp_path, "causal_lm", corpus(tmp_path)), lambda stage, done, total: told.update({stage: (done, total)})
     )
     assert time.monotonic() > began
-    assert {"hashing", "training the tokenizer", "tokenizing train", "tokenizing test"} <= {*told}
+    assert {"hashing the texts", "training the tokenizer", "tokenizing train", "tokenizing test"} <= {*told}
     done, total = told["tokenizing train"]
     assert 0 < done == total
 
