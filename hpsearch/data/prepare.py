@@ -167,9 +167,9 @@ def _publish(made: Path, target: Folder) -> None:
     if not isinstance(target, Path):
         storage.sent(made, target, last=CARD)
         return
-    aside = made.with_name("replaced")
-    with suppress(FileNotFoundError):
-        os.rename(target, aside)  # it has lost its card
+    if storage.read(target / CARD) is None:  # it may have lost its card
+        with suppress(FileNotFoundError):
+            os.rename(target, made.with_name("replaced"))
     try:
         os.rename(made, target)
     except OSError:

@@ -34,18 +34,21 @@ def making_folder(data: Folder, key: str | None, waiting: Callable[[], None]) ->
     machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
     place = parent / f".making-{key}-{machine}"
     lock = None if key is None else _locked(place, waiting)
-    folder = place if lock is not None else Path(tempfile.mkdtemp(prefix=".making-", dir=parent))
+    if lock is None:
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=parent, ignore_cleanup_errors=True) as alone:
+            held = _locked(Path(alone), waiting)
+            yield Path(alone)
+            if held is not None:
+                os.close(held)
+        return
     try:
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        yield place
+        shutil.rmtree(place, ignore_errors=True)
     except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         raise
     finally:
-        if lock is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            os.close(lock)
+        os.close(lock)
 
 
 def _locked(place: Path, waiting: Callable[[], None]) -> int | None:
