@@ -60,11 +60,21 @@ def run(case: str, data: Path, seed: int, share: float) -> dict[str, float]:
     spec = fitted(spec, card) if share < 1 else spec
     model, training = spec.settings_for(first_suggestions(spec, 1)[0])
     with tempfile.TemporaryDirectory() as folder:
-        config = TrialConfig.model_construct(
-            task=spec.task, data=str(place), model=model, training=training, options=spec.options.model_dump(),
-            seed=seed, threads=1, device="cpu", device_share=None, folder=folder, earlier=[], origin="", rungs=[],
-            objective="loss",
-        )  # fmt: skip
+        config = TrialConfig(
+            study=spec.name,
+            number=0,
+            task=spec.task,
+            seed=seed,
+            params={},
+            model=model,
+            training=training,
+            options=spec.options.model_dump(),
+            rule=None,
+            data=str(place),
+            folder=folder,
+            threads=1,
+            device="cpu",
+        )
         trainer = build_trainer(config, Ranks(), lambda: Order.CONTINUE)
         spent = timed(trainer)
         began = time.perf_counter()
@@ -92,7 +102,7 @@ def timed(trainer: Trainer) -> list[float]:
         spent[0] += time.perf_counter() - began
         return found
 
-    trainer.evaluator.mean_loss = mean_loss  # type: ignore[method-assign]
+    trainer.evaluator.mean_loss = mean_loss  # type: ignore[method-assign] - only this run's is timed
     return spent
 
 
@@ -121,7 +131,8 @@ def main() -> None:
                 f"{middle['seconds']:9.1f} {np.mean([one['loss'] for one in found]):8.4f}",
                 flush=True,
             )
-    record.keep("evaluation", "torch", results=results)
+    if not given.only:
+        record.keep("evaluation", "torch", results=results)
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def opened(name: str, encoding: str | None, position: Position, newline: str | N
     with position.of(name) as raw:
         unpack = _UNPACK.get(Path(name).suffix.lower())
         binary: Any = unpack(raw) if unpack else raw
-        name_ = "utf-8-sig" if encoding in (None, "utf-8") else encoding
-        yield io.TextIOWrapper(binary, encoding=name_, newline=newline)
+        codec = "utf-8-sig" if encoding in (None, "utf-8") else encoding
+        yield io.TextIOWrapper(binary, encoding=codec, newline=newline)
 
 
 def misplaced_byte(name: str) -> int | None:

@@ -70,7 +70,10 @@ def key_of(spec: StudySpec) -> str | None:
                 return None
             facts.append(commit)
     if spec.task not in TASKS.built_in:
-        facts.append(inspect.getsource(type(task)))
+        try:
+            facts.append(inspect.getsource(sys.modules[type(task).__module__]))
+        except OSError:  # there is no file of it
+            return None
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,6 @@ and compared a partition at a time. So memory does not grow with the text: what 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,8 +85,7 @@ class RowWriter:
         """`source` says which source an example is from."""
         import pyarrow as pa
 
-        self._folder, self._split, self._task, self._labels = folder, split, spec.definition, labels
-        self._source = source
+        self._task, self._labels, self._source = spec.definition, labels, source
         names = [*self._task.fields, *(["label"] if self._task.has_labels else [])]
         schema = pa.schema([(name, pa.large_string()) for name in names])
         self._texts = pa.OSFile(str(_text_file(folder, split)), "wb")
@@ -97,7 +95,6 @@ class RowWriter:
         self._files = {name: _column_file(folder, split, name).open("wb") for name in columns}
         self._pending: list[Example] = []
         self._size = 0
-        self.rows = 0
         self.bytes = 0
 
     def add(self, example: Example) -> None:
@@ -105,7 +102,6 @@ class RowWriter:
         for name, buffer in self._buffers.items():
             buffer += self._entry(name, example, folded)
         self._pending.append(example)
-        self.rows += 1
         size = sum(map(len, example))
         self._size += size
         self.bytes += size
@@ -120,13 +116,10 @@ class RowWriter:
                 return digest(folded[0])
             case "target":
                 return digest(example[-1])
-            case "position":
+            case "position" | "fraction":
                 # Stratified splits tell texts apart as they are.
                 key = folded[0] if self._task.has_labels else fold(self._task.split_key(example[0]))
-                return place(key, "split")
-            case "fraction":
-                key = folded[0] if self._task.has_labels else fold(self._task.split_key(example[0]))
-                return place(key, "fraction")
+                return place(key, "split" if name == "position" else "fraction")
             case "sample":
                 return place(folded[0], "sample")
             case "source":
@@ -164,7 +157,7 @@ def write_rows(
     examples: Iterable[Example],
     labels: Labels,
     columns: Sequence[str],
-    source: Callable[[], int] = lambda: 0,
+    source: Callable[[], int],
 ) -> Generator[int]:
     """Write a given split; yields how much text is written, now and then. Raises DataError for what is no text."""
     writer = RowWriter(folder, split, spec, labels, columns, source)
@@ -289,14 +282,6 @@ def batches(folder: Path, split: str, chosen: NDArray[np.bool_]) -> Iterator[pa.
                 held, size = [], 0
     if held:
         yield pa.Table.from_batches(held)
-
-
-def save_labels(folder: Path, labels: Labels) -> None:
-    (folder / "labels.json").write_text(json.dumps(labels.written))
-
-
-def load_labels(folder: Path) -> Labels:
-    return Labels(json.loads((folder / "labels.json").read_text()))
 
 
 def _text_file(folder: Path, split: str) -> Path:

@@ -223,7 +223,8 @@ def _weigh(folder: Path, places: NDArray[np.uint8], spec: StudySpec) -> dict[str
     for start, piece in Column(folder, "train", "example").pieces():
         end = start + len(piece)
         own = source[start:end]
-        is_over = (piece[:, 1] >= limits[own]) & (parts[own] < 1)
+        # By the half of the hash that samples do not go by: they are to be of all sources alike.
+        is_over = (piece[:, 0] >= limits[own]) & (parts[own] < 1)
         places[start:end][is_over & (places[start:end] == train)] = NOWHERE
     return {_name(source): float(part) for source, part in zip(spec.data.mix, parts, strict=True)}
 

@@ -147,7 +147,9 @@ class DataSpec(SourceSpec):
     """Where the text comes from, exactly one of corpus, files, hub and mix, and how it is split."""
 
     mix: list[MixedSourceSpec] = Field(
-        default_factory=list, description="Several sources that are read as one, each with columns of its own."
+        default_factory=list,
+        max_length=255,
+        description="Several sources that are read as one, each with columns of its own.",
     )
     source_language: str | None = Field(
         None, description="What a multilingual tokenizer calls the language to translate from: eng_Latn, en_XX, en."

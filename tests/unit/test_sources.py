@@ -13,6 +13,7 @@ import pytest
 
 import hpsearch
 from hpsearch.data.prepare import measure, notes, prepare
+from hpsearch.data.stages import Preparation
 from hpsearch.errors import DataError, SpecError, UsageError
 from hpsearch.spec.load import load_study
 from hpsearch.spec.study import StudySpec
@@ -440,3 +441,18 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("hpsearch.data.known.hashlib.file_digest", denied)
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read: Permission denied"):
         prepare(spec)
+
+
+def test_the_sample_of_a_mix_is_of_its_sources_alike(tmp_path: Path) -> None:
+    """What a source has too much of is left out by another part of the hash than what is sampled."""
+    two_sources(tmp_path)
+    spec = written(tmp_path, "[{files: a.jsonl, weight: 0.8}, {files: b.jsonl, column: body, weight: 0.2}]")
+    preparation = Preparation(spec, tmp_path)
+    preparation.read()
+    kept = [*preparation.examples.texts("train", "text")]
+    sample, part = preparation._sampled("train", 0.4 * sum(map(len, kept)), ["text"])
+    assert sample is not None
+    some = [*preparation.examples.texts("train", "text", sample)]
+    for name in "ab":
+        counts = [sum(text.startswith(name) for text in texts) for texts in (kept, some)]
+        assert counts[1] / counts[0] == pytest.approx(part, abs=0.15)

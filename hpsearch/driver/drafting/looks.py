@@ -160,8 +160,8 @@ def look_at(names: Sequence[str], task: str | None) -> Look:
         raise DataError(f"{first} is neither UTF-8 nor cp1252 text ({error.reason})") from error
     except (ValueError, OSError) as error:
         raise DataError(f"{first} cannot be read as {format_of(first)}: {first_line(error)}") from error
-    names_ = dict.fromkeys(name for row in sample for name in row)
-    columns = {name: [row[name] for row in sample if row.get(name) not in (None, "", [])] for name in names_}
+    keys = dict.fromkeys(name for row in sample for name in row)
+    columns = {name: [row[name] for row in sample if row.get(name) not in (None, "", [])] for name in keys}
     return Look(
         splits=named,
         form="a data set of `save_to_disk`" if Path(first).is_dir() else f"rows of {format_of(first)}",
