@@ -27,7 +27,7 @@ def part_of_validation(card: DataCard, *, share: float, evaluations_per_epoch: i
 def fitting_evaluations(card: DataCard, *, share: float, wanted: int) -> int:
     """Evaluations of an epoch that fit into a share of a run's time, at most as many as are wanted, at least one."""
     least = min(_least(card), card.tokens["validation"])
-    return max(1, min(wanted, math.floor(_room(card, share) / least)))
+    return max(1, int(min(wanted, _room(card, share) / least)))
 
 
 def _room(card: DataCard, share: float) -> float:

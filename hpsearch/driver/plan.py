@@ -52,7 +52,7 @@ def check(
     if card:
         spec = fitted(spec, card)
         for settings in _corner_models(spec):
-            spec.definition.check_model(settings, card)
+            spec.definition.check_model(settings, spec.options, card)
     suggestions = first_suggestions(spec, 3, starts_of(spec))
     return {
         "schema_version": 1,
@@ -158,11 +158,12 @@ def _check_models(spec: StudySpec, card: DataCard, folder: Path) -> None:
     known = set(note.read_text().splitlines()) if note.is_file() else set()
     versions = f"{hpsearch.__version__} {version('transformers')}"
     for settings in _corner_models(spec):
-        key = sha256(f"{versions} {spec.task} {settings.model_dump_json()}".encode()).hexdigest()
+        options = spec.options.model_dump_json()
+        key = sha256(f"{versions} {spec.task} {options} {settings.model_dump_json()}".encode()).hexdigest()
         # A pretrained model lies in a folder that may change.
         if key in known and settings.pretrained is None:
             continue
-        spec.definition.check_model(settings, card)
+        spec.definition.check_model(settings, spec.options, card)
         with suppress(OSError), note.open("a") as file:
             file.write(f"{key}\n")
 

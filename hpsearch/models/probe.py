@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hpsearch.errors import UsageError
@@ -26,10 +27,10 @@ _LEAK = 1e-4
 """Of the deviation of a model's logits: more than rounding, and than what a later token may change."""
 
 
-def check_model(auto_class: Any, settings: ModelSettings, **tokens: Any) -> None:
+def check_model(auto_class: Any, settings: ModelSettings, *, is_packed: bool = False, **tokens: Any) -> None:
     """Raise UsageError if such a model cannot be built, or does not train: one that is small enough makes a step.
 
-    Of a larger model no weights are allocated; its small twin makes the step.
+    Of a larger model no weights are allocated; its small twin makes the step. `is_packed`: see `check_apart`.
     """
     if settings.lora_rank:
         require_peft()
@@ -39,6 +40,8 @@ def check_model(auto_class: Any, settings: ModelSettings, **tokens: Any) -> None
     except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
         raise UsageError(f"model: a {config.model_type} of these sizes cannot be built: {error}") from error
     if settings.pretrained is not None:
+        if is_packed:
+            check_apart(_shallow(auto_class, settings, config, tokens))
         return
     weights = sum(parameter.numel() for parameter in model.parameters())
     if weights > _TRIED_AS_IT_IS or settings.context_length > _TWIN_LENGTH:
@@ -49,7 +52,10 @@ def check_model(auto_class: Any, settings: ModelSettings, **tokens: Any) -> None
         torch.manual_seed(0)
         try:
             vocabulary = min(tokens["vocab_size"], _TWIN_VOCABULARY)
-            _try_out(auto_class.from_config(config), kind(auto_class), vocabulary, settings.context_length)
+            model = auto_class.from_config(config)
+            _try_out(model, kind(auto_class), vocabulary, settings.context_length)
+            if is_packed:
+                check_apart(model)
         except UsageError:
             raise
         except Exception as error:
@@ -58,6 +64,43 @@ def check_model(auto_class: Any, settings: ModelSettings, **tokens: Any) -> None
                 f"model: a {config.model_type} of these settings can be built, but not trained: "
                 f"{said or type(error).__name__} (model.config may set what it lacks)"
             ) from error
+
+
+@torch.no_grad()
+def check_apart(model: PreTrainedModel) -> None:
+    """Raise UsageError if the model does not keep documents of one sequence apart by the positions of their tokens."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(2, 9, device=model.device)[None] % max(3, model.config.get_text_config().vocab_size)
+    first = 3
+    positions = torch.cat([torch.arange(first), torch.arange(ids.shape[1] - first)]).to(model.device)[None]
+    try:
+        alone = model(input_ids=ids[:, first:], use_cache=False).logits.float()
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()[:, first:]
+        is_apart = bool((packed - alone).abs().max() <= _LEAK * alone.std())
+    except TypeError:  # it takes no positions
+        is_apart = False
+    finally:
+        model.train(was_training)
+    if not is_apart:
+        raise UsageError(
+            f"causal_lm.packing: a {model.config.model_type} cannot be told which tokens of a sequence belong to which "
+            "document: only packing: continuous trains it"
+        )
+
+
+def _shallow(
+    auto_class: Any, settings: ModelSettings, config: PretrainedConfig, tokens: dict[str, Any]
+) -> PreTrainedModel:
+    """A model like a pretrained one, of few layers and tokens, with weights at random."""
+    layers = min(_TWIN_LAYERS, config.get_text_config().num_hidden_layers)
+    small = build_config(auto_class, settings.model_copy(update={"num_layers": layers}), **tokens)
+    small.vocab_size = _TWIN_VOCABULARY
+    small.pad_token_id = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = auto_class.from_config(small)
+    return model
 
 
 def _twin(settings: ModelSettings) -> ModelSettings:

@@ -111,7 +111,7 @@ class TaskDefinition:
         """What a person should know of the prepared data before trials run on it, a sentence each."""
         return iter(())
 
-    def check_model(self, settings: ModelSettings, card: DataCard) -> None:
+    def check_model(self, settings: ModelSettings, options: Any, card: DataCard) -> None:
         """Raise UsageError if the task cannot build and train such a model. Found out before any trial starts."""
 
     def build(self, config: TrialConfig) -> Task:

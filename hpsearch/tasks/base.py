@@ -5,7 +5,7 @@ Here, too, is what the tasks share: padding and bucketing by length, scores with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -140,8 +140,3 @@ def make_score(metric: str, value: float, examples: Examples, contract: dict[str
     low, high = interval(metric, examples, contract)
     count = len(next(iter(examples.values())))
     return Score(metric=metric, value=value, low=low, high=high, n=count, contract=contract)
-
-
-def gather_losses(losses: Sequence[Tensor]) -> NDArray[np.float64]:
-    """The batches' losses, flattened and joined in order, in double precision."""
-    return torch.cat([batch.reshape(-1) for batch in losses]).double().cpu().numpy()

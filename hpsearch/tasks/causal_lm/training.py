@@ -1,9 +1,4 @@
-"""Causal language modelling: windows of a token stream, next-token loss, perplexity and bits per byte.
-
-Training and evaluation read the stream in windows of `context_length` that do not overlap, so each token is predicted
-once a pass. In training they begin at another random place in every epoch, and the last one runs over the stream's end
-into its beginning; what fills no window is left out. In evaluation the last, partial window is padded.
-"""
+"""Causal language modelling: windows of a token stream, next-token loss, perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -20,76 +15,80 @@ from hpsearch.data.tokenizers import save_tokenizer
 from hpsearch.models import architecture, probe
 from hpsearch.models.kernels import IGNORED, VocabularyLoss
 from hpsearch.spec.settings import ModelSettings
-from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Evaluate, Indices, Scored, cut, gather_losses, make_score
+from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Evaluate, Indices, Scored, cut, make_score
+from hpsearch.tasks.causal_lm.definition import CausalLMOptions
+from hpsearch.tasks.windows import ContinuousWindows, PackedWindows, Windows
 
 
-def check_model(settings: ModelSettings, card: DataCard) -> None:
-    probe.check_model(AutoModelForCausalLM, settings, vocab_size=card.vocab_size)
+def check_model(settings: ModelSettings, options: CausalLMOptions, card: DataCard) -> None:
+    is_packed = options.packing == "documents"
+    probe.check_model(AutoModelForCausalLM, settings, is_packed=is_packed, vocab_size=card.vocab_size)
 
 
 class CausalLM:
-    """See `tasks.base.Task`. Indices are the places in the stream where windows begin."""
+    """See `tasks.base.Task`. Indices are those of windows of `context_length` tokens; see `tasks.windows`."""
 
-    def __init__(self, data: Path, settings: ModelSettings) -> None:
+    def __init__(self, data: Path, settings: ModelSettings, options: CausalLMOptions | None = None) -> None:
+        options = options or CausalLMOptions()
         self._folder = data
         self._card: DataCard = read_card(data)
         self._splits: dict[str, TokenSplit] = {split: load_split(data, split) for split in SPLITS}
-        self._length = settings.context_length
+        self._length, self._packing = settings.context_length, options.packing
+        self._windows = {split: self._windows_of(split) for split in SPLITS}
         self.model = architecture.build_model(AutoModelForCausalLM, settings, vocab_size=self._card.vocab_size)
         # A text begins behind the end of another. A pretrained model knows its own length.
         self._longest = self._length if settings.pretrained is None else None
         end = {"bos_token_id": self._card.end_id, "pad_token_id": self._card.end_id}
         lengths = {} if self._longest is None else {"max_length": self._longest}
         architecture.set_generation(self.model, **end, **lengths)
+        if options.packing == "documents":
+            probe.check_apart(self.model)
         self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
+
+    def _windows_of(self, split: str) -> Windows:
+        ends = self._splits[split].document_ends
+        if self._packing == "documents":
+            return PackedWindows(ends, self._length)
+        return ContinuousWindows(ends, self._length, is_training=split == "train")
 
     @property
     def num_examples(self) -> dict[str, int]:
-        predicted = {split: len(self._splits[split].tokens) - 1 for split in SPLITS}
-        counts = {split: math.ceil(predicted[split] / self._length) for split in SPLITS}
-        counts["train"] = max(1, predicted["train"] // self._length)
-        return counts
+        return {split: windows.count for split, windows in self._windows.items()}
 
     def epoch_batches(self, order: np.random.Generator, batch_size: int) -> list[Indices]:
-        count, predicted = self.num_examples["train"], len(self._splits["train"].tokens) - 1
-        starts = (order.integers(predicted) + self._length * order.permutation(count)) % predicted
-        return cut(starts, batch_size)
+        return cut(self._windows["train"].of_epoch(order), batch_size)
 
     def evaluation_batches(self, split: str) -> list[Indices]:
-        starts = self._length * np.arange(self.num_examples[split])
-        return cut(starts, max(1, EVALUATION_TOKENS // self._length))
+        return cut(self._windows[split].in_order(), max(1, EVALUATION_TOKENS // self._length))
 
     def batch(self, split: str, indices: Indices) -> Batch:
-        """Inputs and labels, each of shape (examples, context_length)."""
-        tokens = self._splits[split].tokens
-        predicted = len(tokens) - 1
-        places = indices[:, None] + np.arange(self._length)
-        around = places % predicted
-        inputs, labels = tokens[around].astype(np.int64), tokens[around + 1].astype(np.int64)
-        if self._card.begin_id is not None:
-            labels[labels == self._card.begin_id] = IGNORED
-        if split == "train":
-            labels[:, predicted:] = IGNORED  # of a stream that is shorter than a window
-        else:
-            labels[places >= predicted] = IGNORED
-        return Batch((torch.from_numpy(inputs), torch.from_numpy(labels)))
+        """Inputs, their positions if documents are kept apart, and labels; each of shape (examples, context_length)."""
+        tokens, layout = self._splits[split].tokens, self._windows[split].layout(indices)
+        is_read = layout.places >= 0
+        places = np.where(is_read, layout.places, 0)
+        inputs, labels = tokens[places].astype(np.int64), tokens[places + 1].astype(np.int64)
+        labels[~is_read | (labels == self._card.begin_id)] = IGNORED
+        arrays = (inputs, labels) if layout.positions is None else (inputs, layout.positions, labels)
+        return Batch(tuple(map(torch.from_numpy, arrays)))
 
     def predicted(self, split: str, indices: Indices) -> int:
-        predicted = len(self._splits[split].tokens) - 1
         if self._card.begin_id is not None:
-            return int((self.batch(split, indices).tensors[1] != IGNORED).sum())
-        left = np.full_like(indices, predicted) if split == "train" else predicted - indices
-        return int(np.minimum(left, self._length).sum())
+            return int((self.batch(split, indices).tensors[-1] != IGNORED).sum())
+        return self._windows[split].predicted(indices)
 
     def losses(self, batch: Batch) -> Tensor:
-        inputs, labels = batch.tensors
+        inputs, *positions, labels = batch.tensors
+        if positions:
+            return self._loss(labels, input_ids=inputs, position_ids=positions[0])
         return self._loss(labels, input_ids=inputs)
 
     def score(self, evaluate: Evaluate) -> Scored:
         """Perplexity per token and bits per byte of UTF-8 text, with intervals over documents."""
         test = self._splits["test"]
-        losses = [losses for _, losses in evaluate("test", self.losses)]
-        nats = gather_losses(losses)[: test.document_ends[-1]]
+        nats = np.zeros(test.document_ends[-1])
+        for indices, losses in evaluate("test", self.losses):
+            places = self._windows["test"].layout(indices).places
+            nats[places[places >= 0]] = losses.double().cpu().numpy()[places >= 0]
         starts = np.concatenate([[0], test.document_ends[:-1]])
         per_document = np.add.reduceat(nats, starts)
         lengths = test.lengths if self._card.begin_id is None else test.lengths - 1
@@ -99,6 +98,7 @@ class CausalLM:
             "data": self._card.test_fingerprint,
             "context_length": self._length,
             "stride": self._length,
+            "packing": self._packing,
         }
         by_token = {**shared, "unit": "token", "tokenizer": self._card.tokenizer}
         perplexity = math.exp(per_document.sum() / lengths.sum())

@@ -70,7 +70,7 @@ class ClassificationDefinition(TaskDefinition):
                 f"are {some([*card.label_counts['train']])}"
             )
 
-    def check_model(self, settings: ModelSettings, card: DataCard) -> None:
+    def check_model(self, settings: ModelSettings, options: ClassificationOptions, card: DataCard) -> None:
         from hpsearch.tasks.classification.training import check_model
 
         check_model(settings, card)

@@ -76,7 +76,7 @@ class TranslationDefinition(TaskDefinition):
                 "are"
             )
 
-    def check_model(self, settings: ModelSettings, card: DataCard) -> None:
+    def check_model(self, settings: ModelSettings, options: TranslationOptions, card: DataCard) -> None:
         from hpsearch.tasks.translation.training import check_model
 
         check_model(settings, card)
