@@ -17,7 +17,7 @@ import numpy as np
 
 from hpsearch.data import known
 from hpsearch.data.shards import CARD, SPLITS, DataCard, load_split
-from hpsearch.data.sources import size_of
+from hpsearch.data.sources import files_of, has_whole_files, names_of, size_of
 from hpsearch.data.splits import some
 from hpsearch.data.stages import Preparation, Report, unheard, write_whole
 from hpsearch.errors import DataError, RunFolderError
@@ -99,6 +99,8 @@ def notes(spec: StudySpec, card: DataCard) -> list[str]:
         split, _, other = pair.partition(" in ")
         remedy = "left out of training" if split == "train" else "kept in both"
         found.append(f"{count:,} examples of the {split} split are in the {other} split, too: {remedy}")
+    for files in (files_of(data)["train"] for data in spec.data.sources if has_whole_files(data) is None):
+        found.append(f"{len(names_of(files))} files: the paragraphs of each stay in one split (data.whole_files)")
     for source, part in card.used.items():
         if part < 1:
             found.append(f"{source}: {part:.1%} of its training text is used, by the weights of the mix")

@@ -7,7 +7,7 @@ and compared a partition at a time. So memory does not grow with the text: what 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from hpsearch.spec.study import StudySpec
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from hpsearch.data.sources import Reading
+
 BATCH_BYTES = 1 << 20
 """Text of a batch on disk, and of one that is given out: at least, but for the last."""
 _PIECE = 1 << 18
@@ -31,6 +33,7 @@ _DTYPES = {
     "example": np.dtype("(2,)u8"),
     "text": np.dtype("(2,)u8"),
     "target": np.dtype("(2,)u8"),
+    "group": np.dtype("(2,)u8"),
     "position": np.dtype(">u8"),
     "fraction": np.dtype(">u8"),
     "sample": np.dtype(">u8"),
@@ -80,12 +83,12 @@ class RowWriter:
         spec: StudySpec,
         labels: Labels,
         columns: Sequence[str],
-        source: Callable[[], int],
+        reading: Reading,
     ) -> None:
-        """`source` says which source an example is from."""
+        """`reading` says where an example that is added comes from."""
         import pyarrow as pa
 
-        self._task, self._labels, self._source = spec.definition, labels, source
+        self._task, self._labels, self._reading = spec.definition, labels, reading
         names = [*self._task.fields, *(["label"] if self._task.has_labels else [])]
         schema = pa.schema([(name, pa.large_string()) for name in names])
         self._texts = pa.OSFile(str(_text_file(folder, split)), "wb")
@@ -119,11 +122,16 @@ class RowWriter:
             case "position" | "fraction":
                 # Stratified splits tell texts apart as they are.
                 key = folded[0] if self._task.has_labels else fold(self._task.split_key(example[0]))
+                if name == "position" and self._reading.group is not None:
+                    return place(self._reading.group, "split group")
                 return place(key, "split" if name == "position" else "fraction")
+            case "group":
+                group = self._reading.group
+                return digest(folded[0] if group is None else f"group\0{group}")
             case "sample":
                 return place(folded[0], "sample")
             case "source":
-                return bytes([self._source()])
+                return bytes([self._reading.source])
             case "size":
                 return sum(len(text.encode()) for text in example).to_bytes(4, "little")
             case _:
@@ -157,10 +165,10 @@ def write_rows(
     examples: Iterable[Example],
     labels: Labels,
     columns: Sequence[str],
-    source: Callable[[], int],
+    reading: Reading,
 ) -> Generator[int]:
     """Write a given split; yields how much text is written, now and then. Raises DataError for what is no text."""
-    writer = RowWriter(folder, split, spec, labels, columns, source)
+    writer = RowWriter(folder, split, spec, labels, columns, reading)
     before = 0
     try:
         for number, example in enumerate(examples, start=1):

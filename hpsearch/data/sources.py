@@ -20,6 +20,8 @@ from hpsearch.spec.study import StudySpec
 from hpsearch.spec.task import LABEL_SEPARATOR
 
 _BYTES_OF_A_TOKEN = 4
+_MANY_FILES = 20
+"""Plain text files that are split one by one: of fewer, the splits would not have the sizes that are asked for."""
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Reading:
     """By file, the rows left out because they have no text in some column."""
     source: int = 0
     """Of a mix, the number of the source that the last example is from."""
+    group: str | None = None
+    """What the last example is a piece of, if that is known."""
     split_on: dict[str, str] = field(default_factory=dict)
     """By plain text file, what was guessed to part its texts."""
 
@@ -62,6 +66,7 @@ def _marked(examples: Iterator[Example], number: int, reading: Reading, most: in
     for example in examples:
         reading.source = number
         yield example
+        reading.group = None
         read += sum(len(text.encode(errors="replace")) for text in example) if most is not None else 0
         if most is not None and read >= most:
             return
@@ -100,6 +105,23 @@ def _saved_splits(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def has_whole_files(source: SourceSpec) -> bool | None:
+    """Whether the texts of a file stay in one split. None: those of a plain text file do, if they are paragraphs."""
+    if source.whole_files is not None:
+        return source.whole_files
+    found = files_of(source)
+    return None if sum(map(_is_text, names_of(found.get("train", [])))) >= _MANY_FILES else False
+
+
+def is_grouped(data: DataSpec) -> bool:
+    """Whether some texts stay in the split of others."""
+    return any(source.group_column is not None or has_whole_files(source) is not False for source in data.sources)
+
+
+def _is_text(name: str) -> bool:
+    return not Path(name).is_dir() and format_of(name) == "text"
+
+
 def size_of(data: DataSpec, split: str) -> int:
     """Bytes of the files of a given split; 0 when they are not known before they are read."""
     names = [name for source in data.sources for name in names_of(files_of(source).get(split, []))]
@@ -116,6 +138,7 @@ class _Reader:
     def __init__(self, source: SourceSpec, spec: StudySpec, reading: Reading) -> None:
         self._data, self._task, self._reading = source, spec.definition, reading
         self._columns = self._task.columns(source)
+        self._whole_files = has_whole_files(source)
 
     def files(self, files: list[str] | AlignedFiles) -> Iterator[Example]:
         if isinstance(files, AlignedFiles):
@@ -159,10 +182,13 @@ class _Reader:
                 split_on = guess_split(beginning(name, data.encoding))
                 if split_on != "blank_line":
                     self._reading.split_on[name] = split_on
+            is_whole = split_on == "blank_line" if self._whole_files is None else self._whole_files
             for number, text in enumerate(texts_of(name, split_on, encoding=data.encoding, position=position), start=1):
+                self._reading.group = name if is_whole else None
                 yield f"text {number}", (text,)
         else:
-            rows = rows_of(name, self._columns, encoding=data.encoding, delimiter=data.delimiter, position=position)
+            read = self._columns if data.group_column is None else (*self._columns, data.group_column)
+            rows = rows_of(name, read, encoding=data.encoding, delimiter=data.delimiter, position=position)
             yield from self._examples(rows, name)
 
     def _aligned(self, files: AlignedFiles) -> Iterator[tuple[str, Example]]:
@@ -176,6 +202,7 @@ class _Reader:
                         f"data: {source} has {lengths[0]} lines and {target} has {lengths[1]}; line by line, one must "
                         "be the translation of the other"
                     )
+                self._reading.group = source if self._whole_files else None
                 yield f"line {number}", (one, other)
 
     def _lines(self, name: str) -> Iterator[str]:
@@ -197,6 +224,11 @@ class _Reader:
         last = len(self._columns) - 1
         for place, row in rows:
             where = f"{name}, {place}"
+            if (column := self._data.group_column) is not None:
+                group = as_text(_value(row, column, where), f"{where}: column '{column}'", is_label=True)
+                self._reading.group = group or None
+            elif self._whole_files:
+                self._reading.group = name
             yield (
                 place,
                 tuple(

@@ -19,6 +19,7 @@ from hpsearch.data import rows
 from hpsearch.data.corpora import Example
 from hpsearch.data.rows import Column, Labels
 from hpsearch.data.shards import SPLITS, ArrayWriter
+from hpsearch.data.sources import is_grouped
 from hpsearch.errors import DataError
 from hpsearch.spec.sections import AlignedFiles, SourceSpec
 from hpsearch.spec.study import StudySpec
@@ -99,6 +100,7 @@ def columns_of(spec: StudySpec, split: str, given: set[str]) -> list[str]:
     found += ["label"] if task.has_labels else []
     if split == "train":
         found += ["position"] if task.has_labels or not given.issuperset(SPLITS) else []
+        found += ["group"] if task.has_labels and is_grouped(data) else []
         found += ["fraction"] if data.fraction < 1 else []
         found += ["source", "size"] if is_weighted(spec) else []
     return found
@@ -121,6 +123,8 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec) 
         if split != "train"
     }
     places["train"] = _split(folder, kept["train"], {*given}, labels, spec)
+    if is_grouped(spec.data):
+        overlaps |= _leave_out_shared(folder, places["train"], spec)
     used = _weigh(folder, places["train"], spec) if is_weighted(spec) else {}
     examples = Examples(folder=folder, places=places, duplicates=duplicates, overlaps=overlaps, used=used)
     if spec.definition.has_labels:
@@ -129,8 +133,9 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec) 
             examples = counts.without_rare()
     for split in SPLITS:
         if not examples.count(split):
+            more = "more text, of more groups" if is_grouped(spec.data) else "more text"
             raise DataError(
-                f"data: the {split} split is empty ({read} documents were read); give more text, or a larger fraction"
+                f"data: the {split} split is empty ({read} documents were read); give {more}, or a larger fraction"
             )
     if spec.definition.has_labels:
         _check_labels(examples, labels, spec)
@@ -203,6 +208,22 @@ def _split(folder: Path, of: NDArray[np.bool_], given: set[str], labels: Labels,
     return places
 
 
+def _leave_out_shared(folder: Path, places: NDArray[np.uint8], spec: StudySpec) -> dict[str, int]:
+    """Leave the texts out of training that a held-out split has, too, from another group; returns how many.
+
+    Texts that are split by themselves cannot be in two splits.
+    """
+    overlaps = {}
+    own = {split: places == SPLITS.index(split) for split in SPLITS}
+    texts = {split: Column(folder, "train", text_column(spec), of) for split, of in own.items()}
+    for other in ("test", "validation"):
+        shared = rows.among(texts["train"], [texts[other]]) & own["train"]
+        if shared.any():
+            overlaps[f"train in {other}"] = int(shared.sum())
+            places[shared] = NOWHERE
+    return overlaps
+
+
 def is_weighted(spec: StudySpec) -> bool:
     return any(source.weight is not None for source in spec.data.mix)
 
@@ -246,7 +267,7 @@ def _stratified(
     text moves one over each border at most. A text with several labels belongs to the rarest of them.
     """
     train, validation, test = map(SPLITS.index, ("train", "validation", "test"))
-    text_of = rows.groups(Column(folder, "train", "text", of).all())
+    text_of = rows.groups(Column(folder, "train", "group" if is_grouped(spec.data) else "text", of).all())
     _, first_row = np.unique(text_of, return_index=True)
     positions = Column(folder, "train", "position", of).all().astype(np.uint64)[first_row]
     sets = _LabelSets(labels, spec)

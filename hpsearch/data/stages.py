@@ -137,9 +137,7 @@ class Preparation:
         size = size_of(self._spec.data, split)
         began, written, part = reading.position.bytes, 0, 1.0
         columns = splits.columns_of(self._spec, split, given)
-        with closing(
-            rows.write_rows(self._rows, split, self._spec, examples, labels, columns, lambda: reading.source)
-        ) as pieces:
+        with closing(rows.write_rows(self._rows, split, self._spec, examples, labels, columns, reading)) as pieces:
             for piece in pieces:
                 written += piece
                 done = reading.position.bytes - began

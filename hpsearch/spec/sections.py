@@ -83,6 +83,16 @@ class SourceSpec(Strict):
     label_column: str = Field("label", description="Column that holds the label, or a list of labels.")
     source_column: str = Field("source", description="Column that holds the text to translate.")
     target_column: str = Field("target", description="Column that holds its translation.")
+    group_column: str | None = Field(
+        None,
+        description="Column that names what a text is a piece of, such as its document or its author: all of one stand "
+        "in the same split.",
+    )
+    whole_files: bool | None = Field(
+        None,
+        description="Whether all texts of a file stand in the same split. By default those of plain text files do, if "
+        "they are paragraphs, and at least 20 files are split.",
+    )
     split_on: SplitOn | Literal["auto"] = Field(
         "auto",
         description="What parts the texts of a plain text file. auto: end-of-text marks, blank lines or lines, by how "
@@ -117,8 +127,14 @@ class SourceSpec(Strict):
             raise ValueError(f"expected exactly one of {kinds}, got {' and '.join(given) or 'none'}")
         if self.hub is None and (self.config or self.revision):
             raise ValueError("config and revision belong to hub")
-        if self.files is None and (self.encoding or self.delimiter or self.split_on != "auto"):
-            raise ValueError("split_on, encoding and delimiter belong to files")
+        if self.files is None and (
+            self.encoding or self.delimiter or self.split_on != "auto" or self.whole_files is not None
+        ):
+            raise ValueError("split_on, whole_files, encoding and delimiter belong to files")
+        if self.group_column is not None and self.corpus is not None:
+            raise ValueError("group_column belongs to files and hub: a built-in corpus has no columns")
+        if self.group_column is not None and self.whole_files:
+            raise ValueError("group_column and whole_files each say what stays in one split; give one of them")
         return self
 
     @field_validator("encoding")

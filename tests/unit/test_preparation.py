@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +134,78 @@ def test_data_is_what_a_plain_preparation_in_memory_makes_of_it(
             assert names == [sorted(written.split("|")) for written in expected.field(split, 1)]
 
 
+@pytest.mark.parametrize("task", list(COLUMNS))
+def test_what_is_of_one_document_stays_in_one_split(tmp_path: Path, task: str) -> None:
+    """Others fall where they ever do, and a text that several documents have is not learnt where one is held out."""
+    last = {"causal_lm": (), "translation": ("eine Zeile",), "classification": ("a",)}[task]
+    # Translations are split by their sources without digits.
+    examples = [(f"text {''.join(chr(97 + int(digit)) for digit in str(number))}", *last) for number in range(800)]
+    page_of = {example[0]: number // 10 for number, example in enumerate(examples) if number % 7}
+    shared = {f"a text of many pages {letter}" for letter in "abcdefghijklmnopqrst"}
+    lines = [(example, page_of.get(example[0])) for example in examples]
+    lines += [
+        ((text, *(f"{word} {page}" for word in last)), page) for text in sorted(shared) for page in range(0, 80, 9)
+    ]
+    if task == "classification":
+        lines = [((*example[:-1], "ab"[number % 2]), page) for number, (example, page) in enumerate(lines)]
+
+    def split_of(name: str, content: list[Any], **data: Any) -> dict[str, str]:
+        file = tmp_path / name
+        file.write_text(
+            "".join(
+                json.dumps(dict(zip(COLUMNS[task], example, strict=True)) | {"page": {"id": page}}) + "\n"
+                for example, page in content
+            )
+        )
+        read = read_examples(study(tmp_path, task, FileSplits(train=[str(file)]), **data))
+        found: dict[str, str] = {}
+        for split in SPLITS:
+            for text in {*read.field(split, 0)}:
+                # Held-out splits of a document each may share a text.
+                assert text not in found or {split, found[text]} == {"validation", "test"}
+                found[text] = split
+        return found
+
+    grouped = split_of("all.jsonl", lines, group_column="page.id")
+    splits_of_page: dict[int, set[str]] = {}
+    for text, page in page_of.items():
+        splits_of_page.setdefault(page, set()).add(grouped[text])
+    assert all(len(splits) == 1 for splits in splits_of_page.values())
+    pages = Counter(split for splits in splits_of_page.values() for split in splits)
+    assert min(pages["validation"], pages["test"]) >= 2
+    assert pages["train"] > 55
+    if task == "translation":  # the pages translate it differently, so it is no duplicate
+        assert {grouped[text] for text in shared} <= {"validation", "test"}
+    backwards = split_of("backwards.jsonl", lines[::-1], group_column="page.id")
+    assert {text: split for text, split in backwards.items() if text not in shared} == {
+        text: split for text, split in grouped.items() if text not in shared
+    }
+    if task != "classification":  # whose labels are spread over the splits
+        alone = split_of("alone.jsonl", lines)
+        assert all(alone[text] == split for text, split in grouped.items() if text not in {*page_of, *shared})
+
+
+def test_paragraphs_of_many_files_stay_with_their_file(tmp_path: Path) -> None:
+    for number in range(40):
+        paragraphs = [f"file {number:02} paragraph {place}" for place in range(10)]
+        (tmp_path / f"{number:02}.txt").write_text("\n\n".join(paragraphs))
+
+    def files_in(pattern: str, **data: Any) -> dict[str, set[str]]:
+        read = read_examples(study(tmp_path, "causal_lm", FileSplits(train=[str(tmp_path / pattern)]), **data))
+        return {split: {text.split()[1] for text in read.field(split, 0)} for split in SPLITS}
+
+    many = files_in("*.txt")
+    assert not many["train"] & (many["validation"] | many["test"])
+    assert len(many["train"]) > 25
+    apart = files_in("*.txt", whole_files=False)
+    assert apart["train"] & apart["test"]
+    few = files_in("0*.txt")
+    assert few["train"] & (few["validation"] | few["test"]), "of ten files, splits would not be as large as asked for"
+    assert not (found := files_in("[0-1]*.txt", whole_files=True, test_fraction=0.3))["train"] & found["test"]
+    spec = study(tmp_path, "causal_lm", FileSplits(train=[str(tmp_path / "*.txt")]))
+    assert "40 files: the paragraphs of each stay in one split (data.whole_files)" in notes(spec, prepare(spec)[1])
+
+
 def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
     """What comes of it, or why nothing does; which of several texts is named there is left open."""
     try:
@@ -215,7 +288,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from hpsearch.data import rows, stages
-from hpsearch.data.prepare import prepare
+from hpsearch.data.prepare import notes, prepare
 from hpsearch.spec.sections import FileSplits
 from tests.unit.test_preparation import study
 
