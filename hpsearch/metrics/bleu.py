@@ -96,12 +96,18 @@ def longest(references: Iterable[str], tokenizer: str) -> int:
     return max(len(tokenize(text).split()) for text in references)
 
 
-def _by_script(references: Iterable[str]) -> str:
-    letters = Counter(char for text in references for char in text)
+def scripts_of(texts: Iterable[str]) -> Counter[str]:
+    """Letters by the script they are of, as the first word of their Unicode names: LATIN, CYRILLIC, CJK."""
+    letters = Counter(char for text in texts for char in text)
     scripts: Counter[str] = Counter()
     for char, count in letters.items():
         if unicodedata.category(char)[0] in "LM":
             scripts[unicodedata.name(char, "?").split()[0]] += count
+    return scripts
+
+
+def _by_script(references: Iterable[str]) -> str:
+    scripts = scripts_of(references)
     unspaced = sum(scripts[script] for script in _SCRIPTS)
     if not unspaced or unspaced < _SHARE * scripts.total():
         return "13a"

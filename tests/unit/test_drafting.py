@@ -227,7 +227,13 @@ def test_what_was_recognised_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "reviews.csv").write_bytes(FORMS["labels"][0]["a.csv"])
     ran = init("reviews.csv")
     assert ran.returncode == 0, ran.stderr
-    for said in ("rows of csv", "task classification: label has few values beside text", "2 labels", "training tokens"):
+    for said in (
+        "rows of csv",
+        "task classification: label has few values beside text",
+        "2 labels",
+        "training tokens",
+        "written in Latin",
+    ):
         assert said in ran.stdout
     assert "hpsearch launch study.yaml" in ran.stdout
     text = (tmp_path / "study.yaml").read_text()

@@ -16,6 +16,7 @@ import numpy as np
 from hpsearch.data.tokenizers import train_tokenizer
 from hpsearch.driver.drafting.looks import Look, look_at
 from hpsearch.errors import DataError, SpecError, UsageError
+from hpsearch.metrics import bleu
 from hpsearch.spec.load import load_study
 from hpsearch.spec.parsing.yaml_file import on_a_line
 from hpsearch.spec.sections import TokenizerSpec
@@ -57,6 +58,8 @@ _SIZES = {
 }
 """By training tokens, up to so many: models that learn something from them, and overfit only towards the end."""
 _CPU_HIDDEN = 256
+_SCRIPT_SHARE = 0.05
+"""Of letters: less of another script are names and quotations."""
 
 
 def draft(names: Sequence[str], output: str, *, task: str | None, pretrained: str | None) -> Draft:
@@ -91,6 +94,7 @@ class _Writer:
         self._data: dict[str, Any] = {"files": self._files()}
         self._texts = self._choose_columns()
         self.notes.insert(1, f"task {self.task}: {self._why}")
+        self.notes.insert(2, self._letters())
 
     def content(self) -> str:
         texts, look = self._texts, self._look
@@ -181,6 +185,18 @@ class _Writer:
 
         splits = named(self._look.splits)
         return splits["train"] if {*splits} == {"train"} else splits
+
+    def _letters(self) -> str:
+        """Which scripts the texts are written in, and what follows for their scores."""
+        found: list[str] = []
+        for texts in self._texts:
+            scripts = bleu.scripts_of(texts)
+            main = [name for name, count in scripts.most_common(3) if count >= _SCRIPT_SHARE * scripts.total()]
+            found += [name if len(name) < 4 else name.capitalize() for name in main]
+        said = f"the texts are written in {' and '.join(dict.fromkeys(found)) or 'no letters'}"
+        if self.task == "translation":
+            said += f"; BLEU's words are those of {bleu.choose(None, self._texts[-1])} (translation.bleu_tokenizer)"
+        return said
 
     def _choose_columns(self) -> tuple[list[str], ...]:
         """Set the columns of the task, and return a sample of its texts."""
@@ -290,4 +306,6 @@ def _speed(gpus: int) -> float:
 
 
 def _duration(minutes: float) -> str:
-    return f"{minutes / 60:.0f} hours" if minutes > 120 else f"{max(1, minutes):.0f} minutes"
+    if minutes > 120:
+        return f"{minutes / 60:.0f} hours"
+    return "a minute" if minutes < 1.5 else f"{minutes:.0f} minutes"
