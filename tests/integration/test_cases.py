@@ -158,6 +158,20 @@ def test_a_run_folder_that_is_away_for_a_while_costs_a_trial_nothing(
     assert {trial.state for trial in study.trials()} <= {"completed", "overfit", "plateau", "unpromising"}
 
 
+def test_that_rays_memory_monitor_ended_a_worker_is_said(tiny: Path, tmp_path: Path, hpsearch: Run) -> None:
+    """Ray is told that a thousandth of the memory is all there is."""
+    environment = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    options = ["--backend=ray", "--trials=1", "--set=limits.retries=0", "--set=resources.parallel=1"]
+    done = hpsearch("launch", str(tiny), *options, env=environment)
+    assert done.returncode == 3, done.stderr
+    reason = "Ray ended its worker: the node ran low on memory ("
+    assert f"trial 0 failed: {reason}" in done.stderr
+    assert "resources.memory_gb_per_trial" in done.stderr
+    (trial,) = package.open_study("tiny", store=f"sqlite:///{tmp_path}/studies.db").trials()
+    assert trial.state == "failed"
+    assert (trial.reason or "").startswith(reason)
+
+
 def test_failed_trials_are_put_back_by_a_command(tiny: Path, tmp_path: Path, hpsearch: Run) -> None:
     away: list[Path] = []
 

@@ -210,6 +210,24 @@ def test_a_job_is_listed_asked_after_and_stopped(cluster: Cluster, study: Path, 
     assert "no job nope" in missing.stderr
 
 
+def test_the_password_of_a_submitted_store_lies_nowhere_in_the_cluster(
+    cluster: Cluster, study: Path, tmp_path: Path
+) -> None:
+    store = "postgresql://somebody:canary4711@127.0.0.1:1/studies"
+    command = ["submit", "study.yaml", "--job-id", "secret", "--detach"]
+    done = cluster.run(*command, cwd=tmp_path, HPSEARCH_STORE=store)
+    assert done.returncode == 0, done.stderr
+    said = cluster.wait_for(lambda: "127.0.0.1" in (log := cluster.run("logs", "secret").stdout) and log)
+    assert "canary" not in said
+    listed = cluster.run("jobs", "--json").stdout
+    assert "somebody:***@127.0.0.1:1" in listed, "it is masked where it is shown"
+    assert "canary" not in listed
+    cluster.run("stop", "secret")
+    files = [file for file in cluster.root.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert any(file.name == "study.yaml" for file in files), "what was submitted lies there"
+    assert [file for file in files if b"canary" in file.read_bytes()] == []
+
+
 @pytest.mark.faults
 def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, study: Path, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/lost.db"

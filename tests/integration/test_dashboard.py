@@ -165,14 +165,21 @@ def test_artifacts_are_downloads_in_a_sandbox() -> None:
     assert headers["Content-Security-Policy"] == "sandbox"
 
 
-def test_connections_that_say_nothing_keep_nobody_out(folder: Path) -> None:
+@pytest.mark.parametrize("descriptors", [None, 24], ids=["many descriptors", "few descriptors"])
+def test_connections_that_say_nothing_keep_nobody_out(folder: Path, descriptors: int | None) -> None:
     with serving(folder) as ask:
         port = ask.port  # type: ignore[attr-defined]
         silent = []
-        for _ in range(150):
-            with suppress(OSError):
-                silent.append(socket.create_connection(("127.0.0.1", port), timeout=5))
         server = psutil.Process(ask.pid)  # type: ignore[attr-defined]
+        if descriptors:
+            server.rlimit(psutil.RLIMIT_NOFILE, (server.num_fds() + descriptors, 4096))
+        for _ in range(40 if descriptors else 150):
+            with suppress(OSError):
+                silent.append(socket.create_connection(("127.0.0.1", port), timeout=0.2 if descriptors else 5))
+        if descriptors:
+            before = sum(server.cpu_times()[:2])
+            time.sleep(2)
+            assert sum(server.cpu_times()[:2]) - before < 1, "it does not ask over and over"
         assert server.num_threads() < 100
         answered = None
         for _ in range(60):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -13,6 +14,7 @@ from hpsearch.files.layout import LAST_WORDS, PULSE_EVERY_S, PULSE_FILE, STOP_FI
 from hpsearch.files.storage import locate
 from hpsearch.records import TrialConfig
 
+_LOW_ON_MEMORY = re.compile(r"killed due to the node running low on memory\..*? was (\S+) used / (\S+) limit", re.S)
 _STALL_MARGIN_S = 3 * PULSE_EVERY_S
 """What a worker that makes no step gets to end itself, with last words, before it is ended from outside."""
 
@@ -64,7 +66,12 @@ def last_words_of(config: TrialConfig) -> str:
 
 
 def cause_in(error: str) -> str:
-    """The line of a report that says what happened: the watchdog's, or the last one of a traceback."""
+    """What a report says has happened: its watchdog, Ray's memory monitor, or the last line of a traceback."""
+    if found := _LOW_ON_MEMORY.search(error):
+        return (
+            f"Ray ended its worker: the node ran low on memory ({found[1]} of {found[2]} used); "
+            "resources.memory_gb_per_trial, or a smaller resources.parallel, leaves more to each trial"
+        )
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith(("Timeout (", "Fatal Python error"))), None)
     if said is not None and said.startswith("Timeout ("):
