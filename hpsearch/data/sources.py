@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.data.corpora import READERS, Example
-from hpsearch.data.files import Position, Row, beginning, guess_split, lines_of, misplaced_byte, rows_of, texts_of
+from hpsearch.data.files import (
+    Position,
+    Row,
+    beginning,
+    guess_split,
+    lines_of,
+    mark_of,
+    misplaced_byte,
+    rows_of,
+    texts_of,
+)
 from hpsearch.data.shards import SPLITS
 from hpsearch.errors import DataError
 from hpsearch.spec.files import expanded, format_of, split_by_name, split_called
@@ -183,8 +193,9 @@ class _Reader:
                 if split_on != "blank_line":
                     self._reading.split_on[name] = split_on
             is_whole = split_on == "blank_line" if self._whole_files is None else self._whole_files
+            mark = mark_of(name) if is_whole else None
             for number, text in enumerate(texts_of(name, split_on, encoding=data.encoding, position=position), start=1):
-                self._reading.group = name if is_whole else None
+                self._reading.group = mark
                 yield f"text {number}", (text,)
         else:
             read = self._columns if data.group_column is None else (*self._columns, data.group_column)
@@ -193,6 +204,7 @@ class _Reader:
 
     def _aligned(self, files: AlignedFiles) -> Iterator[tuple[str, Example]]:
         for source, target in zip(files.source, files.target, strict=True):
+            mark = mark_of(source) if self._whole_files else None
             first, second = self._lines(source), self._lines(target)
             for number, (one, other) in enumerate(zip_longest(first, second), start=1):
                 if one is None or other is None:
@@ -202,7 +214,7 @@ class _Reader:
                         f"data: {source} has {lengths[0]} lines and {target} has {lengths[1]}; line by line, one must "
                         "be the translation of the other"
                     )
-                self._reading.group = source if self._whole_files else None
+                self._reading.group = mark
                 yield f"line {number}", (one, other)
 
     def _lines(self, name: str) -> Iterator[str]:
@@ -222,13 +234,14 @@ class _Reader:
 
     def _examples(self, rows: Iterable[tuple[str, Row]], name: str) -> Iterator[tuple[str, Example]]:
         last = len(self._columns) - 1
+        mark = mark_of(name) if self._whole_files else None
         for place, row in rows:
             where = f"{name}, {place}"
             if (column := self._data.group_column) is not None:
                 group = as_text(_value(row, column, where), f"{where}: column '{column}'", is_label=True)
                 self._reading.group = group or None
-            elif self._whole_files:
-                self._reading.group = name
+            else:
+                self._reading.group = mark
             yield (
                 place,
                 tuple(

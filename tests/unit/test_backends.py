@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hpsearch.backends.ray.cluster import _in_this_folder
 from hpsearch.backends.ray.tune import _Bridge, _place
 from hpsearch.errors import ClusterError, UsageError
 from hpsearch.spec.load import load_study
+from tests.examples import read_examples
 
 STUDY = "name: s\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 
@@ -147,3 +149,20 @@ def test_a_folder_with_links_out_of_it_is_not_sent_away(tmp_path: Path) -> None:
     (model / "vocab.txt").symlink_to(tmp_path / "id_rsa")
     with pytest.raises(UsageError, match=r"data\.files: .*vocab\.txt is a link to .*id_rsa, outside of"):
         _refuse_links(model, "data.files")
+
+
+def test_files_that_are_sent_to_a_cluster_hold_the_same_text_there(tmp_path: Path) -> None:
+    from hpsearch.backends.ray.jobs import _pack
+
+    names = [f"{number:02}.txt" for number in range(30)]
+    for name in names:
+        (tmp_path / name).write_text("\n\n".join(f"file {name} paragraph {place}" for place in range(9)))
+    (tmp_path / "s.yaml").write_text(f"name: s\ntask: causal_lm\ndata: {{files: {json.dumps(names)}}}\n")
+    here = load_study(tmp_path / "s.yaml")
+    package = tmp_path / "package"
+    package.mkdir()
+    overrides = _pack(here, package)
+    assert sum(map(len, overrides)) < 200, "more names than fit into a command are sent as a pattern"
+    (package / "s.yaml").write_bytes((tmp_path / "s.yaml").read_bytes())
+    there = load_study(package / "s.yaml", overrides=[one.removeprefix("--set=") for one in overrides])
+    assert read_examples(there) == read_examples(here)

@@ -195,6 +195,11 @@ def test_paragraphs_of_many_files_stay_with_their_file(tmp_path: Path) -> None:
         return {split: {text.split()[1] for text in read.field(split, 0)} for split in SPLITS}
 
     many = files_in("*.txt")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in tmp_path.glob("*.txt"):
+        (moved / f"called-{file.name}").write_bytes(file.read_bytes())
+    assert files_in("moved/*.txt") == many, "wherever they lie"
     assert not many["train"] & (many["validation"] | many["test"])
     assert len(many["train"]) > 25
     apart = files_in("*.txt", whole_files=False)

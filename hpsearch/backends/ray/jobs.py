@@ -41,6 +41,8 @@ from hpsearch.spec.redaction import hide_secrets
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STORE_FILE = "store.url"
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MANY_FILES = 20
+"""More of them are called by a pattern: there may be more names than fit into a command."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -229,7 +231,12 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
 def _packed_files(source: SourceSpec, package: Path, place: Path) -> dict[str, Any]:
     """`files` of a source as they are called in the package that they are copied into."""
     found = source.files.model_dump() if source.files is not None else {}
-    files = {split: _copied(paths, package, place / split) for split, paths in found.items() if paths}
+    files = {}
+    for split, paths in found.items():
+        if isinstance(paths, list) and len(paths) > _MANY_FILES and all(Path(path).is_file() for path in paths):
+            files[split] = [_numbered(paths, package, place / split)]
+        elif paths:
+            files[split] = _copied(paths, package, place / split)
     return {"files": files} if files else {}
 
 
@@ -252,11 +259,9 @@ def _copied(paths: Any, package: Path, place: Path) -> Any:
         return {side: _copied(path, package, place / side) for side, path in paths.items()}
     if isinstance(paths, list):
         return [_copied(path, package, place / str(index)) for index, path in enumerate(paths)]
+    if not Path(paths).exists():  # a pattern
+        return _numbered(expanded(paths), package, place)
     (package / place).mkdir(parents=True)
-    if not Path(paths).exists():  # a pattern: there may be more files than fit into a command
-        for number, file in enumerate(expanded(paths)):
-            shutil.copyfile(file, package / place / f"{number:06d}-{Path(file).name}")
-        return str(place / "*")
     target = place / Path(paths).name
     if Path(paths).is_dir():
         _refuse_links(Path(paths), "data.files")
@@ -264,6 +269,14 @@ def _copied(paths: Any, package: Path, place: Path) -> Any:
     else:
         shutil.copyfile(paths, package / target)
     return str(target)
+
+
+def _numbered(files: Sequence[str], package: Path, place: Path) -> str:
+    """Copy files into a folder in their order; returns the pattern that stands for all of them."""
+    (package / place).mkdir(parents=True)
+    for number, file in enumerate(files):
+        shutil.copyfile(file, package / place / f"{number:06d}-{Path(file).name}")
+    return str(place / "*")
 
 
 def _job(details: Any) -> Job:
