@@ -146,8 +146,6 @@ class TrialResult:
     """What the task keeps beside its scores, by kind: `samples`, `outputs`, `confusion`, `predictions`."""
     examples: bytes | None = None
     """What each test example adds to the scores, as `statistics.pack` writes it: for paired tests."""
-    judgement: dict[str, Any] | None = None
-    """Verdict and evidence of the last judgement."""
     num_parameters: int | None = None
     micro_batch_size: int | None = None
     device: str | None = None
@@ -174,10 +172,6 @@ class TrialResult:
         scores = tuple(Score(**score) for score in content.get("scores", ()))
         examples = None if content["examples"] is None else base64.b64decode(content["examples"])
         return cls(**{**content, "state": TrialState(content["state"]), "scores": scores, "examples": examples})
-
-
-def judgement_dict(judgement: Judgement) -> dict[str, Any]:
-    return {"verdict": judgement.verdict.value, "evidence": judgement.evidence.as_dict()}
 
 
 class TrialConfig(Strict):

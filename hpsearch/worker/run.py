@@ -30,7 +30,7 @@ from hpsearch.files.storage import Folder, locate
 from hpsearch.files.trial_log import LOGGER, log_file, trial_log
 from hpsearch.metrics import statistics
 from hpsearch.pruning.overfitting import Judgement, Verdict, judge
-from hpsearch.records import WHOLE, Point, Progress, TrialConfig, TrialResult, TrialState, judgement_dict
+from hpsearch.records import WHOLE, Point, Progress, TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import OverfitRule
 from hpsearch.training import checkpoints, torch_internals
 from hpsearch.training.devices import describe_cpu, device_name, peak_memory, pick_device
@@ -203,7 +203,6 @@ def _train(config: TrialConfig, trainer: Trainer, progress: list[Progress]) -> G
     common = TrialResult(
         state=TrialState.COMPLETED,
         reason=ending(config, curve),
-        judgement=judgement_dict(judgement),
         num_parameters=trainer.num_parameters,
         micro_batch_size=trainer.micro_batch_size,
         device=device_name(trainer.device),
