@@ -13,8 +13,9 @@ import pytest
 
 from hpsearch.backends import Placement
 from hpsearch.backends.ray import cluster as ray_cluster
+from hpsearch.backends.ray.bridge import Bridge
 from hpsearch.backends.ray.cluster import _in_this_folder
-from hpsearch.backends.ray.tune import _Bridge, _place
+from hpsearch.backends.ray.placement import place_on
 from hpsearch.errors import ClusterError, UsageError
 from hpsearch.spec.load import load_study
 from tests.examples import read_examples
@@ -25,7 +26,7 @@ STUDY = "name: s\ntask: causal_lm\ndata: {corpus: python_docs}\n"
 def place(tmp_path: Path, resources: str, *nodes: dict[str, float], **node: float) -> Placement:
     file = tmp_path / "s.yaml"
     file.write_text(f"{STUDY}resources: {resources}\n")
-    return _place(load_study(file), nodes or [node])
+    return place_on(load_study(file), nodes or [node])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_what_tune_pickles_holds_no_study(tmp_path: Path) -> None:
         def __reduce__(self) -> str:
             raise AssertionError("the run was pickled")
 
-    bridge = _Bridge(Secret(), place(tmp_path, "{}", CPU=2))  # type: ignore[arg-type]
+    bridge = Bridge(Secret(), place(tmp_path, "{}", CPU=2))  # type: ignore[arg-type]
     assert pickle.loads(pickle.dumps(bridge)).run is None
 
 
