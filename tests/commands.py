@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
     ["torch", "transformers", "optuna", "alembic.command", "pandas", "hpsearch.cli.main", "hpsearch.driver.launch",
      "hpsearch.driver.plan", "hpsearch.worker.run", "hpsearch.cli.tables", "hpsearch.cli.live", __name__]
 )  # fmt: skip
@@ -30,7 +30,7 @@ def run_command(
     """Its exit code and what it has written; what it prints goes into files, not to a terminal."""
     with tempfile.TemporaryDirectory(prefix="hps-command-") as place:
         out, errors = Path(place) / "out", Path(place) / "errors"
-        process = _FORKS.Process(
+        process = FORKS.Process(
             target=_become, args=(tuple(arguments), str(folder), environment, str(out), str(errors))
         )
         process.start()

@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
 def study(tmp_path_factory: pytest.TempPathFactory) -> package.Study:
     """Real trials on real text; a few of them overfit."""
     folder = tmp_path_factory.mktemp("study")
-    head = TINY.split("training:")[0]
+    head = TINY.split("training:")[0].replace("fraction: 0.08", "fraction: 0.02")
     file = folder / "study.yaml"
     file.write_text(
         f"{head}{OVERFITTING}budget: {{trials: 5}}\nresources: {{gpus_per_trial: 0}}\nbackend: inline\n"

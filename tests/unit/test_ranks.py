@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from hpsearch.training.trainer import Trainer
 from hpsearch.worker.reasons import first_cause
 from hpsearch.worker.run import run_trial
 from hpsearch.worker.team import ProcessLostError, follow
+from tests.commands import FORKS
 from tests.conftest import drain
 from tests.unit.test_trainer import OVERFITTING, WIDER
 
@@ -40,19 +40,19 @@ MODELS = {
     "translation": ModelSettings(architecture="marian", hidden_size=32, num_heads=2, num_layers=1, context_length=32),
     "classification": ModelSettings(architecture="bert", hidden_size=32, num_heads=2, num_layers=1, context_length=32),
 }
-FRACTIONS = {"causal_lm": 0.05, "translation": 0.1, "classification": 1.0}
+FRACTIONS = {"causal_lm": 0.05, "translation": 0.1, "classification": 0.3}
 CORPORA: dict[str, Any] = {"causal_lm": "python_docs", "translation": "ui_messages", "classification": "python_areas"}
 
 
 class Pool:
-    """Processes that wait for work; they know torch already."""
+    """Processes that wait for work. They are forked from one that knows torch: a pool that was killed is soon up again."""
 
     def __init__(self) -> None:
         self._executor: ProcessPoolExecutor | None = None
 
     def submit(self, entry: Callable[..., str], *arguments: Any, **more: Any) -> Future[str]:
         if self._executor is None:
-            self._executor = ProcessPoolExecutor(SIZE - 1, mp_context=multiprocessing.get_context("spawn"))
+            self._executor = ProcessPoolExecutor(SIZE - 1, mp_context=FORKS)
         return self._executor.submit(entry, *arguments, **more)
 
     def kill(self) -> None:

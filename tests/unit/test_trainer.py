@@ -51,7 +51,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    corpus = DataSpec(corpus="python_docs", fraction=0.08)
+    corpus = DataSpec(corpus="python_docs", fraction=0.04)
     return prepare(
         StudySpec(name="s", task="causal_lm", data=corpus, tokenizer=TokenizerSpec(vocab_size=300), folder=str(folder))
     )[0]
