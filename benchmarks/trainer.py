@@ -53,6 +53,7 @@ from transformers import (
 from hpsearch.data.prepare import prepare
 from hpsearch.data.shards import SPLITS, load_texts
 from hpsearch.models.configuration import build_config
+from hpsearch.models.kernels import IGNORED
 from hpsearch.records import TrialConfig
 from hpsearch.spec.settings import split_settings
 from hpsearch.spec.study import study_class
@@ -256,9 +257,13 @@ class Case:
         config = build_config(AutoModelForCausalLM, self.model_settings, vocab_size=self.task.model.config.vocab_size)
         config.activation_function = "gelu_new"  # what its configuration comes with
         data = {}
+        length = self.model_settings.context_length
         for split in SPLITS:
-            inputs, _ = self.task.batch(split, np.arange(self.task.num_examples[split])).tensors
-            data[split] = [{"input_ids": row, "labels": row} for row in inputs]
+            # The stream cut into pieces, one behind the other, as transformers' own examples do it.
+            starts = length * np.arange(self.task.num_examples[split])
+            inputs, targets = self.task.batch(split, starts).tensors
+            labels = inputs.masked_fill(targets == IGNORED, IGNORED)  # what fills up the last one
+            data[split] = [{"input_ids": row, "labels": own} for row, own in zip(inputs, labels, strict=True)]
         return AutoModelForCausalLM.from_config(config), data, default_data_collator, None
 
     def _tokenizer(self) -> Any:
