@@ -34,7 +34,13 @@ def store(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("grafana")
     file = folder / "study.yaml"
     file.write_text(f"{TINY.replace('name: tiny', 'name: it.s')}folder: {folder}/runs\n")
-    wanted = ["data.fraction=0.02", "search.num_epochs=30", "search.batch_size=[8, 12]", "search.learning_rate=1e-2", "model.hidden_size=64"]
+    wanted = [
+        "data.fraction=0.02",
+        "search.num_epochs=30",
+        "search.batch_size=[8, 12]",
+        "search.learning_rate=1e-2",
+        "model.hidden_size=64",
+    ]
     package.launch(file, store=url, trials=2, overrides=[*wanted, "training.schedule=constant"])
     return url
 
