@@ -117,9 +117,16 @@ def test_ray_knows_the_node_that_it_has_started() -> None:
     import ray
     from ray._private.node import Node
 
+    from hpsearch.backends.ray import ray_internals
+
     assert hasattr(ray._private.worker, "_global_node")
     assert callable(Node.dead_processes)
     assert {"check_alive", "allow_graceful"} <= set(Node.kill_all_processes.__code__.co_varnames)
+    helpers = {name: getattr(Node, name) for name in ray_internals._HELPERS}
+    assert helpers.keys() <= {*Node.start_head_processes.__code__.co_names, *Node.start_ray_processes.__code__.co_names}
+    with ray_internals.without_helpers():
+        assert all(getattr(Node, name) is not helpers[name] for name in helpers)
+    assert {name: getattr(Node, name) for name in helpers} == helpers
 
 
 @pytest.mark.parametrize("metric", [BLEU(), CHRF(word_order=2), TER()], ids=["bleu", "chrf", "ter"])

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpsearch.backends import reachable_store
 from hpsearch.backends.fork_server import fork_server
+from hpsearch.backends.ray.ray_internals import without_helpers
 from hpsearch.errors import ClusterError, RunFolderError, UsageError
 from hpsearch.files import storage
 from hpsearch.files.scratch import private_folder
@@ -85,13 +86,14 @@ def _check_length(scratch: Path) -> None:
 def _start(scratch: Path, note: Callable[[str], None]) -> None:
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(scratch),
-            )
+            with without_helpers():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(scratch),
+                )
             return
         except Exception as error:
             ray.shutdown()

@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import ray
+from ray._private.node import Node
+
+_HELPERS = ("start_monitor", "start_log_monitor", "start_api_server")
+
+
+@contextmanager
+def without_helpers() -> Iterator[None]:
+    """Let a Ray that is started meanwhile leave out what a study on one machine has no use for.
+
+    That is its autoscaler, the reader of its logs, and the server of jobs and the dashboard, which it starts even where
+    nobody asks for them: half of the CPU time that it takes to start, and a port.
+    """
+    starters = {name: getattr(Node, name) for name in _HELPERS}
+
+    def nothing(node: Any, **_: Any) -> None:
+        pass
+
+    try:
+        for name in starters:
+            setattr(Node, name, nothing)
+        yield
+    finally:
+        for name, starter in starters.items():
+            setattr(Node, name, starter)
 
 
 def dead_processes() -> list[str]:
