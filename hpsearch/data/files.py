@@ -23,6 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 """Parts the documents of a plain file, where it stands in one. Our tokenizers call the token so that ends a text."""
 _CHUNK = 1 << 20
 """Characters read at once."""
+_BEGINNING = 4096
+"""Bytes that tell files apart."""
 _SEPARATORS = {"blank_line": "\n\n", "line": "\n", "end_of_text": END_OF_TEXT}
 _DELIMITERS = (",", ";", "\t", "|")
 
@@ -110,11 +112,15 @@ def lines_of(name: str, *, encoding: str | None, position: Position) -> Iterator
 
 
 def mark_of(name: str) -> str:
-    """What tells a file from others, wherever it lies and whatever it is called: a hash of its first megabyte."""
-    if Path(name).is_dir():
-        return name
-    with Path(name).open("rb") as file:
-        return hashlib.blake2b(file.read(_CHUNK), digest_size=16).hexdigest()
+    """What tells a file from others, wherever it lies and whatever it is called: a hash of how it begins.
+
+    More text at its end changes nothing, if there were some pages already. A saved data set is told by its first file.
+    """
+    place = Path(name)
+    if place.is_dir():
+        place = min(place.rglob("*.arrow"))
+    with place.open("rb") as file:
+        return hashlib.blake2b(file.read(_BEGINNING), digest_size=16).hexdigest()
 
 
 def beginning(name: str, encoding: str | None) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hpsearch.data import known
 from hpsearch.data.shards import CARD, SPLITS, DataCard, load_split
-from hpsearch.data.sources import files_of, has_whole_files, names_of, size_of
+from hpsearch.data.sources import size_of
 from hpsearch.data.splits import some
 from hpsearch.data.stages import Preparation, Report, unheard, write_whole
 from hpsearch.errors import DataError, RunFolderError
@@ -64,8 +64,14 @@ def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) ->
     if is_large and not whole:
         # What is wrong with a part need not be wrong with the whole: a file may be sorted by its labels.
         with suppress(DataError):
-            return _measured(spec, report, _ESTIMATED_FROM)
+            return _measured(_one_by_one(spec), report, _ESTIMATED_FROM)
     return _measured(spec, report, None)
+
+
+def _one_by_one(spec: StudySpec) -> StudySpec:
+    """The study with its texts split one by one: a part of its files may be of a single document."""
+    data = spec.data.model_copy(update={"group_column": None, "whole_files": False})
+    return spec.model_copy(update={"data": data})
 
 
 def _measured(spec: StudySpec, report: Report, most: int | None) -> tuple[DataCard, dict[str, int]]:
@@ -99,8 +105,13 @@ def notes(spec: StudySpec, card: DataCard) -> list[str]:
         split, _, other = pair.partition(" in ")
         remedy = "left out of training" if split == "train" else "kept in both"
         found.append(f"{count:,} examples of the {split} split are in the {other} split, too: {remedy}")
-    for files in (files_of(data)["train"] for data in spec.data.sources if has_whole_files(data) is None):
-        found.append(f"{len(names_of(files))} files: the paragraphs of each stay in one split (data.whole_files)")
+    if card.whole_files:
+        found.append(f"{card.whole_files} files: the paragraphs of each stay in one split (data.whole_files)")
+    for split, count in card.left_out.items():
+        found.append(
+            f"{count:,} examples were left out of {'training' if split == 'train' else split}: their texts, or others "
+            "of their documents, are in a split that is held out"
+        )
     for source, part in card.used.items():
         if part < 1:
             found.append(f"{source}: {part:.1%} of its training text is used, by the weights of the mix")

@@ -34,6 +34,7 @@ _DTYPES = {
     "text": np.dtype("(2,)u8"),
     "target": np.dtype("(2,)u8"),
     "group": np.dtype("(2,)u8"),
+    "key": np.dtype("(2,)u8"),
     "position": np.dtype(">u8"),
     "fraction": np.dtype(">u8"),
     "sample": np.dtype(">u8"),
@@ -120,14 +121,14 @@ class RowWriter:
             case "target":
                 return digest(example[-1])
             case "position" | "fraction":
-                # Stratified splits tell texts apart as they are.
-                key = folded[0] if self._task.has_labels else fold(self._task.split_key(example[0]))
                 if name == "position" and self._reading.group is not None:
                     return place(self._reading.group, "split group")
-                return place(key, "split" if name == "position" else "fraction")
+                return place(self._key(example, folded), "split" if name == "position" else "fraction")
+            case "key":
+                return digest(self._key(example, folded))
             case "group":
                 group = self._reading.group
-                return digest(folded[0] if group is None else f"group\0{group}")
+                return digest(self._key(example, folded) if group is None else f"group\0{group}")
             case "sample":
                 return place(folded[0], "sample")
             case "source":
@@ -136,6 +137,11 @@ class RowWriter:
                 return sum(len(text.encode()) for text in example).to_bytes(4, "little")
             case _:
                 return self._labels.number(example[-1]).to_bytes(4, "little")
+
+    def _key(self, example: Example, folded: list[str]) -> str:
+        """What examples have in common that are not to be in two splits. Stratified splits tell texts apart as they
+        are."""
+        return folded[0] if self._task.has_labels else fold(self._task.split_key(example[0]))
 
     def _flush(self) -> None:
         import pyarrow as pa

@@ -52,6 +52,10 @@ class DataCard:
     """By split, the examples that have each label."""
     overlaps: dict[str, int] = dataclasses.field(default_factory=dict)
     """See `Examples.overlaps`."""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """See `Examples.left_out`."""
+    whole_files: int = 0
+    """Files of training whose texts stay in one split without having been told to."""
     rare: dict[str, int] = dataclasses.field(default_factory=dict)
     """See `Examples.rare`."""
     bleu_tokenizer: str | None = None

@@ -45,6 +45,10 @@ class Reading:
     """Of a mix, the number of the source that the last example is from."""
     group: str | None = None
     """What the last example is a piece of, if that is known."""
+    is_grouped: bool = False
+    """Whether that was known of any example."""
+    whole_files: int = 0
+    """Files whose texts stay together without having been told to."""
     split_on: dict[str, str] = field(default_factory=dict)
     """By plain text file, what was guessed to part its texts."""
 
@@ -75,6 +79,7 @@ def _marked(examples: Iterator[Example], number: int, reading: Reading, most: in
     read = 0
     for example in examples:
         reading.source = number
+        reading.is_grouped |= reading.group is not None
         yield example
         reading.group = None
         read += sum(len(text.encode(errors="replace")) for text in example) if most is not None else 0
@@ -119,12 +124,12 @@ def has_whole_files(source: SourceSpec) -> bool | None:
     """Whether the texts of a file stay in one split. None: those of a plain text file do, if they are paragraphs."""
     if source.whole_files is not None:
         return source.whole_files
-    found = files_of(source)
-    return None if sum(map(_is_text, names_of(found.get("train", [])))) >= _MANY_FILES else False
+    train = files_of(source).get("train", [])
+    return None if isinstance(train, list) and sum(map(_is_text, train)) >= _MANY_FILES else False
 
 
-def is_grouped(data: DataSpec) -> bool:
-    """Whether some texts stay in the split of others."""
+def may_group(data: DataSpec) -> bool:
+    """Whether some texts may have to stay in the split of others."""
     return any(source.group_column is not None or has_whole_files(source) is not False for source in data.sources)
 
 
@@ -187,6 +192,8 @@ class _Reader:
         if kind == "data set":
             yield from self._examples(rows_of_dataset(name), name)
         elif kind == "text":
+            if data.group_column is not None:
+                raise DataError(f"data: {name} is plain text, which has no column '{data.group_column}' (group_column)")
             split_on = data.split_on
             if split_on == "auto":
                 split_on = guess_split(beginning(name, data.encoding))
@@ -194,6 +201,7 @@ class _Reader:
                     self._reading.split_on[name] = split_on
             is_whole = split_on == "blank_line" if self._whole_files is None else self._whole_files
             mark = mark_of(name) if is_whole else None
+            self._reading.whole_files += is_whole and self._whole_files is None
             for number, text in enumerate(texts_of(name, split_on, encoding=data.encoding, position=position), start=1):
                 self._reading.group = mark
                 yield f"text {number}", (text,)
@@ -238,8 +246,7 @@ class _Reader:
         for place, row in rows:
             where = f"{name}, {place}"
             if (column := self._data.group_column) is not None:
-                group = as_text(_value(row, column, where), f"{where}: column '{column}'", is_label=True)
-                self._reading.group = group or None
+                self._reading.group = _group(_value(row, column, where), f"{where}: column '{column}'")
             else:
                 self._reading.group = mark
             yield (
@@ -322,6 +329,17 @@ def as_text(value: Any, place: str, *, is_label: bool) -> str:
     if is_label and isinstance(value, list):
         return LABEL_SEPARATOR.join(entry if isinstance(entry, str) else json.dumps(entry) for entry in value)
     raise DataError(f"data: {place} holds {type(value).__name__}, not text")
+
+
+def _group(value: Any, place: str) -> str | None:
+    """What a text is a piece of, by a name, a number or a date; None where there is none."""
+    if value is None or value != value or value == "":
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of numbers with holes
+    if isinstance(value, dict | list):
+        raise DataError(f"data: {place} holds {type(value).__name__}, not a name")
+    return str(value)
 
 
 def first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from hpsearch.data import rows
 from hpsearch.data.corpora import Example
 from hpsearch.data.rows import Column, Labels
 from hpsearch.data.shards import SPLITS, ArrayWriter
-from hpsearch.data.sources import is_grouped
+from hpsearch.data.sources import may_group
 from hpsearch.errors import DataError
 from hpsearch.spec.sections import AlignedFiles, SourceSpec
 from hpsearch.spec.study import StudySpec
@@ -53,6 +53,9 @@ class Examples:
     """Labels left out because they are too rare to stand in all splits, with their examples."""
     used: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of a mix with weights, the part of each source's training text that is used."""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By split, examples left out because a held-out document has their text, or because others of their documents are
+    in a given split that is held out."""
     left: dict[str, str] = dataclasses.field(default_factory=dict)
     """What is left of a label as it is written, where `rare` takes a part of it."""
 
@@ -97,10 +100,11 @@ def columns_of(spec: StudySpec, split: str, given: set[str]) -> list[str]:
     found += [] if found and text_column(spec) == "example" else [text_column(spec)]
     found += ["target"] if task.compares_text else []
     found += ["sample"] if data.max_examples is not None else []
+    found += ["group"] if may_group(data) else []
     found += ["label"] if task.has_labels else []
     if split == "train":
         found += ["position"] if task.has_labels or not given.issuperset(SPLITS) else []
-        found += ["group"] if task.has_labels and is_grouped(data) else []
+        found += ["key"] if may_group(data) and key_column(spec) == "key" else []
         found += ["fraction"] if data.fraction < 1 else []
         found += ["source", "size"] if is_weighted(spec) else []
     return found
@@ -111,9 +115,23 @@ def text_column(spec: StudySpec) -> str:
     return "example" if len(spec.definition.columns(spec.data)) == 1 else "text"
 
 
-def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec) -> Examples:
-    """De-duplicate and split the rows that are written in a folder, of these given splits. Raises DataError."""
+def key_column(spec: StudySpec) -> str:
+    """The column of hashes of what examples have in common that are not to be in two splits."""
+    return "key" if spec.definition.is_pair and not spec.definition.has_labels else text_column(spec)
+
+
+def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec, *, is_grouped: bool) -> Examples:
+    """De-duplicate and split the rows that are written in a folder, of these given splits. Raises DataError.
+
+    `is_grouped` says whether some stay in the split of others.
+    """
     kept, duplicates, overlaps = _without_overlap(folder, given, spec)
+    left_out: Counter[str] = Counter()
+    for split in (split for split in given if is_grouped and split != "train"):
+        groups = Column(folder, "train", "group", kept["train"])
+        shared = rows.among(groups, [Column(folder, split, "group")])
+        kept["train"] &= ~shared
+        left_out["train"] += int(shared.sum())
     read = sum(int(rows.sum()) for rows in kept.values())
     if spec.data.max_examples is not None:
         kept = {split: _sample(folder, split, of, spec.data.max_examples) for split, of in kept.items()}
@@ -122,20 +140,23 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec) 
         for split, of in kept.items()
         if split != "train"
     }
-    places["train"] = _split(folder, kept["train"], {*given}, labels, spec)
-    if is_grouped(spec.data):
-        overlaps |= _leave_out_shared(folder, places["train"], spec)
+    places["train"] = _split(folder, kept["train"], {*given}, labels, spec, is_grouped=is_grouped)
+    if is_grouped:
+        left_out.update(_leave_out_shared(folder, places["train"], spec))
     used = _weigh(folder, places["train"], spec) if is_weighted(spec) else {}
-    examples = Examples(folder=folder, places=places, duplicates=duplicates, overlaps=overlaps, used=used)
+    examples = Examples(
+        folder=folder, places=places, duplicates=duplicates, overlaps=overlaps, used=used, left_out=dict(+left_out)
+    )
     if spec.definition.has_labels:
         counts = _Counts(examples, labels, spec)
         if spec.data.rare_labels == "drop":
             examples = counts.without_rare()
     for split in SPLITS:
         if not examples.count(split):
-            more = "more text, of more groups" if is_grouped(spec.data) else "more text"
+            together = ", which stay together by group_column or whole_files" if is_grouped else ""
             raise DataError(
-                f"data: the {split} split is empty ({read} documents were read); give {more}, or a larger fraction"
+                f"data: the {split} split is empty ({read} documents were read{together}); give more text, or a larger "
+                "fraction"
             )
     if spec.definition.has_labels:
         _check_labels(examples, labels, spec)
@@ -185,19 +206,23 @@ def _sample(folder: Path, split: str, of: NDArray[np.bool_], most: int) -> NDArr
     return first
 
 
-def _split(folder: Path, of: NDArray[np.bool_], given: set[str], labels: Labels, spec: StudySpec) -> NDArray[np.uint8]:
+def _split(
+    folder: Path, of: NDArray[np.bool_], given: set[str], labels: Labels, spec: StudySpec, *, is_grouped: bool
+) -> NDArray[np.uint8]:
     """Where each row of training goes: splits that are not given are split off it."""
     data = spec.data
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     cut = {split: 0.0 if split in given else fraction for split, fraction in fractions.items()}
     if spec.definition.has_labels:
-        return _stratified(folder, of, cut, labels, spec)
+        return _stratified(folder, of, cut, labels, spec, "group" if is_grouped else "text")
     places = np.where(of, SPLITS.index("train"), NOWHERE).astype(np.uint8)
     if data.fraction < 1:
         for start, piece in Column(folder, "train", "fraction").pieces():
             own = places[start : start + len(piece)]
             own[rows.as_fraction(piece) >= data.fraction] = NOWHERE
-    if any(cut.values()):
+    if any(cut.values()) and is_grouped:
+        _hold_out_groups(folder, of, places, cut)
+    elif any(cut.values()):
         for start, piece in Column(folder, "train", "position").pieces():
             end = start + len(piece)
             positions = rows.as_fraction(piece)
@@ -208,20 +233,32 @@ def _split(folder: Path, of: NDArray[np.bool_], given: set[str], labels: Labels,
     return places
 
 
+def _hold_out_groups(folder: Path, of: NDArray[np.bool_], places: NDArray[np.uint8], cut: dict[str, float]) -> None:
+    """Put whole groups of these rows into validation and test, in the order of their hashes, up to the parts to be cut
+    off."""
+    units = _Units(folder, "group", of)
+    validation, test = _held_out(np.argsort(units.first("position"), kind="stable"), units.sizes, cut)
+    place = np.full(len(units.sizes), SPLITS.index("train"), np.uint8)
+    place[validation], place[test] = SPLITS.index("validation"), SPLITS.index("test")
+    found = place[units.of_rows]
+    own = places[of]
+    own[found != SPLITS.index("train")] = found[found != SPLITS.index("train")]
+    places[of] = own
+
+
 def _leave_out_shared(folder: Path, places: NDArray[np.uint8], spec: StudySpec) -> dict[str, int]:
-    """Leave the texts out of training that a held-out split has, too, from another group; returns how many.
+    """Leave the texts out of training, and of validation, that a later split has from another group; returns how many.
 
     Texts that are split by themselves cannot be in two splits.
     """
-    overlaps = {}
+    left_out = {}
     own = {split: places == SPLITS.index(split) for split in SPLITS}
-    texts = {split: Column(folder, "train", text_column(spec), of) for split, of in own.items()}
-    for other in ("test", "validation"):
-        shared = rows.among(texts["train"], [texts[other]]) & own["train"]
-        if shared.any():
-            overlaps[f"train in {other}"] = int(shared.sum())
-            places[shared] = NOWHERE
-    return overlaps
+    keys = {split: Column(folder, "train", key_column(spec), of) for split, of in own.items()}
+    for split, others in (("train", ("validation", "test")), ("validation", ("test",))):
+        shared = rows.among(keys[split], [keys[other] for other in others])
+        left_out[split] = int(shared.sum())
+        places[shared] = NOWHERE
+    return left_out
 
 
 def is_weighted(spec: StudySpec) -> bool:
@@ -259,38 +296,79 @@ def _name(source: SourceSpec) -> str:
 
 
 def _stratified(
-    folder: Path, of: NDArray[np.bool_], cut: dict[str, float], labels: Labels, spec: StudySpec
+    folder: Path, of: NDArray[np.bool_], cut: dict[str, float], labels: Labels, spec: StudySpec, unit: str
 ) -> NDArray[np.uint8]:
     """Where each row goes, such that every class stands in all splits if it has enough texts, else in training.
 
     Within a class, texts are ordered by their hash; validation takes the first and test the last, so that a further
-    text moves one over each border at most. A text with several labels belongs to the rarest of them.
+    text moves one over each border at most. A text with several labels belongs to the rarest of them. `unit` is the
+    column of what stays together, which is called a text here.
     """
     train, validation, test = map(SPLITS.index, ("train", "validation", "test"))
-    text_of = rows.groups(Column(folder, "train", "group" if is_grouped(spec.data) else "text", of).all())
-    _, first_row = np.unique(text_of, return_index=True)
-    positions = Column(folder, "train", "position", of).all().astype(np.uint64)[first_row]
+    units = _Units(folder, unit, of)
+    text_of, positions = units.of_rows, units.first("position")
     sets = _LabelSets(labels, spec)
     texts, own = sets.pairs(text_of, Column(folder, "train", "label", of).all())
-    rarest = np.full(len(first_row), len(sets.names))
+    rarest = np.full(len(units.sizes), len(sets.names))
     np.minimum.at(rarest, texts, sets.by_rarity(own)[own])
-    place = np.full(len(first_row), NOWHERE, np.uint8)
-    fraction = None
-    if spec.data.fraction < 1:
-        fraction = Column(folder, "train", "fraction", of).all().astype(np.uint64)[first_row]
+    place = np.full(len(units.sizes), NOWHERE, np.uint8)
+    fraction = units.first("fraction") if spec.data.fraction < 1 else None
     order = np.lexsort((positions, rarest))
     for members in np.split(order, np.flatnonzero(np.diff(rarest[order])) + 1):
-        first, last = _shares(len(members), cut["validation"], cut["test"])
-        rest = members[first : len(members) - last]
+        own_validation, own_test = _held_out(members, units.sizes, cut)
+        place[own_validation], place[own_test] = validation, test
+        rest = members[place[members] == NOWHERE]
         if fraction is not None:
             rest = rest[np.argsort(fraction[rest], kind="stable")][: max(1, round(len(rest) * spec.data.fraction))]
-        place[members[:first]] = validation
-        place[members[len(members) - last :]] = test
         place[rest] = train
     _train_every_label(place, texts, own, positions, train)
     places = np.full(len(of), NOWHERE, np.uint8)
     places[of] = place[text_of]
     return places
+
+
+class _Units:
+    """What training rows are split by: texts, or groups of them."""
+
+    def __init__(self, folder: Path, column: str, of: NDArray[np.bool_]) -> None:
+        """`of` are the rows that are left. A group is as large as it was, whichever of its texts others have, too."""
+        self._folder, self._of = folder, None if column == "group" else of
+        numbers = rows.groups(Column(folder, "train", column, self._of).all())
+        _, self._first, counts = np.unique(numbers, return_index=True, return_counts=True)
+        self.of_rows = numbers if self._of is not None else numbers[of]
+        """The number of the unit of each row that is left."""
+        self.sizes: NDArray[np.int64] = counts if column == "group" else np.ones_like(counts)
+
+    def first(self, column: str) -> NDArray[np.uint64]:
+        """What the first row of each unit has in a column."""
+        return Column(self._folder, "train", column, self._of).all().astype(np.uint64)[self._first]
+
+
+def _held_out(
+    members: NDArray[np.int64], sizes: NDArray[np.int64], cut: dict[str, float]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which members of a class go to validation, from the first on, and to test, from the last on; `sizes` of all."""
+    if len(members) <= sum(map(bool, cut.values())):
+        return members[:0], members[:0]
+    wanted = _shares(int(sizes[members].sum()), cut["validation"], cut["test"])
+    validation = _filling(members, sizes, wanted[0])
+    rest = members[~np.isin(members, validation)]
+    return validation, _filling(rest[::-1], sizes, wanted[1])
+
+
+def _filling(members: NDArray[np.int64], sizes: NDArray[np.int64], wanted: int) -> NDArray[np.int64]:
+    """The first members that fit into so many examples; the smallest, where none does and others are left."""
+    own = sizes[members]
+    if not wanted or own.max() == 1:
+        return members[:wanted]
+    chosen = []
+    for place, size in enumerate(own.tolist()):
+        if size <= wanted:
+            chosen.append(place)
+            wanted -= size
+    if not chosen and len(members) > 1:
+        chosen = [int(own.argmin())]
+    return members[chosen]
 
 
 def _shares(count: int, *cuts: float) -> list[int]:

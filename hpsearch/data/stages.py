@@ -65,7 +65,9 @@ class Preparation:
         self._rows.mkdir(exist_ok=True)
         self._source = self._write_rows()
         self._labels = Labels(self._source["labels"])
-        self.examples = splits.decide(self._rows, list(self._source["splits"]), self._labels, self._spec)
+        given = self._source["splits"]
+        is_grouped = given["train"]["is_grouped"]
+        self.examples = splits.decide(self._rows, [*given], self._labels, self._spec, is_grouped=is_grouped)
         self._brought = BroughtTokenizers(self._spec) if self._spec.model.pretrained is not None else None
         self._survey()
 
@@ -121,11 +123,18 @@ class Preparation:
         for split in (split for split in reversed(SPLITS) if split in sources):
             if split not in done["splits"]:
                 part = self._write_split(split, {*sources}, sources[split], labels, reading)
-                found = {"part": part, "empty": dict(reading.empty), "split_on": dict(reading.split_on)}
+                found = {
+                    "part": part,
+                    "empty": dict(reading.empty),
+                    "split_on": dict(reading.split_on),
+                    "is_grouped": reading.is_grouped,
+                    "whole_files": reading.whole_files,
+                }
                 done["splits"][split], done["labels"] = found, labels.written
                 write_whole(note, json.dumps(done))
             reading.empty.clear()
             reading.split_on.clear()
+            reading.is_grouped, reading.whole_files = False, 0
         done["is_whole"] = True
         write_whole(note, json.dumps(done))
         return done
@@ -294,6 +303,8 @@ class Preparation:
         return {
             "duplicates": self._whole("train", self.examples.duplicates),
             "overlaps": self.examples.overlaps,
+            "left_out": self.examples.left_out,
+            "whole_files": self._source["splits"]["train"]["whole_files"],
             "rare": self.examples.rare,
             "used": self.examples.used,
             "empty": {name: count for split in found for name, count in split["empty"].items()},

@@ -84,8 +84,8 @@ def check_apart(model: PreTrainedModel) -> None:
         model.train(was_training)
     if not is_apart:
         raise UsageError(
-            f"causal_lm.packing: a {model.config.model_type} cannot be told which tokens of a sequence belong to which "
-            "document: only packing: continuous trains it"
+            f"causal_lm.packing: models of type {model.config.model_type} cannot be told which tokens of a sequence "
+            "belong to which document; packing: continuous trains them"
         )
 
 
@@ -99,7 +99,13 @@ def _shallow(
     small.pad_token_id = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = auto_class.from_config(small)
+        try:
+            model: PreTrainedModel = auto_class.from_config(small)
+        except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
+            raise UsageError(
+                f"causal_lm.packing: no small {small.model_type} can be built, to see that it keeps documents apart: "
+                f"{error}"
+            ) from error
     return model
 
 

@@ -91,7 +91,7 @@ class SourceSpec(Strict):
     whole_files: bool | None = Field(
         None,
         description="Whether all texts of a file stand in the same split. By default those of plain text files do, if "
-        "they are paragraphs, and at least 20 files are split.",
+        "they are paragraphs, and there are at least 20 files.",
     )
     split_on: SplitOn | Literal["auto"] = Field(
         "auto",
@@ -131,8 +131,9 @@ class SourceSpec(Strict):
             self.encoding or self.delimiter or self.split_on != "auto" or self.whole_files is not None
         ):
             raise ValueError("split_on, whole_files, encoding and delimiter belong to files")
-        if self.group_column is not None and self.corpus is not None:
-            raise ValueError("group_column belongs to files and hub: a built-in corpus has no columns")
+        has_columns = self.hub is not None or isinstance(getattr(self.files, "train", None), list)
+        if self.group_column is not None and not has_columns and not getattr(self, "mix", None):
+            raise ValueError("group_column belongs to files with columns, and to hub")
         if self.group_column is not None and self.whole_files:
             raise ValueError("group_column and whole_files each say what stays in one split; give one of them")
         return self
@@ -187,6 +188,9 @@ class DataSpec(SourceSpec):
     def _fitting(self) -> DataSpec:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction and test_fraction leave nothing to train on")
+        for name in ("column", "label_column", "source_column", "target_column", "group_column", "max_tokens"):
+            if self.mix and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to the sources of the mix: give it to each that needs it")
         if 0 < sum(source.weight is not None for source in self.mix) < len(self.mix):
             raise ValueError("some sources of the mix have a weight and others none; give all of them one, or none")
         return self

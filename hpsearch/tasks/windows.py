@@ -82,19 +82,21 @@ class PackedWindows:
     epoch, and those that are longer than a window are cut at other places.
     """
 
-    def __init__(self, ends: NDArray[np.int64], length: int) -> None:
-        """`ends` are those of the documents in the stream, as `TokenSplit.document_ends`."""
-        self._ends, self._length = ends, length
-        self._pack(*pieces(ends, length))
+    def __init__(self, ends: NDArray[np.int64], length: int, *, is_training: bool, skipped: int = 0) -> None:
+        """`ends` are those of the documents in the stream, as `TokenSplit.document_ends`; of each, the first `skipped`
+        tokens are read and never predicted.
+        """
+        self._ends, self._length, self._skipped = ends, length, skipped
+        if is_training:
+            self._pack_at_random(np.random.default_rng(0))
+        else:
+            self._pack(*pieces(ends, length, skipped=skipped))
         self.count = len(self._bounds) - 1
 
     def of_epoch(self, order: np.random.Generator) -> Indices:
-        first = order.integers(1, self._length, size=len(self._ends), endpoint=True)
-        starts, lengths = pieces(self._ends, self._length, first)
-        at_random = order.permutation(len(starts))
-        self._pack(starts[at_random], lengths[at_random])
+        self._pack_at_random(order)
         found = order.permutation(len(self._bounds) - 1)
-        # The schedule counts on as many as without cuts at random: they are one more or less now and then.
+        # The schedule counts on as many in each epoch; by where documents are cut there are a few more or less.
         filled = np.add.reduceat(self._lengths, self._bounds[:-1])[found]
         dropped = np.argsort(filled, kind="stable")[: max(0, len(found) - self.count)]
         repeated = order.choice(found, max(0, self.count - len(found)))
@@ -119,6 +121,12 @@ class PackedWindows:
     def predicted(self, indices: Indices) -> int:
         return sum(int(self._lengths[slice(*self._bounds[index : index + 2])].sum()) for index in indices)
 
+    def _pack_at_random(self, order: np.random.Generator) -> None:
+        first = order.integers(1, self._length, size=len(self._ends), endpoint=True)
+        starts, lengths = pieces(self._ends, self._length, first, skipped=self._skipped)
+        at_random = order.permutation(len(starts))
+        self._pack(starts[at_random], lengths[at_random])
+
     def _pack(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         window = best_fit(lengths, self._length)
         order = np.argsort(window, kind="stable")
@@ -127,13 +135,14 @@ class PackedWindows:
 
 
 def pieces(
-    ends: NDArray[np.int64], longest: int, first: NDArray[np.int64] | None = None
+    ends: NDArray[np.int64], longest: int, first: NDArray[np.int64] | None = None, *, skipped: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where the pieces of documents begin, and their lengths: whole documents, of longer ones `longest` tokens each.
 
-    The first piece of document d, if it is cut, has `first[d]` tokens.
+    The first piece of document d, if it is cut, has `first[d]` tokens. `skipped` tokens of each document belong to no
+    piece, as nothing is to predict them.
     """
-    sizes = np.diff(ends, prepend=0)
+    sizes = np.diff(ends, prepend=0) - skipped
     is_cut = sizes > longest
     begins = np.where(is_cut, longest if first is None else first, sizes)
     counts = 1 + -(-(sizes - begins) // longest)
@@ -141,7 +150,7 @@ def pieces(
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     inside = np.where(number == 0, 0, begins[owner] + (number - 1) * longest)
     lengths = np.minimum(np.where(number == 0, begins[owner], longest), sizes[owner] - inside)
-    return (ends - sizes)[owner] + inside, lengths
+    return ((ends - sizes)[owner] + inside)[lengths > 0], lengths[lengths > 0]
 
 
 def best_fit(lengths: NDArray[np.int64], room: int) -> NDArray[np.int64]:

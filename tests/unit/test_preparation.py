@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,55 +133,119 @@ def test_data_is_what_a_plain_preparation_in_memory_makes_of_it(
             assert names == [sorted(written.split("|")) for written in expected.field(split, 1)]
 
 
-@pytest.mark.parametrize("task", list(COLUMNS))
-def test_what_is_of_one_document_stays_in_one_split(tmp_path: Path, task: str) -> None:
-    """Others fall where they ever do, and a text that several documents have is not learnt where one is held out."""
-    last = {"causal_lm": (), "translation": ("eine Zeile",), "classification": ("a",)}[task]
-    # Translations are split by their sources without digits.
-    examples = [(f"text {''.join(chr(97 + int(digit)) for digit in str(number))}", *last) for number in range(800)]
-    page_of = {example[0]: number // 10 for number, example in enumerate(examples) if number % 7}
-    shared = {f"a text of many pages {letter}" for letter in "abcdefghijklmnopqrst"}
-    lines = [(example, page_of.get(example[0])) for example in examples]
-    lines += [
-        ((text, *(f"{word} {page}" for word in last)), page) for text in sorted(shared) for page in range(0, 80, 9)
+def spelled(number: int) -> str:
+    """A number in letters: translations are split by their sources without digits."""
+    return "".join(chr(97 + int(digit)) for digit in str(number))
+
+
+def write_pages(file: Path, task: str, pages: dict[int, list[tuple[str, ...]]]) -> FileSplits:
+    rows = [
+        json.dumps(dict(zip(COLUMNS[task], example, strict=True)) | {"page": {"id": page}})
+        for page, examples in pages.items()
+        for example in examples
     ]
-    if task == "classification":
-        lines = [((*example[:-1], "ab"[number % 2]), page) for number, (example, page) in enumerate(lines)]
+    file.write_text("\n".join(rows))
+    return FileSplits(train=[str(file)])
 
-    def split_of(name: str, content: list[Any], **data: Any) -> dict[str, str]:
-        file = tmp_path / name
-        file.write_text(
-            "".join(
-                json.dumps(dict(zip(COLUMNS[task], example, strict=True)) | {"page": {"id": page}}) + "\n"
-                for example, page in content
-            )
-        )
-        read = read_examples(study(tmp_path, task, FileSplits(train=[str(file)]), **data))
-        found: dict[str, str] = {}
-        for split in SPLITS:
-            for text in {*read.field(split, 0)}:
-                # Held-out splits of a document each may share a text.
-                assert text not in found or {split, found[text]} == {"validation", "test"}
-                found[text] = split
-        return found
 
-    grouped = split_of("all.jsonl", lines, group_column="page.id")
-    splits_of_page: dict[int, set[str]] = {}
-    for text, page in page_of.items():
-        splits_of_page.setdefault(page, set()).add(grouped[text])
-    assert all(len(splits) == 1 for splits in splits_of_page.values())
-    pages = Counter(split for splits in splits_of_page.values() for split in splits)
-    assert min(pages["validation"], pages["test"]) >= 2
-    assert pages["train"] > 55
-    if task == "translation":  # the pages translate it differently, so it is no duplicate
-        assert {grouped[text] for text in shared} <= {"validation", "test"}
-    backwards = split_of("backwards.jsonl", lines[::-1], group_column="page.id")
-    assert {text: split for text, split in backwards.items() if text not in shared} == {
-        text: split for text, split in grouped.items() if text not in shared
+def pages_of(task: str, sizes: list[int]) -> dict[int, list[tuple[str, ...]]]:
+    """Pages of so many texts each; half of them have a text in common that is translated, or labelled, in two ways."""
+    last = {"causal_lm": [()], "translation": [("eine Zeile",), ("noch eine",)], "classification": [("a",), ("b",)]}[
+        task
+    ]
+    pages = {
+        page: [(f"page {spelled(page)} text {spelled(number)}", *last[number % len(last)]) for number in range(size)]
+        for page, size in enumerate(sizes)
     }
-    if task != "classification":  # whose labels are spread over the splits
-        alone = split_of("alone.jsonl", lines)
-        assert all(alone[text] == split for text, split in grouped.items() if text not in {*page_of, *shared})
+    for page in range(0, len(sizes), 2):
+        pages[page].append(("a text of many pages", *last[page // 2 % len(last)]))
+    return pages
+
+
+@pytest.mark.parametrize("task", list(COLUMNS))
+@pytest.mark.parametrize(
+    "sizes",
+    [[10] * 80, [50] * 8, [1, 2, 3, 5, 8, 13, 21, 34, 55, 89] * 3, [400, *[10] * 12]],
+    ids=["small pages", "few pages", "unequal pages", "one long page"],
+)
+def test_what_is_of_one_document_stays_in_one_split(tmp_path: Path, task: str, sizes: list[int]) -> None:
+    """No text stands in two splits, whatever documents have it, and splits are as large as asked for."""
+    pages = pages_of(task, sizes)
+    files = write_pages(tmp_path / "pages.jsonl", task, pages)
+    read = read_examples(study(tmp_path, task, files, group_column="page.id"))
+    split_of: dict[str, str] = {}
+    for split in SPLITS:
+        texts = {*read.field(split, 0)}
+        assert not texts & split_of.keys()
+        split_of |= dict.fromkeys(texts, split)
+    for page, examples in pages.items():
+        assert len({split_of[text] for text, *_ in examples[: sizes[page]]}) == 1, page
+    counts = {split: len(getattr(read, split)) for split in SPLITS}
+    total = sum(counts.values())
+    assert counts["train"] > 0.6 * total
+    for split in ("validation", "test"):
+        assert counts[split] <= max(0.12 * total, min(sizes) + 1)
+        assert counts[split] >= min(0.05 * total, min(sizes))
+    backwards = write_pages(tmp_path / "backwards.jsonl", task, dict(reversed(pages.items())))
+    again = read_examples(study(tmp_path, task, backwards, group_column="page.id"))
+    for split in SPLITS:
+        texts = {text for text in again.field(split, 0) if text != "a text of many pages"}
+        assert all(split_of[text] == split for text in texts), "in whichever order they are read"
+
+
+def test_documents_of_a_given_split_are_left_out_of_training(tmp_path: Path) -> None:
+    pages = pages_of("causal_lm", [10] * 40)
+    write_pages(tmp_path / "train.jsonl", "causal_lm", {page: own[:6] for page, own in pages.items()})
+    write_pages(tmp_path / "test.jsonl", "causal_lm", {page: own[6:10] for page, own in pages.items() if page < 12})
+    files = FileSplits(train=[str(tmp_path / "train.jsonl")], test=[str(tmp_path / "test.jsonl")])
+    spec = study(tmp_path, "causal_lm", files, group_column="page.id")
+    read = read_examples(spec)
+    assert len(read.test) == 12 * 4
+    learnt = {text.split()[1] for text in [*read.field("train", 0), *read.field("validation", 0)]}
+    assert not learnt & {spelled(page) for page in range(12)}
+    assert any(note.startswith("72 examples were left out of training: ") for note in notes(spec, prepare(spec)[1]))
+
+
+def test_near_equal_sources_of_several_documents_are_not_in_two_splits(tmp_path: Path) -> None:
+    pages = {page: [(f"Page {page} of 99", f"Seite {page}"), (f"text {spelled(page)}", "eine")] for page in range(100)}
+    files = write_pages(tmp_path / "pages.jsonl", "translation", pages)
+    read = read_examples(study(tmp_path, "translation", files, group_column="page.id"))
+    assert sum(any(text.startswith("Page") for text in read.field(split, 0)) for split in SPLITS) == 1
+
+
+@pytest.mark.parametrize("ids", [[1.0, None, 2.5], ["x", "", "y"], [True, False, 3]])
+def test_a_group_has_any_kind_of_name(tmp_path: Path, ids: list[Any]) -> None:
+    lines = [json.dumps({"text": f"text {number}", "doc": ids[number % 3]}) for number in range(90)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    files = FileSplits(train=[str(tmp_path / "a.jsonl")])
+    read = read_examples(study(tmp_path, "causal_lm", files, group_column="doc", validation_fraction=0.3))
+    assert len(read.train) + len(read.validation) + len(read.test) == 90
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"files": "a.txt", "group_column": "doc"}, "a.txt is plain text, which has no column 'doc'"),
+        (
+            {"files": {"source": "a.txt", "target": "a.txt"}, "group_column": "doc"},
+            "group_column belongs to files with",
+        ),
+        ({"corpus": "python_docs", "group_column": "doc"}, "group_column belongs to files with columns"),
+        ({"mix": [{"files": "a.txt"}], "group_column": "doc"}, "group_column belongs to the sources of the mix"),
+        ({"files": "a.jsonl", "group_column": "doc"}, "line 1 has no column 'doc'"),
+        ({"files": "a.jsonl", "group_column": "text", "whole_files": True}, "give one of them"),
+        ({"files": "b.jsonl", "group_column": "doc"}, "column 'doc' holds dict, not a name"),
+    ],
+)
+def test_a_group_column_that_means_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one\n\ntwo")
+    Path("a.jsonl").write_text('{"text": "one"}')
+    Path("b.jsonl").write_text('{"text": "one", "doc": {"id": 1}}')
+    with pytest.raises((DataError, ValueError), match=message):
+        read_examples(study_class("causal_lm")(name="s", task="causal_lm", data=DataSpec(**data), folder="runs"))
 
 
 def test_paragraphs_of_many_files_stay_with_their_file(tmp_path: Path) -> None:
@@ -204,6 +267,12 @@ def test_paragraphs_of_many_files_stay_with_their_file(tmp_path: Path) -> None:
     assert len(many["train"]) > 25
     apart = files_in("*.txt", whole_files=False)
     assert apart["train"] & apart["test"]
+    with (tmp_path / "00.txt").open("a") as file:
+        file.write("\n\nfile 00 paragraph more " + "of it " * 900)
+    longer = files_in("*.txt")
+    with (tmp_path / "00.txt").open("a") as file:
+        file.write("\n\nfile 00 the last paragraph")
+    assert files_in("*.txt") == longer, "pages that grow at their end stay where they are"
     few = files_in("0*.txt")
     assert few["train"] & (few["validation"] | few["test"]), "of ten files, splits would not be as large as asked for"
     assert not (found := files_in("[0-1]*.txt", whole_files=True, test_fraction=0.3))["train"] & found["test"]
@@ -293,7 +362,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from hpsearch.data import rows, stages
-from hpsearch.data.prepare import notes, prepare
+from hpsearch.data.prepare import prepare
 from hpsearch.spec.sections import FileSplits
 from tests.unit.test_preparation import study
 

@@ -76,10 +76,11 @@ def test_an_epoch_predicts_each_token_once_and_a_piece_is_cut_from_no_document_t
     sizes: list[int], length: int, seed: int
 ) -> None:
     ends = np.cumsum(sizes)
-    windows = PackedWindows(ends, length)
-    whole = windows.layout(windows.in_order())
+    fixed = PackedWindows(ends, length, is_training=False)
+    whole = fixed.layout(fixed.in_order())
     assert sorted(whole.places[whole.places >= 0].tolist()) == list(range(sum(sizes)))
-    assert windows.predicted(windows.in_order()) == sum(sizes)
+    assert fixed.predicted(fixed.in_order()) == sum(sizes)
+    windows = PackedWindows(ends, length, is_training=True)
     order = np.random.default_rng(seed)
     for _ in range(3):
         indices = windows.of_epoch(order)
@@ -87,10 +88,12 @@ def test_an_epoch_predicts_each_token_once_and_a_piece_is_cut_from_no_document_t
         layout = windows.layout(indices)
         assert windows.predicted(indices) == int((layout.places >= 0).sum())
         read, counts = np.unique(layout.places[layout.places >= 0], return_counts=True)
-        # The count of windows is fixed, and cuts at random may need one more or less.
-        if len({*indices.tolist()}) == len(indices):
-            assert counts.max() == 1
-            assert len(read) >= sum(sizes) - length * max(0, len(windows._bounds) - 1 - windows.count)
+        # The count of windows is fixed, and cuts at random may need a few more or less.
+        needed = len(windows._bounds) - 1
+        assert abs(needed - windows.count) <= 2 + windows.count // 10
+        assert len({*indices.tolist()}) == min(needed, windows.count)
+        assert counts.max() <= (1 if needed >= windows.count else 2)
+        assert len(read) >= sum(sizes) - length * max(0, needed - windows.count)
         begins = {int(place) for place, position in zip(layout.places.flat, layout.positions.flat, strict=True)
                   if place >= 0 and position == 0}  # fmt: skip
         starts = (ends - sizes).tolist()
@@ -100,7 +103,7 @@ def test_an_epoch_predicts_each_token_once_and_a_piece_is_cut_from_no_document_t
 
 
 def test_long_documents_are_cut_elsewhere_in_each_epoch() -> None:
-    windows = PackedWindows(np.array([1000, 1005, 1010]), 64)
+    windows = PackedWindows(np.array([1000, 1005, 1010]), 64, is_training=True)
     order = np.random.default_rng(0)
     cuts = []
     for _ in range(2):
@@ -109,6 +112,29 @@ def test_long_documents_are_cut_elsewhere_in_each_epoch() -> None:
         cuts.append({*layout.places[(layout.positions == 0) & (layout.places >= 0)].tolist()})
     assert cuts[0] != cuts[1]
     assert pieces(np.array([1000, 1005]), 400)[1].tolist() == [400, 400, 200, 5]
+
+
+def test_hardly_a_place_is_empty_and_hardly_a_window_repeated_whatever_the_lengths() -> None:
+    """A fixed cut would leave a fifth of each window empty where all documents are a little longer than half of two."""
+    order = np.random.default_rng(0)
+    for longer in (0.3, 0.9, 1.2, 1.56, 1.7, 2.56):
+        ends = np.cumsum(np.full(3000, round(64 * longer)))
+        windows = PackedWindows(ends, 64, is_training=True)
+        for _ in range(3):
+            indices = windows.of_epoch(order)
+            assert len({*indices.tolist()}) > 0.98 * len(indices)
+            assert windows.predicted(indices) > (0.9 if longer > 1 else 0.8) * 64 * len(indices)
+
+
+def test_what_begins_a_text_is_read_at_its_beginning_and_never_predicted() -> None:
+    ends = np.cumsum([5, 1, 3, 40])
+    windows = PackedWindows(ends, 8, is_training=False, skipped=1)
+    layout = windows.layout(windows.in_order())
+    predicted = sorted(layout.places[layout.places >= 0].tolist())
+    assert predicted == [place for place in range(49) if place not in (0, 5, 6, 9)]
+    assert layout.positions is not None
+    begins = layout.places[(layout.positions == 0) & (layout.places >= 0)]
+    assert {1, 7, 10} <= {*begins.tolist()}
 
 
 def test_a_loss_is_that_of_each_document_by_itself(data: Path) -> None:
@@ -166,7 +192,7 @@ def test_architectures_that_cannot_keep_documents_apart_are_refused_before_a_tri
     for name in ("bloom", "mamba", "rwkv"):
         model = MODEL.model_copy(update={"architecture": name, "num_heads": None, "init_std": None})
         definition.check_model(model, CausalLMOptions(), card)
-        with pytest.raises(UsageError, match=r"causal_lm.packing: a \w+ cannot be told which tokens"):
+        with pytest.raises(UsageError, match=r"causal_lm.packing: models of type \w+ cannot be told which tokens"):
             definition.check_model(model, PACKED, card)
 
 
@@ -178,5 +204,5 @@ def test_pretrained_models_are_checked_too(data: Path, tmp_path: Path) -> None:
     BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=32, n_layer=4, n_head=2)).save_pretrained(
         tmp_path / "model"
     )
-    with pytest.raises(UsageError, match="a bloom cannot be told"):
+    with pytest.raises(UsageError, match="type bloom cannot be told"):
         CausalLMDefinition().check_model(model, PACKED, read_card(data))

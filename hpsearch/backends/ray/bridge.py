@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpsearch.backends import Placement
 from hpsearch.backends.ray.cluster import alive_nodes
+from hpsearch.backends.ray.placement import capacity
 from hpsearch.backends.ray.ray_internals import dead_processes, end_processes
 from hpsearch.errors import ClusterError
 from hpsearch.files.layout import LAST_WORDS, PULSE_FILE
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from hpsearch.driver.run.study_run import StudyRun
-from hpsearch.backends.ray.placement import capacity
 
 COUNT_NODES_EVERY_S = 2.0
 LOOK_EVERY_S = 0.5

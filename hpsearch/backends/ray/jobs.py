@@ -22,21 +22,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpsearch.backends import auth_environment, reachable_store
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from hpsearch.backends import GRACE_S, auth_environment, reachable_store
+from hpsearch.errors import EXIT_FINISHED, ClusterError, UsageError
 from hpsearch.files.scratch import private_folder
 from hpsearch.spec.files import expanded
 from hpsearch.spec.parsing.environment import masked
+from hpsearch.spec.redaction import hide_secrets
 from hpsearch.spec.sections import SourceSpec
 from hpsearch.spec.study import StudySpec
-
-# Read by Ray when it is imported.
-os.environ.update(auth_environment())
-
-from ray.job_submission import JobStatus, JobSubmissionClient
-
-from hpsearch.backends import GRACE_S
-from hpsearch.errors import EXIT_FINISHED, ClusterError, UsageError
-from hpsearch.spec.redaction import hide_secrets
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 STORE_FILE = "store.url"

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from hpsearch.backends import Placement
+from hpsearch.backends.ray.bridge import Bridge, BridgeScheduler, BridgeSearcher, watching
 from hpsearch.backends.ray.cluster import alive_nodes
 from hpsearch.backends.ray.metrics import StudyMetrics
+from hpsearch.backends.ray.placement import place_on
+from hpsearch.backends.ray.trainable import Trainable
 from hpsearch.errors import ClusterError, HpsearchError
 from hpsearch.files.storage import Folder
 from hpsearch.spec.study import StudySpec
@@ -25,9 +28,6 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from hpsearch.driver.run.study_run import StudyRun
-from hpsearch.backends.ray.bridge import Bridge, BridgeScheduler, BridgeSearcher, watching
-from hpsearch.backends.ray.placement import place_on
-from hpsearch.backends.ray.trainable import Trainable
 
 
 class RayTune:

@@ -58,6 +58,8 @@ _SIZES = {
 }
 """By training tokens, up to so many: models that learn something from them, and overfit only towards the end."""
 _CPU_HIDDEN = 256
+_NO_SCRIPTS = ("COMBINING", "VARIATION", "MODIFIER", "FULLWIDTH", "HALFWIDTH", "KATAKANA-HIRAGANA", "IDEOGRAPHIC")
+"""First words of the Unicode names of letters and marks that stand beside any script."""
 _SCRIPT_SHARE = 0.05
 """Of letters: less of another script are names and quotations."""
 
@@ -191,7 +193,8 @@ class _Writer:
         found: list[str] = []
         for texts in self._texts:
             scripts = bleu.scripts_of(texts)
-            main = [name for name, count in scripts.most_common(3) if count >= _SCRIPT_SHARE * scripts.total()]
+            known = {name: count for name, count in scripts.items() if name not in _NO_SCRIPTS}
+            main = [name for name, count in known.items() if count >= _SCRIPT_SHARE * sum(known.values())]
             found += [name if len(name) < 4 else name.capitalize() for name in main]
         said = f"the texts are written in {' and '.join(dict.fromkeys(found)) or 'no letters'}"
         if self.task == "translation":

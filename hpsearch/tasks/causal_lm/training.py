@@ -48,7 +48,9 @@ class CausalLM:
     def _windows_of(self, split: str) -> Windows:
         ends = self._splits[split].document_ends
         if self._packing == "documents":
-            return PackedWindows(ends, self._length)
+            # What begins a text in a pretrained model's vocabulary takes the place of what ended the one before.
+            skipped = 0 if self._card.begin_id is None else 1
+            return PackedWindows(ends, self._length, is_training=split == "train", skipped=skipped)
         return ContinuousWindows(ends, self._length, is_training=split == "train")
 
     @property
@@ -98,7 +100,7 @@ class CausalLM:
             "data": self._card.test_fingerprint,
             "context_length": self._length,
             "stride": self._length,
-            "packing": self._packing,
+            **({"packing": self._packing} if self._packing != "continuous" else {}),
         }
         by_token = {**shared, "unit": "token", "tokenizer": self._card.tokenizer}
         perplexity = math.exp(per_document.sum() / lengths.sum())
