@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import tempfile
+import urllib.request
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -113,6 +115,17 @@ def command_of(process: psutil.Process) -> str:
         return " ".join([process.name(), *process.cmdline()])
     except psutil.Error:
         return ""
+
+
+def alive_nodes(url: str, token: str) -> int:
+    """Nodes of a Ray cluster, as the server of its head counts them; 0 while it does not answer."""
+    request = urllib.request.Request(f"{url}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            nodes = json.load(answer)["data"]["summary"]
+    except OSError:
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
 
 def drain(trial: Generator[Progress, None, TrialResult]) -> tuple[list[Progress], TrialResult]:

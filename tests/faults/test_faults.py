@@ -90,15 +90,16 @@ def test_a_worker_is_frozen(suffer: Suffer, survive: Survive) -> None:
     assert row.repeated <= 1
 
 
-def test_a_driver_is_killed(suffer: Suffer, survive: Survive) -> None:
-    study = suffer()
+@pytest.mark.parametrize("backend", ["inline", pytest.param("ray", marks=long)])
+def test_a_driver_is_killed(suffer: Suffer, survive: Survive, backend: str) -> None:
+    study = suffer(backend=backend)
     first = study.launch()
     study.wait_for_epochs(5, first)
     watch = Stopwatch(study)
     first.kill()
     first.wait()
     second = study.launch()
-    row = Row("SIGKILL of the driver", recovered_by="the same command", seconds=watch.next_worker(second))
+    row = Row(f"SIGKILL of the driver, {backend}", recovered_by="the same command", seconds=watch.next_worker(second))
     survive(study.judge(row, second.wait(240)))
 
 

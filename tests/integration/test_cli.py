@@ -172,8 +172,15 @@ def test_overrides_are_recorded_with_the_study(tiny: Path, hpsearch: Run) -> Non
     assert row["spec"]["search"]["num_layers"] == 2
 
 
-@pytest.mark.parametrize("backend", ["inline", "ray"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("backend", "number", "code"),
+    [
+        ("inline", signal.SIGINT, 130),
+        ("inline", signal.SIGTERM, 143),
+        ("ray", signal.SIGTERM, 143),
+        pytest.param("ray", signal.SIGINT, 130, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_signal_ends_cleanly_and_tells_how_to_go_on(
     tiny: Path, backend: str, number: signal.Signals, code: int
 ) -> None:

@@ -276,6 +276,7 @@ def test_translation_runs_on_ray_and_its_answers_are_kept(tmp_path: Path, hpsear
     assert trial.best_valid_score == max(point.valid_score for point in points)
 
 
+@pytest.mark.nightly
 def test_classification_runs_on_ray(tmp_path: Path, hpsearch: Run) -> None:
     done = hpsearch("launch", str(study_file(tmp_path, CLASSIFIER)), "--backend", "ray", "--trials", "2")
     assert done.returncode == 0, done.stderr

@@ -131,9 +131,10 @@ def _json(text: str) -> dict[str, object]:
 
 
 def test_a_signal_to_all_processes_of_a_launch_ends_it_within_its_grace(tmp_path: Path) -> None:
-    study = Suffering(folder=tmp_path / "study", trials=4, pace=1.0)
+    study = Suffering(folder=tmp_path / "study", trials=2, pace=1.0)
     process = study.launch()
     study.wait_for_epochs(2, process)
+    study.pace = 0.0
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(120) == 143  # Ray itself ends a process whose head died after a minute, with 1
     store = Store(study.store)
