@@ -178,7 +178,7 @@ def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: 
     store = sa.make_url(postgres_store).set(username=user, password=password).render_as_string(hide_password=False)
     seen: list[str] = []
     process = subprocess.Popen(
-        [*HPSEARCH, "--debug", "launch", str(tiny), "--backend=ray"],
+        [*HPSEARCH, "--debug", "launch", str(tiny), "--backend=ray", "--trials=2"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "HPSEARCH_STORE": store},
     )  # fmt: skip
@@ -203,7 +203,7 @@ def test_a_password_is_seen_nowhere(tiny: Path, tmp_path: Path, postgres_store: 
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file for file in written if b"canary4711" in file.read_bytes()]
     row = package.open_study("tiny", store=postgres_store)
-    assert len(row.trials()) == 4
+    assert len(row.trials()) == 2
     wrong = subprocess.run(
         [*HPSEARCH, "rank", "tiny"],
         capture_output=True, text=True, check=False,

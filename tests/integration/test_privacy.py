@@ -59,11 +59,11 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture
-def launched(tmp_path: Path) -> Iterator[tuple[Study, subprocess.Popen[str], float]]:
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, subprocess.Popen[str], float]]:
     """A launch that trains, with a secret in its environment."""
     began = time.time() - 1
-    study = Study(folder=tmp_path / "study", trials=2, pace=1.0)
+    study = Study(folder=tmp_path_factory.mktemp("launched") / "study", trials=8, pace=2.0)
     study.clock = {"AWS_SECRET_ACCESS_KEY": SECRET}
     process = study.launch()
     study.wait_for_epochs(1, process)
