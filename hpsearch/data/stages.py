@@ -66,7 +66,7 @@ class Preparation:
         self._source = self._write_rows()
         self._labels = Labels(self._source["labels"])
         given = self._source["splits"]
-        is_grouped = given["train"]["is_grouped"]
+        is_grouped = given["train"].get("is_grouped", False)
         self.examples = splits.decide(self._rows, [*given], self._labels, self._spec, is_grouped=is_grouped)
         self._brought = BroughtTokenizers(self._spec) if self._spec.model.pretrained is not None else None
         self._survey()
@@ -304,7 +304,7 @@ class Preparation:
             "duplicates": self._whole("train", self.examples.duplicates),
             "overlaps": self.examples.overlaps,
             "left_out": self.examples.left_out,
-            "whole_files": self._source["splits"]["train"]["whole_files"],
+            "whole_files": self._source["splits"]["train"].get("whole_files", 0),
             "rare": self.examples.rare,
             "used": self.examples.used,
             "empty": {name: count for split in found for name, count in split["empty"].items()},

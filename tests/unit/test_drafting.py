@@ -334,3 +334,18 @@ def test_a_file_that_is_refused_is_not_left_and_names_become_names(tmp_path: Pat
     (tmp_path / "sub").mkdir()
     hpsearch.init([tmp_path / "a.txt"], output=tmp_path / "sub" / "s.yaml", pretrained=str(tmp_path / "mdl"))
     assert load_study(tmp_path / "sub" / "s.yaml").model.pretrained == str(tmp_path / "mdl")
+
+
+def test_rows_that_are_pieces_of_documents_stay_with_them(tmp_path: Path) -> None:
+    rows = [
+        {"url": f"https://example.org/{number // 9}", "text": f"the text {number} says so " * 5}
+        for number in range(900)
+    ]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = hpsearch.init([tmp_path / "pages.jsonl"], output=tmp_path / "pages.yaml")
+    assert load_study(tmp_path / "pages.yaml").data.group_column == "url"
+    assert "rows with the same url stay in one split (data.group_column)" in made.notes
+    alone = [row | {"url": f"https://example.org/{number}"} for number, row in enumerate(rows)]
+    (tmp_path / "alone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+    hpsearch.init([tmp_path / "alone.jsonl"], output=tmp_path / "alone.yaml")
+    assert load_study(tmp_path / "alone.yaml").data.group_column is None

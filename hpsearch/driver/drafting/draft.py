@@ -212,6 +212,9 @@ class _Writer:
             if self.task == "classification" or (self.task == "translation") != (len(look.texts) == 2):
                 raise UsageError(f"--task {self.task}: {look.form} hold nothing for it but texts")
             return look.texts
+        if (document := look.document) is not None:
+            self._data["group_column"] = document.name
+            self.notes.append(f"rows with the same {document.name} stay in one split (data.group_column)")
         if self.task == "translation":
             pair = look.pair or _two_texts(look)
             if pair is None:

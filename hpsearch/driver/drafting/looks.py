@@ -31,6 +31,17 @@ _PAIRS = (
 )
 
 
+_DOCUMENTS = (
+    "doc doc_id document_id docid page page_id pageid article article_id book book_id chapter_id url uri path file "
+    "filename thread_id conversation_id dialogue_id user user_id author author_id"
+)
+"""What columns are called that say which document, or whose, a text is."""
+_MANY = 30
+"""Documents that can be split."""
+_PIECES = 0.7
+"""Of the rows: where nearly each has a document of its own, it says nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """What a sample holds under one name; `a.b` is the key b of the mappings under a."""
@@ -95,6 +106,15 @@ class Look:
         others = [column for column in self.columns.values() if column.is_text and column is not label]
         others.sort(key=lambda column: -column.mean_length)
         return next(iter(named), None) or next(iter(others), None)
+
+    @property
+    def document(self) -> Column | None:
+        """What the rows are pieces of, by its name, if many documents have several rows each."""
+        for column in self.named(_DOCUMENTS):
+            names = [str(value) for value in column.values if isinstance(value, str | int)]
+            if len(names) == len(column.values) and _MANY <= len({*names}) < _PIECES * len(names):
+                return column
+        return None
 
     @property
     def pair(self) -> tuple[Column, Column] | None:
