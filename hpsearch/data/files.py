@@ -11,7 +11,8 @@ import io
 import json
 import lzma
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -111,16 +112,29 @@ def lines_of(name: str, *, encoding: str | None, position: Position) -> Iterator
             yield line.removesuffix("\n").removesuffix("\r")
 
 
-def mark_of(name: str) -> str:
-    """What tells a file from others, wherever it lies and whatever it is called: a hash of how it begins.
+def marks_of(names: Sequence[str]) -> dict[str, str]:
+    """What tells files from each other, wherever they lie and whatever they are called: hashes of how they begin.
 
-    More text at its end changes nothing, if there were some pages already. A saved data set is told by its first file.
+    More text at its end changes nothing, if there were some pages already. Of files that begin alike (with a licence)
+    all is hashed; those that are equal have the same mark. Compressed files are told by their compressed bytes, and a
+    saved data set by its first file.
     """
+    found = {name: _hashed(name, _BEGINNING) for name in names}
+    counts = Counter(found.values())
+    return {name: mark if counts[mark] == 1 else _hashed(name, None) for name, mark in found.items()}
+
+
+def _hashed(name: str, size: int | None) -> str:
     place = Path(name)
     if place.is_dir():
         place = min(place.rglob("*.arrow"))
+    digest = hashlib.blake2b(digest_size=16)
     with place.open("rb") as file:
-        return hashlib.blake2b(file.read(_BEGINNING), digest_size=16).hexdigest()
+        while chunk := file.read(size or _CHUNK):
+            digest.update(chunk)
+            if size is not None:
+                break
+    return digest.hexdigest()
 
 
 def beginning(name: str, encoding: str | None) -> str:

@@ -64,14 +64,8 @@ def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) ->
     if is_large and not whole:
         # What is wrong with a part need not be wrong with the whole: a file may be sorted by its labels.
         with suppress(DataError):
-            return _measured(_one_by_one(spec), report, _ESTIMATED_FROM)
+            return _measured(spec, report, _ESTIMATED_FROM)
     return _measured(spec, report, None)
-
-
-def _one_by_one(spec: StudySpec) -> StudySpec:
-    """The study with its texts split one by one: a part of its files may be of a single document."""
-    data = spec.data.model_copy(update={"group_column": None, "whole_files": False})
-    return spec.model_copy(update={"data": data})
 
 
 def _measured(spec: StudySpec, report: Report, most: int | None) -> tuple[DataCard, dict[str, int]]:
@@ -106,7 +100,7 @@ def notes(spec: StudySpec, card: DataCard) -> list[str]:
         remedy = "left out of training" if split == "train" else "kept in both"
         found.append(f"{count:,} examples of the {split} split are in the {other} split, too: {remedy}")
     if card.whole_files:
-        found.append(f"{card.whole_files} files: the paragraphs of each stay in one split (data.whole_files)")
+        found.append(f"the paragraphs of each file stay in one split: {card.whole_files} files (data.whole_files)")
     for split, count in card.left_out.items():
         found.append(
             f"{count:,} examples were left out of {'training' if split == 'train' else split}: their texts, or others "

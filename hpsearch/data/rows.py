@@ -122,13 +122,15 @@ class RowWriter:
                 return digest(example[-1])
             case "position" | "fraction":
                 if name == "position" and self._reading.group is not None:
-                    return place(self._reading.group, "split group")
+                    return place(f"{self._reading.source}\0{self._reading.group}", "split group")
                 return place(self._key(example, folded), "split" if name == "position" else "fraction")
             case "key":
                 return digest(self._key(example, folded))
             case "group":
                 group = self._reading.group
-                return digest(self._key(example, folded) if group is None else f"group\0{group}")
+                # Two sources of a mix may each have a document 1.
+                own = f"group\0{self._reading.source}\0{group}"
+                return digest(self._key(example, folded) if group is None else own)
             case "sample":
                 return place(folded[0], "sample")
             case "source":

@@ -17,7 +17,7 @@ from hpsearch.data.files import (
     beginning,
     guess_split,
     lines_of,
-    mark_of,
+    marks_of,
     misplaced_byte,
     rows_of,
     texts_of,
@@ -154,8 +154,12 @@ class _Reader:
         self._data, self._task, self._reading = source, spec.definition, reading
         self._columns = self._task.columns(source)
         self._whole_files = has_whole_files(source)
+        self._marks: dict[str, str] = {}
+        """Of the files that are being read, if each may be a document."""
 
     def files(self, files: list[str] | AlignedFiles) -> Iterator[Example]:
+        if self._whole_files is not False:
+            self._marks = marks_of(files.source if isinstance(files, AlignedFiles) else files)
         if isinstance(files, AlignedFiles):
             yield from self._checked(" and ".join((files.source[0], files.target[0])), self._aligned(files))
             return
@@ -200,7 +204,7 @@ class _Reader:
                 if split_on != "blank_line":
                     self._reading.split_on[name] = split_on
             is_whole = split_on == "blank_line" if self._whole_files is None else self._whole_files
-            mark = mark_of(name) if is_whole else None
+            mark = self._marks[name] if is_whole else None
             self._reading.whole_files += is_whole and self._whole_files is None
             for number, text in enumerate(texts_of(name, split_on, encoding=data.encoding, position=position), start=1):
                 self._reading.group = mark
@@ -212,7 +216,7 @@ class _Reader:
 
     def _aligned(self, files: AlignedFiles) -> Iterator[tuple[str, Example]]:
         for source, target in zip(files.source, files.target, strict=True):
-            mark = mark_of(source) if self._whole_files else None
+            mark = self._marks.get(source)
             first, second = self._lines(source), self._lines(target)
             for number, (one, other) in enumerate(zip_longest(first, second), start=1):
                 if one is None or other is None:
@@ -242,7 +246,7 @@ class _Reader:
 
     def _examples(self, rows: Iterable[tuple[str, Row]], name: str) -> Iterator[tuple[str, Example]]:
         last = len(self._columns) - 1
-        mark = mark_of(name) if self._whole_files else None
+        mark = self._marks.get(name) if self._whole_files else None
         for place, row in rows:
             where = f"{name}, {place}"
             if (column := self._data.group_column) is not None:

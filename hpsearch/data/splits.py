@@ -127,11 +127,17 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec, 
     """
     kept, duplicates, overlaps = _without_overlap(folder, given, spec)
     left_out: Counter[str] = Counter()
-    for split in (split for split in given if is_grouped and split != "train"):
+    has_names = any(source.group_column is not None for source in spec.data.sources)
+    for split in (split for split in given if is_grouped and has_names and split != "train"):
         groups = Column(folder, "train", "group", kept["train"])
         shared = rows.among(groups, [Column(folder, split, "group")])
+        if (count := int(shared.sum())) > _MOST_SHARED * kept["train"].sum():
+            raise DataError(
+                f"data: {count:,} of the {kept['train'].sum():,} examples of the train split are of documents of the "
+                f"{split} split, by data.group_column; expected names that mean the same document in both"
+            )
         kept["train"] &= ~shared
-        left_out["train"] += int(shared.sum())
+        left_out["train"] += count
     read = sum(int(rows.sum()) for rows in kept.values())
     if spec.data.max_examples is not None:
         kept = {split: _sample(folder, split, of, spec.data.max_examples) for split, of in kept.items()}
@@ -153,7 +159,7 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec, 
             examples = counts.without_rare()
     for split in SPLITS:
         if not examples.count(split):
-            together = ", which stay together by group_column or whole_files" if is_grouped else ""
+            together = "; documents stay whole, by data.group_column or data.whole_files" if is_grouped else ""
             raise DataError(
                 f"data: the {split} split is empty ({read} documents were read{together}); give more text, or a larger "
                 "fraction"
@@ -213,15 +219,18 @@ def _split(
     data = spec.data
     fractions = {"validation": data.validation_fraction, "test": data.test_fraction}
     cut = {split: 0.0 if split in given else fraction for split, fraction in fractions.items()}
-    if spec.definition.has_labels:
-        return _stratified(folder, of, cut, labels, spec, "group" if is_grouped else "text")
+    if spec.definition.has_labels and not is_grouped:
+        return _stratified(folder, of, cut, labels, spec)
     places = np.where(of, SPLITS.index("train"), NOWHERE).astype(np.uint8)
     if data.fraction < 1:
         for start, piece in Column(folder, "train", "fraction").pieces():
             own = places[start : start + len(piece)]
             own[rows.as_fraction(piece) >= data.fraction] = NOWHERE
-    if any(cut.values()) and is_grouped:
-        _hold_out_groups(folder, of, places, cut)
+    if is_grouped:
+        groups = _Groups(folder, of)
+        groups.hold_out(places, cut)
+        if spec.definition.has_labels:
+            groups.train_every_label(places, labels, spec)
     elif any(cut.values()):
         for start, piece in Column(folder, "train", "position").pieces():
             end = start + len(piece)
@@ -233,17 +242,58 @@ def _split(
     return places
 
 
-def _hold_out_groups(folder: Path, of: NDArray[np.bool_], places: NDArray[np.uint8], cut: dict[str, float]) -> None:
-    """Put whole groups of these rows into validation and test, in the order of their hashes, up to the parts to be cut
-    off."""
-    units = _Units(folder, "group", of)
-    validation, test = _held_out(np.argsort(units.first("position"), kind="stable"), units.sizes, cut)
-    place = np.full(len(units.sizes), SPLITS.index("train"), np.uint8)
-    place[validation], place[test] = SPLITS.index("validation"), SPLITS.index("test")
-    found = place[units.of_rows]
-    own = places[of]
-    own[found != SPLITS.index("train")] = found[found != SPLITS.index("train")]
-    places[of] = own
+class _Groups:
+    """Training rows that stay together."""
+
+    def __init__(self, folder: Path, of: NDArray[np.bool_]) -> None:
+        """`of` are the rows that are left. A group counts its different texts, whichever of them others have, too."""
+        self._folder, self._of = folder, of
+        self._of_row = rows.groups(Column(folder, "train", "group").all())
+        texts = rows.groups(Column(folder, "train", "example").all())
+        pairs = np.unique(self._of_row * (int(texts.max(initial=0)) + 1) + texts, return_index=True)[1]
+        _, first = np.unique(self._of_row, return_index=True)
+        self.positions = Column(folder, "train", "position").all().astype(np.uint64)[first]
+        self.sizes = np.bincount(self._of_row[pairs])
+        left = np.zeros(len(first), bool)
+        left[self._of_row[of]] = True
+        self._members = np.flatnonzero(left)[np.argsort(self.positions[left], kind="stable")]
+
+    def hold_out(self, places: NDArray[np.uint8], cut: dict[str, float]) -> None:
+        """Put groups into validation and test, in the order of their hashes, until these have the parts to be cut off.
+
+        A group that is larger than two such parts is learnt from, as far as others are left.
+        """
+        wanted = {split: part * self.sizes[self._members].sum() for split, part in cut.items() if part}
+        if not wanted or len(self._members) <= len(wanted):
+            return
+        small = self._members[self.sizes[self._members] <= 2 * min(wanted.values())]
+        if len(small) <= 2 * len(wanted):
+            small = np.delete(self._members, self.sizes[self._members].argmax())
+        # Half of them at least are learnt from.
+        share = min(1.0, max(1, self.sizes[small].sum() // 2) / sum(wanted.values()))
+        others = len(wanted)
+        for split, size in wanted.items():
+            others -= 1
+            count = self._count(small, share * size, most=len(small) - others)
+            places[self._of & np.isin(self._of_row, small[:count])] = SPLITS.index(split)
+            small = small[count:][::-1]
+
+    def _count(self, members: NDArray[np.int64], wanted: float, *, most: int) -> int:
+        """How many of the first members come closest to so many examples: one at least, and not less than half."""
+        total = np.cumsum(self.sizes[members])
+        nearest = int(np.abs(total - wanted).argmin()) + 1
+        enough = int(np.searchsorted(total, wanted / 2)) + 1
+        return max(1, min(max(nearest, enough), most))
+
+    def train_every_label(self, places: NDArray[np.uint8], labels: Labels, spec: StudySpec) -> None:
+        """Put one group of each label that is held out only into training."""
+        sets = _LabelSets(labels, spec)
+        groups, own = sets.pairs(self._of_row[self._of], Column(self._folder, "train", "label", self._of).all())
+        place = np.full(len(self.positions), NOWHERE, np.uint8)
+        place[self._of_row[self._of]] = places[self._of]
+        before = place.copy()
+        _train_every_label(place, groups, own, self.positions, SPLITS.index("train"))
+        places[self._of & (place != before)[self._of_row]] = SPLITS.index("train")
 
 
 def _leave_out_shared(folder: Path, places: NDArray[np.uint8], spec: StudySpec) -> dict[str, int]:
@@ -296,79 +346,38 @@ def _name(source: SourceSpec) -> str:
 
 
 def _stratified(
-    folder: Path, of: NDArray[np.bool_], cut: dict[str, float], labels: Labels, spec: StudySpec, unit: str
+    folder: Path, of: NDArray[np.bool_], cut: dict[str, float], labels: Labels, spec: StudySpec
 ) -> NDArray[np.uint8]:
     """Where each row goes, such that every class stands in all splits if it has enough texts, else in training.
 
     Within a class, texts are ordered by their hash; validation takes the first and test the last, so that a further
-    text moves one over each border at most. A text with several labels belongs to the rarest of them. `unit` is the
-    column of what stays together, which is called a text here.
+    text moves one over each border at most. A text with several labels belongs to the rarest of them.
     """
     train, validation, test = map(SPLITS.index, ("train", "validation", "test"))
-    units = _Units(folder, unit, of)
-    text_of, positions = units.of_rows, units.first("position")
+    text_of = rows.groups(Column(folder, "train", "text", of).all())
+    _, first_row = np.unique(text_of, return_index=True)
+    positions = Column(folder, "train", "position", of).all().astype(np.uint64)[first_row]
     sets = _LabelSets(labels, spec)
     texts, own = sets.pairs(text_of, Column(folder, "train", "label", of).all())
-    rarest = np.full(len(units.sizes), len(sets.names))
+    rarest = np.full(len(first_row), len(sets.names))
     np.minimum.at(rarest, texts, sets.by_rarity(own)[own])
-    place = np.full(len(units.sizes), NOWHERE, np.uint8)
-    fraction = units.first("fraction") if spec.data.fraction < 1 else None
+    place = np.full(len(first_row), NOWHERE, np.uint8)
+    fraction = None
+    if spec.data.fraction < 1:
+        fraction = Column(folder, "train", "fraction", of).all().astype(np.uint64)[first_row]
     order = np.lexsort((positions, rarest))
     for members in np.split(order, np.flatnonzero(np.diff(rarest[order])) + 1):
-        own_validation, own_test = _held_out(members, units.sizes, cut)
-        place[own_validation], place[own_test] = validation, test
-        rest = members[place[members] == NOWHERE]
+        first, last = _shares(len(members), cut["validation"], cut["test"])
+        rest = members[first : len(members) - last]
         if fraction is not None:
             rest = rest[np.argsort(fraction[rest], kind="stable")][: max(1, round(len(rest) * spec.data.fraction))]
+        place[members[:first]] = validation
+        place[members[len(members) - last :]] = test
         place[rest] = train
     _train_every_label(place, texts, own, positions, train)
     places = np.full(len(of), NOWHERE, np.uint8)
     places[of] = place[text_of]
     return places
-
-
-class _Units:
-    """What training rows are split by: texts, or groups of them."""
-
-    def __init__(self, folder: Path, column: str, of: NDArray[np.bool_]) -> None:
-        """`of` are the rows that are left. A group is as large as it was, whichever of its texts others have, too."""
-        self._folder, self._of = folder, None if column == "group" else of
-        numbers = rows.groups(Column(folder, "train", column, self._of).all())
-        _, self._first, counts = np.unique(numbers, return_index=True, return_counts=True)
-        self.of_rows = numbers if self._of is not None else numbers[of]
-        """The number of the unit of each row that is left."""
-        self.sizes: NDArray[np.int64] = counts if column == "group" else np.ones_like(counts)
-
-    def first(self, column: str) -> NDArray[np.uint64]:
-        """What the first row of each unit has in a column."""
-        return Column(self._folder, "train", column, self._of).all().astype(np.uint64)[self._first]
-
-
-def _held_out(
-    members: NDArray[np.int64], sizes: NDArray[np.int64], cut: dict[str, float]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which members of a class go to validation, from the first on, and to test, from the last on; `sizes` of all."""
-    if len(members) <= sum(map(bool, cut.values())):
-        return members[:0], members[:0]
-    wanted = _shares(int(sizes[members].sum()), cut["validation"], cut["test"])
-    validation = _filling(members, sizes, wanted[0])
-    rest = members[~np.isin(members, validation)]
-    return validation, _filling(rest[::-1], sizes, wanted[1])
-
-
-def _filling(members: NDArray[np.int64], sizes: NDArray[np.int64], wanted: int) -> NDArray[np.int64]:
-    """The first members that fit into so many examples; the smallest, where none does and others are left."""
-    own = sizes[members]
-    if not wanted or own.max() == 1:
-        return members[:wanted]
-    chosen = []
-    for place, size in enumerate(own.tolist()):
-        if size <= wanted:
-            chosen.append(place)
-            wanted -= size
-    if not chosen and len(members) > 1:
-        chosen = [int(own.argmin())]
-    return members[chosen]
 
 
 def _shares(count: int, *cuts: float) -> list[int]:

@@ -66,7 +66,8 @@ class Preparation:
         self._source = self._write_rows()
         self._labels = Labels(self._source["labels"])
         given = self._source["splits"]
-        is_grouped = given["train"].get("is_grouped", False)
+        # A part of the files may be of a single document.
+        is_grouped = given["train"]["is_grouped"] and self._most is None
         self.examples = splits.decide(self._rows, [*given], self._labels, self._spec, is_grouped=is_grouped)
         self._brought = BroughtTokenizers(self._spec) if self._spec.model.pretrained is not None else None
         self._survey()
@@ -116,6 +117,8 @@ class Preparation:
         """Write the given splits, those that are held out first, and what is known of each."""
         note = self._rows / "read.json"
         done: dict[str, Any] = json.loads(note.read_text()) if note.is_file() else {"labels": [], "splits": {}}
+        if any("is_grouped" not in found for found in done["splits"].values()):  # of an earlier version
+            done = {"labels": [], "splits": {}}
         if done.get("is_whole"):
             return done
         reading, labels = Reading(), Labels(done["labels"])
@@ -304,7 +307,7 @@ class Preparation:
             "duplicates": self._whole("train", self.examples.duplicates),
             "overlaps": self.examples.overlaps,
             "left_out": self.examples.left_out,
-            "whole_files": self._source["splits"]["train"].get("whole_files", 0),
+            "whole_files": self._source["splits"]["train"]["whole_files"],
             "rare": self.examples.rare,
             "used": self.examples.used,
             "empty": {name: count for split in found for name, count in split["empty"].items()},

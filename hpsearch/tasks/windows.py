@@ -99,7 +99,7 @@ class PackedWindows:
         # The schedule counts on as many in each epoch; by where documents are cut there are a few more or less.
         filled = np.add.reduceat(self._lengths, self._bounds[:-1])[found]
         dropped = np.argsort(filled, kind="stable")[: max(0, len(found) - self.count)]
-        repeated = order.choice(found, max(0, self.count - len(found)))
+        repeated = np.resize(order.permutation(found), max(0, self.count - len(found)))
         return np.concatenate([np.delete(found, dropped), repeated])
 
     def in_order(self) -> Indices:

@@ -343,7 +343,9 @@ def test_rows_that_are_pieces_of_documents_stay_with_them(tmp_path: Path) -> Non
     ]
     (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = hpsearch.init([tmp_path / "pages.jsonl"], output=tmp_path / "pages.yaml")
-    assert load_study(tmp_path / "pages.yaml").data.group_column == "url"
+    found = load_study(tmp_path / "pages.yaml")
+    assert (found.task, found.data.column, found.data.group_column) == ("causal_lm", "text", "url")
+    assert hpsearch.check(tmp_path / "pages.yaml")["data"]["documents"]["test"] > 0
     assert "rows with the same url stay in one split (data.group_column)" in made.notes
     alone = [row | {"url": f"https://example.org/{number}"} for number, row in enumerate(rows)]
     (tmp_path / "alone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))

@@ -97,7 +97,9 @@ class Look:
         named = next((column for column in self.named(_LABELS) if column.could_be_label(is_named=True)), None)
         if named is not None:
             return named
-        return next((column for column in self.columns.values() if column.could_be_label(is_named=False)), None)
+        documents = [*self.named(_DOCUMENTS)]
+        others = (column for column in self.columns.values() if column not in documents)
+        return next((column for column in others if column.could_be_label(is_named=False)), None)
 
     @property
     def text(self) -> Column | None:
@@ -109,10 +111,16 @@ class Look:
 
     @property
     def document(self) -> Column | None:
-        """What the rows are pieces of, by its name, if many documents have several rows each."""
+        """What the rows are pieces of, by its name, if many documents have several rows each and no split is given."""
+        if {*self.splits} != {"train"}:
+            return None
         for column in self.named(_DOCUMENTS):
             names = [str(value) for value in column.values if isinstance(value, str | int)]
-            if len(names) == len(column.values) and _MANY <= len({*names}) < _PIECES * len(names):
+            if (
+                column not in (self.text, self.label)
+                and len(names) == len(column.values)
+                and _MANY <= len({*names}) < _PIECES * len(names)
+            ):
                 return column
         return None
 
