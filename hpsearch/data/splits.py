@@ -290,7 +290,7 @@ class _Groups:
         sets = _LabelSets(labels, spec)
         groups, own = sets.pairs(self._of_row[self._of], Column(self._folder, "train", "label", self._of).all())
         place = np.full(len(self.positions), NOWHERE, np.uint8)
-        place[self._of_row[self._of]] = places[self._of]
+        np.minimum.at(place, self._of_row[self._of], places[self._of])  # in training, if a row is
         before = place.copy()
         _train_every_label(place, groups, own, self.positions, SPLITS.index("train"))
         places[self._of & (place != before)[self._of_row]] = SPLITS.index("train")
