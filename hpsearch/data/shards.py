@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPLITS = ("train", "validation", "test")
+NOWHERE = len(SPLITS)
+"""Of an example that is not used; else the number of its split in SPLITS."""
 CARD = "card.json"
 """Written last: data that has it is whole."""
 FORMAT = 4

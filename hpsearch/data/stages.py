@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hpsearch.data import rows, splits
 from hpsearch.data.corpora import Example
 from hpsearch.data.rows import Column, Labels
-from hpsearch.data.shards import CARD, FORMAT, SPLITS, ArrayWriter, DataCard, read_card
+from hpsearch.data.shards import CARD, FORMAT, NOWHERE, SPLITS, ArrayWriter, DataCard, read_card
 from hpsearch.data.sources import Reading, given_splits, size_of
 from hpsearch.data.tokenizers import TOKENIZER_FOLDER, AnyTokenizers, BroughtTokenizers, TrainedTokenizers
 from hpsearch.metrics import bleu
@@ -320,7 +320,7 @@ class Preparation:
         origin = self.examples.origin(split)
         times = 1 / float(self._source["splits"][origin]["part"])
         if times > 1 and self._spec.data.max_examples is not None:
-            used = int((self.examples.places[origin] != splits.NOWHERE).sum())
+            used = int((self.examples.places[origin] != NOWHERE).sum())
             times = min(times, self._spec.data.max_examples / max(1, used))
         return round(count * times)
 

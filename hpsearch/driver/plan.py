@@ -118,7 +118,7 @@ def prepare_data(spec: StudySpec, report: Report | None = None) -> tuple[Folder,
 
 def fitted(spec: StudySpec, card: DataCard) -> StudySpec:
     """The study with as many evaluations of an epoch as its data is long enough for, where its file does not say."""
-    from hpsearch.data.validation import fitting_evaluations
+    from hpsearch.training.validation import fitting_evaluations
 
     training = spec.training
     if training.evaluations_per_epoch is not None:

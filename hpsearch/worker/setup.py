@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from hpsearch.data.shards import read_card
-from hpsearch.data.validation import part_of_validation
 from hpsearch.files import storage
 from hpsearch.files.storage import locate
 from hpsearch.records import TrialConfig
@@ -17,6 +16,7 @@ from hpsearch.training.devices import pick_device, use_memory
 from hpsearch.training.random_states import seed_everything
 from hpsearch.training.ranks import Ranks
 from hpsearch.training.trainer import Order, Trainer
+from hpsearch.training.validation import part_of_validation
 
 
 def build_trainer(

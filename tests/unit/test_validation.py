@@ -12,13 +12,13 @@ import torch
 
 from hpsearch.data.prepare import prepare
 from hpsearch.data.shards import DataCard
-from hpsearch.data.validation import COST, LEAST_TEXTS, LEAST_TOKENS, fitting_evaluations, part_of_validation
 from hpsearch.driver.plan import fitted
 from hpsearch.spec.sections import DataSpec, TokenizerSpec
 from hpsearch.spec.study import StudySpec, study_class
 from hpsearch.tasks.base import within_budget
 from hpsearch.training.evaluation import _spread
 from hpsearch.training.trainer import Trainer
+from hpsearch.training.validation import COST, LEAST_TEXTS, LEAST_TOKENS, fitting_evaluations, part_of_validation
 from tests.rows import row
 
 
