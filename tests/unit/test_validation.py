@@ -51,6 +51,7 @@ def test_what_the_verdict_needs_is_looked_at_whatever_it_takes() -> None:
     assert texts == pytest.approx(LEAST_TEXTS / 1000)
     assert part_of_validation(card(1000, 500), share=0.1, evaluations_per_epoch=40) == 1
     assert part_of_validation(card(1000, 10**9), share=1, evaluations_per_epoch=40) == 1
+    assert fitting_evaluations(card(1000, 10**9), share=1, wanted=40) == 40
 
 
 def test_a_part_is_from_everywhere_in_the_split_in_batches_as_large() -> None:
