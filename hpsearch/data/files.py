@@ -117,7 +117,7 @@ def marks_of(names: Sequence[str]) -> dict[str, str]:
 
     More text at its end changes nothing, if there were some pages already. Of files that begin alike (with a licence)
     all is hashed; those that are equal have the same mark. Compressed files are told by their compressed bytes, and a
-    saved data set by its first file.
+    saved data set by its first file. Raises OSError.
     """
     found = {name: _hashed(name, _BEGINNING) for name in names}
     counts = Counter(found.values())
@@ -127,14 +127,10 @@ def marks_of(names: Sequence[str]) -> dict[str, str]:
 def _hashed(name: str, size: int | None) -> str:
     place = Path(name)
     if place.is_dir():
-        place = min(place.rglob("*.arrow"))
-    digest = hashlib.blake2b(digest_size=16)
+        place = min(place.rglob("*.arrow"), default=place / "state.json")
     with place.open("rb") as file:
-        while chunk := file.read(size or _CHUNK):
-            digest.update(chunk)
-            if size is not None:
-                break
-    return digest.hexdigest()
+        begin = file if size is None else io.BytesIO(file.read(size))
+        return hashlib.file_digest(begin, "blake2b").hexdigest()[:32]
 
 
 def beginning(name: str, encoding: str | None) -> str:

@@ -120,17 +120,14 @@ class RowWriter:
                 return digest(folded[0])
             case "target":
                 return digest(example[-1])
-            case "position" | "fraction":
-                if name == "position" and self._reading.group is not None:
-                    return place(f"{self._reading.source}\0{self._reading.group}", "split group")
-                return place(self._key(example, folded), "split" if name == "position" else "fraction")
+            case "position":
+                return place(self._group(example, folded), "split")
+            case "fraction":
+                return place(self._key(example, folded), "fraction")
             case "key":
                 return digest(self._key(example, folded))
             case "group":
-                group = self._reading.group
-                # Two sources of a mix may each have a document 1.
-                own = f"group\0{self._reading.source}\0{group}"
-                return digest(self._key(example, folded) if group is None else own)
+                return digest(self._group(example, folded))
             case "sample":
                 return place(folded[0], "sample")
             case "source":
@@ -144,6 +141,12 @@ class RowWriter:
         """What examples have in common that are not to be in two splits. Stratified splits tell texts apart as they
         are."""
         return folded[0] if self._task.has_labels else fold(self._task.split_key(example[0]))
+
+    def _group(self, example: Example, folded: list[str]) -> str:
+        """What is split as a whole: what an example is a piece of, else what it has in common with others."""
+        group = self._reading.group
+        # Two sources of a mix may each have a document 1.
+        return self._key(example, folded) if group is None else f"group\0{self._reading.source}\0{group}"
 
     def _flush(self) -> None:
         import pyarrow as pa

@@ -31,7 +31,7 @@ from hpsearch.spec.task import LABEL_SEPARATOR
 
 _BYTES_OF_A_TOKEN = 4
 _MANY_FILES = 20
-"""Plain text files that are split one by one: of fewer, the splits would not have the sizes that are asked for."""
+"""Plain text files, at least, that are split file by file: of fewer, splits would not be as large as asked for."""
 
 
 @dataclass
@@ -159,7 +159,10 @@ class _Reader:
 
     def files(self, files: list[str] | AlignedFiles) -> Iterator[Example]:
         if self._whole_files is not False:
-            self._marks = marks_of(files.source if isinstance(files, AlignedFiles) else files)
+            try:
+                self._marks = marks_of(files.source if isinstance(files, AlignedFiles) else files)
+            except OSError as error:
+                raise DataError(f"data: {error.filename} cannot be read: {error.strerror}") from error
         if isinstance(files, AlignedFiles):
             yield from self._checked(" and ".join((files.source[0], files.target[0])), self._aligned(files))
             return

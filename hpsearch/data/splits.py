@@ -20,7 +20,7 @@ from hpsearch.data.corpora import Example
 from hpsearch.data.rows import Column, Labels
 from hpsearch.data.shards import NOWHERE, SPLITS, ArrayWriter
 from hpsearch.data.sources import may_group
-from hpsearch.data.units import Groups, LabelSets, stratified
+from hpsearch.data.units import Groups, LabelSets, stratified, without_copies
 from hpsearch.errors import DataError
 from hpsearch.spec.sections import AlignedFiles, SourceSpec
 from hpsearch.spec.study import StudySpec
@@ -102,7 +102,8 @@ def columns_of(spec: StudySpec, split: str, given: set[str]) -> list[str]:
     found += ["group"] if may_group(data) else []
     found += ["label"] if task.has_labels else []
     if split == "train":
-        found += ["position"] if task.has_labels or not given.issuperset(SPLITS) else []
+        needs_position = task.has_labels or may_group(data) or not given.issuperset(SPLITS)
+        found += ["position"] if needs_position else []
         found += ["key"] if may_group(data) and key_column(spec) == "key" else []
         found += ["fraction"] if data.fraction < 1 else []
         found += ["source", "size"] if is_weighted(spec) else []
@@ -124,7 +125,7 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec, 
 
     `is_grouped` says whether some stay in the split of others.
     """
-    kept, duplicates, overlaps = _without_overlap(folder, given, spec)
+    kept, duplicates, overlaps = _without_overlap(folder, given, spec, is_grouped=is_grouped)
     left_out: Counter[str] = Counter()
     has_names = any(source.group_column is not None for source in spec.data.sources)
     for split in (split for split in given if is_grouped and has_names and split != "train"):
@@ -169,7 +170,7 @@ def decide(folder: Path, given: Sequence[str], labels: Labels, spec: StudySpec, 
 
 
 def _without_overlap(
-    folder: Path, given: Sequence[str], spec: StudySpec
+    folder: Path, given: Sequence[str], spec: StudySpec, *, is_grouped: bool
 ) -> tuple[dict[str, NDArray[np.bool_]], int, dict[str, int]]:
     """The rows that stay of each given split: of training no duplicates; the number of these; how many rows are in a
     held-out split.
@@ -193,9 +194,10 @@ def _without_overlap(
             if count:
                 overlaps[f"{split} in {other}"] = count
             shared |= there
-        if split == "train":
-            kept[split] = ~shared
-            kept[split] &= ~rows.repeated(Column(folder, split, "example", of=~shared))
+        if split == "train" and is_grouped:
+            kept[split] = without_copies(folder, ~shared)
+        elif split == "train":
+            kept[split] = ~shared & ~rows.repeated(Column(folder, split, "example", of=~shared))
         held_out.append(split)
     return kept, int((~kept["train"]).sum()), overlaps
 

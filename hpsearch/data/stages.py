@@ -117,8 +117,6 @@ class Preparation:
         """Write the given splits, those that are held out first, and what is known of each."""
         note = self._rows / "read.json"
         done: dict[str, Any] = json.loads(note.read_text()) if note.is_file() else {"labels": [], "splits": {}}
-        if any("is_grouped" not in found for found in done["splits"].values()):  # of an earlier version
-            done = {"labels": [], "splits": {}}
         if done.get("is_whole"):
             return done
         reading, labels = Reading(), Labels(done["labels"])

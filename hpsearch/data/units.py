@@ -113,21 +113,29 @@ def _train_every_label(
             trained.update(labels[begin:end].tolist())
 
 
+def without_copies(folder: Path, of: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """These training rows without those that say the same as another one: the one stays whose group comes first in the
+    order of hashes, so that it does not depend on the order in which groups are read."""
+    examples = rows.groups(Column(folder, "train", "example", of).all())
+    order = np.lexsort((Column(folder, "train", "position", of).all(), examples))
+    is_first = np.diff(examples[order], prepend=-1) != 0
+    kept = np.zeros(len(of), bool)
+    kept[np.flatnonzero(of)[order[is_first]]] = True
+    return kept
+
+
 class Groups:
     """Training rows that stay together."""
 
     def __init__(self, folder: Path, of: NDArray[np.bool_]) -> None:
-        """`of` are the rows that are left. A group counts its different texts, whichever of them others have, too."""
+        """`of` are the rows that are left; a group is as large as what is left of it."""
         self._folder, self._of = folder, of
         self._of_row = rows.groups(Column(folder, "train", "group").all())
-        texts = rows.groups(Column(folder, "train", "example").all())
-        pairs = np.unique(self._of_row * (int(texts.max(initial=0)) + 1) + texts, return_index=True)[1]
         _, first = np.unique(self._of_row, return_index=True)
         self.positions = Column(folder, "train", "position").all().astype(np.uint64)[first]
-        self.sizes = np.bincount(self._of_row[pairs])
-        left = np.zeros(len(first), bool)
-        left[self._of_row[of]] = True
-        self._members = np.flatnonzero(left)[np.argsort(self.positions[left], kind="stable")]
+        self.sizes = np.bincount(self._of_row[of], minlength=len(first))
+        left = np.flatnonzero(self.sizes)
+        self._members = left[np.argsort(self.positions[left], kind="stable")]
 
     def hold_out(self, places: NDArray[np.uint8], cut: dict[str, float]) -> None:
         """Put groups into validation and test, in the order of their hashes, until these have the parts to be cut off.

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MOST = 10**9
+"""No count in a study is larger: databases keep counts in 32 bits."""
 DEFAULT_SHARE = 0.1
 """Of a run's time, for its validation losses."""
-"""No count in a study is larger: databases keep counts in 32 bits."""
 Scalar = bool | int | float | str
 
 

@@ -193,6 +193,24 @@ def test_what_is_of_one_document_stays_in_one_split(tmp_path: Path, task: str, s
         assert all(split_of[text] == split for text in texts), "in whichever order they are read"
 
 
+def test_pages_of_cpythons_documentation_are_held_out_as_far_as_asked_for(tmp_path: Path) -> None:
+    """They are of very different lengths, and much of one stands in others, too."""
+    from pydoc_data.topics import topics
+
+    pages = {page: [(text,) for text in topic.split("\n\n") if text.strip()] for page, topic in topics.items()}
+    rows = [{"page": page, "text": text} for page, texts in pages.items() for (text,) in texts]
+    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = FileSplits(train=[str(tmp_path / "pages.jsonl")])
+    spec = study(tmp_path, "causal_lm", files, group_column="page")
+    card = prepare(spec)[1]
+    total = sum(card.documents.values())
+    assert card.duplicates > 0.1 * total
+    for split in ("validation", "test"):
+        assert 0.05 * total < card.documents[split] < 0.16 * total
+    alone = prepare(study(tmp_path, "causal_lm", files))[1]
+    assert card.seen_ngrams < alone.seen_ngrams / 2, "paragraphs are told by their neighbours"
+
+
 def test_documents_of_a_given_split_are_left_out_of_training(tmp_path: Path) -> None:
     pages = pages_of("causal_lm", [10] * 40)
     write_pages(tmp_path / "train.jsonl", "causal_lm", {page: own[:6] for page, own in pages.items()})
@@ -232,7 +250,7 @@ def test_sources_of_a_mix_may_use_the_same_names(tmp_path: Path) -> None:
         mix.append({"files": str(tmp_path / f"{source}.jsonl"), "group_column": "page.id"})
     spec = study_class("causal_lm")(name="s", task="causal_lm", data=DataSpec(mix=mix), folder=str(tmp_path / "runs"))
     read = read_examples(spec)
-    held_out = [{text.split()[1] for text in read.test for text in text if text.startswith(name)} for name in "ab"]
+    held_out = [{text.split()[1] for text in read.field("test", 0) if text.startswith(name)} for name in "ab"]
     assert held_out[0] != held_out[1]
 
 
@@ -397,7 +415,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from hpsearch.data import rows, stages
-from hpsearch.data.files import marks_of
 from hpsearch.data.prepare import prepare
 from hpsearch.spec.sections import FileSplits
 from tests.unit.test_preparation import study

@@ -16,8 +16,8 @@ _HELPERS = ("start_monitor", "start_log_monitor")
 def without_helpers() -> Iterator[None]:
     """Let a Ray that is started meanwhile leave out its autoscaler and the reader of its logs.
 
-    A study on one machine has no use for them, and they take a quarter of the CPU time that Ray takes to start. (The
-    server that Ray starts even without a dashboard stays: the agent of the node asks for it every second.)
+    A study on one machine has no use for them, and each is a Python process that imports Ray. The server that Ray
+    starts even without a dashboard stays: the agent of the node asks for it every second.
     """
     starters = {name: getattr(Node, name) for name in _HELPERS}
 
