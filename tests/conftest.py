@@ -9,7 +9,8 @@ import subprocess
 import tempfile
 import urllib.request
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -115,6 +116,13 @@ def command_of(process: psutil.Process) -> str:
         return " ".join([process.name(), *process.cmdline()])
     except psutil.Error:
         return ""
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """End processes; some end by themselves meanwhile, as those of Ray do when their parent is gone."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def alive_nodes(url: str, token: str) -> int:

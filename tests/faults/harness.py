@@ -25,7 +25,7 @@ import sqlalchemy as sa
 
 import hpsearch
 from tests.commands import HPSEARCH
-from tests.conftest import command_of
+from tests.conftest import command_of, kill_all
 
 INJECT = Path(__file__).parent / "inject"
 PATIENCE_S = 240.0
@@ -160,8 +160,7 @@ class Study:
     def end(self) -> None:
         for process in self.launches:
             if process.poll() is None:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
+                kill_all(psutil.Process(process.pid).children(recursive=True))
                 process.send_signal(signal.SIGCONT)
                 process.kill()
                 process.wait()

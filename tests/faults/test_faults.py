@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import hpsearch
+from tests.conftest import kill_all
 from tests.faults.harness import STEPS, Row, Stopwatch, Study, lock_sqlite, wrong_clock
 from tests.faults.postgres import Postgres
 
@@ -131,9 +132,7 @@ def test_ray_is_killed(suffer: Suffer, survive: Survive, process: str) -> None:
         psutil.Process(launch.pid).children(recursive=True) if process.startswith("the") else study.children(process)
     )
     watch = Stopwatch(study)
-    for victim in victims:
-        if victim.is_running():
-            victim.kill()
+    kill_all(victims)
     row = Row(f"SIGKILL of {process}", seconds=watch.next_worker(launch))
     survive(study.judge(row, launch.wait(240)))
     assert "Ray was lost; starting it anew (1 of 3)" in study.errors(0).read_text()

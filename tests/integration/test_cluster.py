@@ -21,7 +21,7 @@ import pytest
 
 import hpsearch as package
 from tests.commands import HPSEARCH, run_command
-from tests.conftest import TINY, alive_nodes, command_of
+from tests.conftest import TINY, alive_nodes, command_of, kill_all
 from tests.object_store import BUCKET, ObjectStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -94,10 +94,8 @@ class Cluster:
 
     def kill(self, node: int) -> None:
         """The machine of a node is gone."""
-        family = [*psutil.Process(self.nodes[node].pid).children(recursive=True), psutil.Process(self.nodes[node].pid)]
-        for member in family:
-            if member.is_running():
-                member.kill()
+        top = psutil.Process(self.nodes[node].pid)
+        kill_all([*top.children(recursive=True), top])
         self.nodes[node].wait()
 
     def end(self) -> None:

@@ -22,7 +22,7 @@ import yaml
 
 import hpsearch as package
 from tests.commands import HPSEARCH
-from tests.conftest import TINY, alive_nodes
+from tests.conftest import TINY, alive_nodes, kill_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
@@ -231,8 +231,8 @@ class Stack:
 
     def end(self) -> None:
         for process in self.processes:
-            for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-                member.kill()
+            kill_all(psutil.Process(process.pid).children(recursive=True))
+            process.kill()
             process.wait()
 
     def _here(self, text: str) -> str:

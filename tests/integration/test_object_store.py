@@ -24,7 +24,7 @@ from hpsearch.training import states
 from hpsearch.worker import watchdog
 from hpsearch.worker.run import run_trial
 from tests.commands import HPSEARCH
-from tests.conftest import TINY, Run, drain
+from tests.conftest import TINY, Run, drain, kill_all
 from tests.object_store import BUCKET, ObjectStore
 
 pytestmark = pytest.mark.slow
@@ -188,9 +188,7 @@ def test_a_killed_launch_goes_on_from_the_object_store(s3: ObjectStore, tmp_path
         family = psutil.Process(launched.pid).children(recursive=True)
         launched.kill()
         launched.wait()
-        for member in family:
-            if member.is_running():
-                member.kill()
+        kill_all(family)
     resumed = hpsearch("launch", "study.yaml", "--trials", "1", *quiet)
     assert resumed.returncode == 0, resumed.stderr
     said = hpsearch("logs", "tiny", "0", "--store", f"sqlite:///{tmp_path}/studies.db").stdout
