@@ -66,6 +66,7 @@ TASKS = Registry(
         "causal_lm": "hpsearch.tasks.causal_lm.definition:CausalLMDefinition",
         "translation": "hpsearch.tasks.translation.definition:TranslationDefinition",
         "classification": "hpsearch.tasks.classification.definition:ClassificationDefinition",
+        "instruction": "hpsearch.tasks.instruction.definition:InstructionDefinition",
     },
 )
 SAMPLERS = Registry(

@@ -10,6 +10,7 @@ import ast
 import gettext
 import html
 import importlib.metadata
+import json
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from hpsearch.errors import DataError
 
 Example = tuple[str, ...]
-"""The fields of one example: (text,), (source, target) or (text, label)."""
+"""The fields of one example: (text,), (source, target), (text, label) or (messages as JSON, answer)."""
 
 _SKIPPED_PACKAGES = {"test", "tests", "idlelib", "tkinter", "distutils", "lib2to3", "site-packages", "dist-packages"}
 
@@ -45,6 +46,21 @@ def python_areas() -> Iterator[Example]:
     for module, paragraph in _docstrings():
         if module in area_of:
             yield paragraph, area_of[module]
+
+
+def python_functions() -> Iterator[Example]:
+    """Signatures of the standard library's functions, as a user's messages, and what their docstrings say they do."""
+    for parts, tree in _modules():
+        module = ".".join(part for part in parts if part != "__init__")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                said = fold(re.split(r"\n\s*\n", ast.get_docstring(node) or "")[0])
+                if _FEWEST_WORDS <= len(said.split()) <= _MOST_WORDS:
+                    asked = f"{module}: def {node.name}({ast.unparse(node.args)})"
+                    yield json.dumps([{"role": "user", "content": asked}]), said
+
+
+_FEWEST_WORDS, _MOST_WORDS = 3, 30
 
 
 def ui_messages() -> Iterator[Example]:
@@ -90,6 +106,7 @@ READERS: dict[str, Callable[[], Iterator[Example]]] = {
     "python_docstrings": python_docstrings,
     "ui_messages": ui_messages,
     "python_areas": python_areas,
+    "python_functions": python_functions,
 }
 """Built-in corpora by name; `spec.sections` says which task each is for."""
 
@@ -102,20 +119,26 @@ def fold(text: str) -> str:
 @cache
 def _docstrings() -> list[tuple[str, str]]:
     """Top-level module and paragraph. Kept: reading the library takes seconds."""
-    found: list[tuple[str, str]] = []
+    return [
+        (parts[0], paragraph)
+        for parts, tree in _modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        for paragraph in _prose(ast.get_docstring(node) or "")
+    ]
+
+
+def _modules() -> Iterator[tuple[tuple[str, ...], ast.Module]]:
+    """The modules of the standard library, by the parts of their names, in the order of their files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
         if _SKIPPED_PACKAGES.intersection(parts):
             continue
         try:
-            tree = ast.parse(file.read_bytes())
+            yield parts, ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found += [(parts[0], paragraph) for paragraph in _prose(ast.get_docstring(node) or "")]
-    return found
 
 
 def _pairs(catalog: Path) -> Iterator[Example]:

@@ -208,9 +208,11 @@ def _csv_rows(lines: IO[str], delimiter: str) -> Iterator[tuple[str, Row]]:
 
 
 def _delimiter(name: str, begin: str, columns: tuple[str, ...]) -> str:
-    """The first delimiter under which the first line names the columns that are looked for."""
+    """The first delimiter under which the first line names the columns that are looked for, if any are."""
     usual = "\t" if ".tsv" in (suffix.lower() for suffix in Path(name).suffixes) else ","
     first = begin.splitlines()[:1]
+    if not columns:
+        return max((usual, *_DELIMITERS), key=lambda delimiter: sum(line.count(delimiter) for line in first))
     for delimiter in dict.fromkeys((usual, *_DELIMITERS)):
         if set(columns) <= set(next(csv.reader(first, delimiter=delimiter), ())):
             return delimiter

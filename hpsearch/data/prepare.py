@@ -82,7 +82,7 @@ def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
     if spec.definition.is_stream:
         return dict.fromkeys(SPLITS, 0)
     longest = {
-        split: np.max([load_split(folder, split, name).lengths for name in spec.definition.fields], axis=0)
+        split: np.max([load_split(folder, split, name).lengths for name in spec.definition.sequences], axis=0)
         for split in SPLITS
     }
     return {split: int((lengths > spec.model.context_length).sum()) for split, lengths in longest.items()}
@@ -111,6 +111,8 @@ def notes(spec: StudySpec, card: DataCard) -> list[str]:
             found.append(f"{source}: {part:.1%} of its training text is used, by the weights of the mix")
     for file, count in card.empty.items():
         found.append(f"{file}: {count:,} rows without text in every column were left out")
+    for reason, count in card.unusable.items():
+        found.append(f"{reason}: {count:,} rows were left out")
     for file, split_on in card.split_on.items():
         parted = {"line": "a text a line", "end_of_text": "texts that end with an end-of-text mark"}[split_on]
         found.append(f"{file}: read as {parted} (data.split_on: {split_on})")

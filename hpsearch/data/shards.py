@@ -68,6 +68,10 @@ class DataCard:
     """See `Examples.used`."""
     empty: dict[str, int] = dataclasses.field(default_factory=dict)
     """Rows left out because they have no text in some column, by the file that they are in."""
+    unusable: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rows left out because they hold no example, by file and reason."""
+    chat_template: str | None = None
+    """Hash of what conversations are rendered by."""
     split_on: dict[str, str] = dataclasses.field(default_factory=dict)
     """What was guessed to part the texts of a plain text file, by file."""
     ngrams_of: float = 1.0
@@ -117,6 +121,12 @@ def load_split(folder: Path, split: str, field: str = "text") -> TokenSplit:
         document_ends=np.load(folder / f"{split}-{field}-ends.npy", mmap_mode="r"),
         document_bytes=np.load(folder / f"{split}-{field}-bytes.npy", mmap_mode="r"),
     )
+
+
+def load_parts(folder: Path, split: str, field: str = "text") -> NDArray[np.uint8]:
+    """Of each token of the documents of a split, the part that it is of its example; see `TokenSequence.parts`."""
+    parts: NDArray[np.uint8] = np.load(folder / f"{split}-{field}-parts.npy", mmap_mode="r")
+    return parts
 
 
 def load_texts(folder: Path, split: str, field: str) -> list[str]:

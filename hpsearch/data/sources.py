@@ -27,7 +27,7 @@ from hpsearch.errors import DataError
 from hpsearch.spec.files import expanded, format_of, split_by_name, split_called
 from hpsearch.spec.sections import AlignedFiles, DataSpec, SourceSpec
 from hpsearch.spec.study import StudySpec
-from hpsearch.spec.task import LABEL_SEPARATOR
+from hpsearch.spec.task import LABEL_SEPARATOR, UnusableRowError
 
 _BYTES_OF_A_TOKEN = 4
 _MANY_FILES = 20
@@ -41,6 +41,8 @@ class Reading:
     position: Position = field(default_factory=Position)
     empty: Counter[str] = field(default_factory=Counter)
     """By file, the rows left out because they have no text in some column."""
+    unusable: Counter[str] = field(default_factory=Counter)
+    """By file and reason, the rows left out because they hold no example."""
     source: int = 0
     """Of a mix, the number of the source that the last example is from."""
     group: str | None = None
@@ -152,6 +154,7 @@ class _Reader:
 
     def __init__(self, source: SourceSpec, spec: StudySpec, reading: Reading) -> None:
         self._data, self._task, self._reading = source, spec.definition, reading
+        self._options = spec.options
         self._columns = self._task.columns(source)
         self._whole_files = has_whole_files(source)
         self._marks: dict[str, str] = {}
@@ -214,6 +217,7 @@ class _Reader:
                 yield f"text {number}", (text,)
         else:
             read = self._columns if data.group_column is None else (*self._columns, data.group_column)
+            read = () if self._task.is_chat else read
             rows = rows_of(name, read, encoding=data.encoding, delimiter=data.delimiter, position=position)
             yield from self._examples(rows, name)
 
@@ -250,12 +254,21 @@ class _Reader:
     def _examples(self, rows: Iterable[tuple[str, Row]], name: str) -> Iterator[tuple[str, Example]]:
         last = len(self._columns) - 1
         mark = self._marks.get(name) if self._whole_files else None
+        read = self._task.row_reader(self._data, self._options)
         for place, row in rows:
             where = f"{name}, {place}"
             if (column := self._data.group_column) is not None:
                 self._reading.group = _group(_value(row, column, where), f"{where}: column '{column}'")
             else:
                 self._reading.group = mark
+            if read is not None:
+                try:
+                    yield place, read(row)
+                except UnusableRowError as reason:
+                    self._reading.unusable[f"{name}: {reason}"] += 1
+                except DataError as error:
+                    raise DataError(f"data: {where}: {error}") from None
+                continue
             yield (
                 place,
                 tuple(

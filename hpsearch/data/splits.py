@@ -112,7 +112,7 @@ def columns_of(spec: StudySpec, split: str, given: set[str]) -> list[str]:
 
 def text_column(spec: StudySpec) -> str:
     """The column of hashes of the first field."""
-    return "example" if len(spec.definition.columns(spec.data)) == 1 else "text"
+    return "example" if len(spec.definition.fields) == 1 and not spec.definition.has_labels else "text"
 
 
 def key_column(spec: StudySpec) -> str:

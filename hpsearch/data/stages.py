@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,13 @@ from hpsearch.data.corpora import Example
 from hpsearch.data.rows import Column, Labels
 from hpsearch.data.shards import CARD, FORMAT, NOWHERE, SPLITS, ArrayWriter, DataCard, read_card
 from hpsearch.data.sources import Reading, given_splits, size_of
-from hpsearch.data.tokenizers import TOKENIZER_FOLDER, AnyTokenizers, BroughtTokenizers, TrainedTokenizers
+from hpsearch.data.tokenizers import (
+    CHAT_TEMPLATE,
+    TOKENIZER_FOLDER,
+    AnyTokenizers,
+    BroughtTokenizers,
+    TrainedTokenizers,
+)
 from hpsearch.metrics import bleu
 from hpsearch.spec.study import StudySpec
 
@@ -70,6 +77,9 @@ class Preparation:
         is_grouped = given["train"]["is_grouped"] and self._most is None
         self.examples = splits.decide(self._rows, [*given], self._labels, self._spec, is_grouped=is_grouped)
         self._brought = BroughtTokenizers(self._spec) if self._spec.model.pretrained is not None else None
+        own = self._brought.chat_template if self._brought else None
+        begins = self._brought is not None and self._brought.begin_id is not None
+        self._template = self._task.chat_template(self._spec.options, own, begins=begins)
         self._survey()
 
     @property
@@ -79,6 +89,7 @@ class Preparation:
         tokenizer = {"shared": spec.tokenizer.shared, "vocab_size": self._entries}
         settings: list[Any] = [FORMAT, spec.task, tokenizer, task.data_options(spec.options)]
         settings += [task.fields, task.marks, task.has_labels, task.compares_text]
+        settings += [self._template] if task.is_chat else []
         settings += [spec.data.source_language, spec.data.target_language]
         if self._brought:
             settings.append(self._brought.hash)
@@ -97,11 +108,14 @@ class Preparation:
         tokenizer = self._brought or self._trained()
         if self._brought:
             self._brought.save(self.out / TOKENIZER_FOLDER)
-        tokens = {key: self._tokenize(*key, tokenizer) for key in itertools.product(SPLITS, self._fields)}
+        if self._template is not None:
+            (self.out / TOKENIZER_FOLDER / CHAT_TEMPLATE).write_text(self._template)
+            tokenizer.read_chats(self.out / TOKENIZER_FOLDER)
+        tokens = {key: self._tokenize(*key, tokenizer) for key in itertools.product(SPLITS, self._task.sequences)}
         if self._task.compares_text:
             for split, name in itertools.product(SPLITS[1:], self._fields):
                 _write_list(self.out / f"{split}-{name}.json", self.examples.texts(split, name))
-        card = self._card(tokenizer, {split: tokens[split, self._fields[-1]] for split in SPLITS})
+        card = self._card(tokenizer, {split: tokens[split, self._task.sequences[-1]] for split in SPLITS})
         if self._task.has_labels:
             splits.write_labels(self.out, card.labels, self.examples, self._labels, self._spec)
         for note in self.out.glob(".*.json"):
@@ -127,6 +141,7 @@ class Preparation:
                 found = {
                     "part": part,
                     "empty": dict(reading.empty),
+                    "unusable": dict(reading.unusable),
                     "split_on": dict(reading.split_on),
                     "is_grouped": reading.is_grouped,
                     "whole_files": reading.whole_files,
@@ -134,6 +149,7 @@ class Preparation:
                 done["splits"][split], done["labels"] = found, labels.written
                 write_whole(note, json.dumps(done))
             reading.empty.clear()
+            reading.unusable.clear()
             reading.split_on.clear()
             reading.is_grouped, reading.whole_files = False, 0
         done["is_whole"] = True
@@ -216,7 +232,7 @@ class Preparation:
             for text in self.examples.texts("train", name, sample):
                 done += len(text)
                 self._report("training the tokenizer", done, size)
-                yield text
+                yield self._task.words(name, text)
 
         tokenizer = TrainedTokenizers.trained(texts, self._entries, self._spec)
         tokenizer.save(folder)
@@ -224,42 +240,61 @@ class Preparation:
         return tokenizer
 
     def _tokenize(self, split: str, name: str, tokenizer: AnyTokenizers) -> int:
-        """Write the tokens of a field of a split; returns how many there are, the first end-of-text left out."""
+        """Write the tokens of a field of a split, or of all; returns how many are predicted.
+
+        The end-of-text before the first document is not among them.
+        """
         note = self.out / f".{split}-{name}.json"
-        at = json.loads(note.read_text()) if note.is_file() else {"rows": 0, "tokens": 0, "bytes": 0}
+        at = json.loads(note.read_text()) if note.is_file() else {"rows": 0, "tokens": 0, "bytes": 0, "predicted": 0}
         is_wide = max(tokenizer.vocab_size, tokenizer.target_vocab_size or 0) > 2**16
         begun = 1 if at["rows"] else 0
         stem = self.out / f"{split}-{name}"
         tokens = ArrayWriter(stem.with_suffix(".npy"), np.uint32 if is_wide else np.uint16, at=begun + at["tokens"])
         ends = ArrayWriter(Path(f"{stem}-ends.npy"), np.int64, at=at["rows"])
         sizes = ArrayWriter(Path(f"{stem}-bytes.npy"), np.int64, at=at["rows"])
+        writers = [tokens, ends, sizes]
+        if self._task.is_chat:
+            writers.append(ArrayWriter(Path(f"{stem}-parts.npy"), np.uint8, at=at["tokens"]))
         if not begun:
             tokens.append(np.array([tokenizer.end_id]))
         chosen = self.examples.chosen(split)
         tables = self.examples.tables(split, _behind(chosen, at["rows"]) if at["rows"] else None)
-        size, kept = self._bytes[split, name], at["bytes"]
-        for column, ids in _ahead(tables, lambda table: _encoded(table.column(name), name, tokenizer)):
+        names = self._fields if self._task.is_chat else (name,)
+        size, kept = sum(self._bytes[split, one] for one in names), at["bytes"]
+        encode = self._encoded_chats if self._task.is_chat else partial(_encoded, name)
+        for own, ids, parts in _ahead(tables, partial(encode, tokenizer)):
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
             ends.append(at["tokens"] + np.cumsum(lengths))
             flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
             tokens.append(flat)
-            own = _byte_lengths(column)
             sizes.append(own)
+            predicted = len(flat)
+            if parts is not None:
+                writers[-1].append(parts)
+                predicted = int(np.count_nonzero(parts))
             at = {
                 "rows": at["rows"] + len(ids),
                 "tokens": at["tokens"] + len(flat),
                 "bytes": at["bytes"] + int(own.sum()),
+                "predicted": at["predicted"] + predicted,
             }
             self._report(f"tokenizing {split}", at["bytes"], size)
             if at["bytes"] - kept >= _KEPT_EVERY:
-                for writer in (tokens, ends, sizes):
+                for writer in writers:
                     writer.flush()
                 write_whole(note, json.dumps(at))
                 kept = at["bytes"]
-        for writer in (tokens, ends, sizes):
+        for writer in writers:
             writer.close()
         write_whole(note, json.dumps(at))
-        return int(at["tokens"])
+        return int(at["predicted"])
+
+    def _encoded_chats(self, tokenizer: AnyTokenizers, table: pa.Table) -> _Encoded:
+        rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        sequences = self._task.encode(rows, tokenizer.chats)
+        parts = np.fromiter(itertools.chain.from_iterable(one.parts for one in sequences), np.uint8)
+        own = np.sum([_byte_lengths(column) for column in table.columns], axis=0)
+        return own, [one.ids for one in sequences], parts
 
     def _card(self, tokenizer: AnyTokenizers, tokens: dict[str, int]) -> DataCard:
         last = self._fields[-1]
@@ -271,7 +306,7 @@ class Preparation:
         words = bleu.choose(self._spec.data.target_language, references()) if compares else None
         counts = splits.label_counts(self.examples, self._labels, self._spec) if self._task.has_labels else {}
         whole = self._whole
-        has_begins = tokenizer.begin_id is not None
+        has_begins = tokenizer.begin_id is not None and not self._task.is_chat
         unpredicted = {split: self.examples.count(split) if has_begins else 0 for split in SPLITS}
         seen, part = self._seen_ngrams()
         return DataCard(
@@ -293,6 +328,7 @@ class Preparation:
             bleu_tokenizer=words,
             longest_reference=bleu.longest(references(), words) if words else None,
             begin_id=tokenizer.begin_id,
+            chat_template=None if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()[:16],
             first_id=tokenizer.first_id,
             start_id=tokenizer.start_id,
             **self._of_source(),
@@ -309,6 +345,7 @@ class Preparation:
             "rare": self.examples.rare,
             "used": self.examples.used,
             "empty": {name: count for split in found for name, count in split["empty"].items()},
+            "unusable": {name: count for split in found for name, count in split["unusable"].items()},
             "split_on": {name: kind for split in found for name, kind in split["split_on"].items()},
             "read": min(split["part"] for split in found),
         }
@@ -363,8 +400,13 @@ def _behind(chosen: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
     return left
 
 
-def _encoded(column: pa.ChunkedArray, name: str, tokenizer: AnyTokenizers) -> tuple[pa.ChunkedArray, list[list[int]]]:
-    return column, tokenizer.encode(name, column.to_pylist())
+_Encoded: TypeAlias = "tuple[NDArray[np.int64], list[list[int]], NDArray[np.uint8] | None]"
+"""Of some examples, their bytes, their tokens, and the parts that all tokens are of, one after the other."""
+
+
+def _encoded(name: str, tokenizer: AnyTokenizers, table: pa.Table) -> _Encoded:
+    column = table.column(name)
+    return _byte_lengths(column), tokenizer.encode(name, column.to_pylist()), None
 
 
 def _byte_lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:

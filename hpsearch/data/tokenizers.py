@@ -16,11 +16,16 @@ from hpsearch.spec.task import Marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
 PADDING = "<|pad|>"
 END_ID, PADDING_ID = 0, 1
 TOKENIZER_FOLDER = "tokenizer"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""As transformers calls it in the folder of a tokenizer."""
+ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+"""Tokens of their own in the vocabularies that we train for chats."""
 TARGET_FOLDER = "target"
 """Of a translation's target tokenizer, in a checkpoint of a model with two vocabularies."""
 TARGET_TOKENIZER = "tokenizer-target.json"
@@ -29,7 +34,8 @@ TARGET_TOKENIZER = "tokenizer-target.json"
 def train_tokenizer(texts: Iterable[str], vocab_size: int, marks: Marks = "stream") -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) trained on these texts; end-of-text is token 0, padding (if any) 1.
 
-    It puts end-of-text before or behind a text; in a stream, which needs no padding, whoever writes it does.
+    It puts end-of-text before or behind a text; in a stream, which needs no padding, whoever writes it does, and in a
+    chat its template.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -38,12 +44,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, marks: Marks = "strea
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT] if marks == "stream" else [END_OF_TEXT, PADDING],
+        special_tokens=[
+            END_OF_TEXT,
+            *([] if marks == "stream" else [PADDING]),
+            *(ROLE_MARKS if marks == "chat" else ()),
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if marks != "stream":
+    if marks in ("before", "behind"):
         marked = f"{END_OF_TEXT} $A" if marks == "before" else f"$A {END_OF_TEXT}"
         tokenizer.post_processor = processors.TemplateProcessing(single=marked, special_tokens=[(END_OF_TEXT, END_ID)])
     return tokenizer
@@ -88,10 +98,20 @@ def decode(folder: Path, rows: Sequence[Sequence[int]]) -> list[str]:
     return [text.strip() for text in texts]
 
 
+class _Chats:
+    """Tokenizers that render and tokenize conversations."""
+
+    chats: PreTrainedTokenizerBase
+
+    def read_chats(self, folder: Path) -> None:
+        """Use the tokenizer and the chat template of a folder that it was saved to."""
+        self.chats = pretrained.load_tokenizer(folder)
+
+
 AnyTokenizers: TypeAlias = "TrainedTokenizers | BroughtTokenizers"
 
 
-class TrainedTokenizers:
+class TrainedTokenizers(_Chats):
     """Tokenizers trained on the training split: one, or one for each language."""
 
     first_id = start_id = begin_id = None
@@ -145,7 +165,7 @@ class TrainedTokenizers:
             tokenizers[-1].save(str(folder / TARGET_TOKENIZER))
 
 
-class BroughtTokenizers:
+class BroughtTokenizers(_Chats):
     """The tokenizer that a pretrained model brings along."""
 
     target_vocab_size = None
@@ -169,7 +189,10 @@ class BroughtTokenizers:
         end = pretrained.end_id(self._tokenizer)
         assert end is not None
         self.end_id = end
-        self.begin_id = pretrained.begin_id(self._tokenizer) if self._task.is_stream else None
+        reads_whole = self._task.is_stream or self._task.is_chat
+        self.begin_id = pretrained.begin_id(self._tokenizer) if reads_whole else None
+        template = self._tokenizer.chat_template
+        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
         self.padding_id = end if self._tokenizer.pad_token_id is None else int(self._tokenizer.pad_token_id)
         self.vocab_size = max(len(self._tokenizer), 1 + max(pretrained.languages(self._tokenizer).values(), default=0))
         fast = getattr(self._tokenizer, "backend_tokenizer", None)

@@ -166,7 +166,7 @@ def _import_what_decides() -> None:
 def _register(store: Store, spec: StudySpec, overrides: list[str], card: DataCard) -> StudyRow:
     row = store.find_study(spec.name)
     if row is None:
-        metric = spec.definition.metric
+        metric = spec.ranking_metric
         row = store.add_study(
             NewStudy(
                 name=spec.name,

@@ -52,6 +52,11 @@ def ratio(upper: str, lower: str, unit: float = 1.0) -> Callable[[Examples], Flo
     return lambda examples: np.stack([examples[upper] / unit, examples[lower]], axis=1).astype(np.float64)
 
 
+def mean_of(name: str) -> Callable[[Examples], Floats]:
+    """Sums of a metric that is the mean of what each example scores, in an array of this name."""
+    return lambda examples: np.stack([examples[name], np.ones(len(examples[name]))], axis=1).astype(np.float64)
+
+
 def as_kept(name: str) -> Callable[[Examples], Floats]:
     """Sums that are kept as they are, in an array of this name."""
     return lambda examples: np.asarray(examples[name], dtype=np.float64)
@@ -155,6 +160,18 @@ def _label_metric(name: str) -> Metric:
     )
 
 
+def _mean_metric(name: str) -> Metric:
+    return Metric(
+        name=name,
+        higher_is_better=True,
+        digits=3,
+        needs=(name,),
+        sums=mean_of(name),
+        score_from_sums=of_sums(),
+        top=1.0,
+    )
+
+
 METRICS = {
     metric.name: metric
     for metric in (
@@ -174,6 +191,7 @@ METRICS = {
             sums=ratio("nats", "bytes", math.log(2)),
             score_from_sums=of_sums(),
         ),
+        *map(_mean_metric, ("rouge_l", "token_f1", "exact_match")),
         Metric(
             name="bleu",
             higher_is_better=True,

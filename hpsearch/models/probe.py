@@ -27,10 +27,10 @@ _LEAK = 1e-4
 """Of the deviation of a model's logits: more than rounding, and than what a later token may change."""
 
 
-def check_model(auto_class: Any, settings: ModelSettings, *, is_packed: bool = False, **tokens: Any) -> None:
+def check_model(auto_class: Any, settings: ModelSettings, *, packing: str | None = None, **tokens: Any) -> None:
     """Raise UsageError if such a model cannot be built, or does not train: one that is small enough makes a step.
 
-    Of a larger model no weights are allocated; its small twin makes the step. `is_packed`: see `check_apart`.
+    Of a larger model no weights are allocated; its small twin makes the step. `packing`: see `check_apart`.
     """
     if settings.lora_rank:
         require_peft()
@@ -40,8 +40,8 @@ def check_model(auto_class: Any, settings: ModelSettings, *, is_packed: bool = F
     except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
         raise UsageError(f"model: a {config.model_type} of these sizes cannot be built: {error}") from error
     if settings.pretrained is not None:
-        if is_packed:
-            check_apart(_shallow(auto_class, settings, config, tokens))
+        if packing:
+            check_apart(_shallow(auto_class, settings, config, tokens), packing)
         return
     weights = sum(parameter.numel() for parameter in model.parameters())
     if weights > _TRIED_AS_IT_IS or settings.context_length > _TWIN_LENGTH:
@@ -54,8 +54,8 @@ def check_model(auto_class: Any, settings: ModelSettings, *, is_packed: bool = F
             vocabulary = min(tokens["vocab_size"], _TWIN_VOCABULARY)
             model = auto_class.from_config(config)
             _try_out(model, kind(auto_class), vocabulary, settings.context_length)
-            if is_packed:
-                check_apart(model)
+            if packing:
+                check_apart(model, packing)
         except UsageError:
             raise
         except Exception as error:
@@ -67,8 +67,11 @@ def check_model(auto_class: Any, settings: ModelSettings, *, is_packed: bool = F
 
 
 @torch.no_grad()
-def check_apart(model: PreTrainedModel) -> None:
-    """Raise UsageError if the model does not keep documents of one sequence apart by the positions of their tokens."""
+def check_apart(model: PreTrainedModel, packing: str) -> None:
+    """Raise UsageError if the model does not keep texts of one sequence apart by the positions of their tokens.
+
+    `packing` is the option that asks for it and what to set in its place, for the message.
+    """
     was_training = model.training
     model.eval()
     ids = torch.arange(2, 9, device=model.device)[None] % max(3, model.config.get_text_config().vocab_size)
@@ -84,8 +87,8 @@ def check_apart(model: PreTrainedModel) -> None:
         model.train(was_training)
     if not is_apart:
         raise UsageError(
-            f"causal_lm.packing: models of type {model.config.model_type} cannot be told which tokens of a sequence "
-            "belong to which document; packing: continuous trains them"
+            f"{packing.partition(':')[0]}: models of type {model.config.model_type} cannot be told which tokens of a "
+            f"sequence belong to which text; {packing.partition('.')[2]} trains them"
         )
 
 
@@ -103,8 +106,7 @@ def _shallow(
             model: PreTrainedModel = auto_class.from_config(small)
         except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
             raise UsageError(
-                f"causal_lm.packing: no small {small.model_type} can be built, to see that it keeps documents apart: "
-                f"{error}"
+                f"model: no small {small.model_type} can be built, to see that it keeps texts apart: {error}"
             ) from error
     return model
 

@@ -192,7 +192,7 @@ def samples(data: StudyData) -> Drawn | None:
     rows = [[sample["source"], sample["output"], sample["reference"]] for sample in samples]
     return Drawn(
         title="What the best trial says",
-        n=f"{len(rows)} test sentences",
-        table=(("source", "its translation", "reference"), rows),
-        says="Sentences of the test split at even distances, not chosen by how well they went.",
+        n=f"{len(rows)} test examples",
+        table=(("source", "what it says", "reference"), rows),
+        says="Examples of the test split at even distances, not chosen by how well they went.",
     )

@@ -103,6 +103,7 @@ def validate_study(document: StudyDocument, *, base: Path) -> StudySpec:
         raise document.error(problems + list(found.values())) from None
     spec = _with_absolute_paths(spec, base, problems)
     spec = _with_pretrained_folder(spec, base, problems)
+    spec = _with_texts_of_files(spec, base, problems)
     problems += cross_checks(spec, content)
     if (wrong := storage.problem(spec.folder)) is not None:
         problems.append(Problem(path=("folder",), message=f"{hide_secrets(spec.folder)}: {wrong}"))
@@ -233,6 +234,22 @@ def _check_format(file: Path, task: TaskDefinition, path: KeyPath, problems: lis
         lines = ", or two text files as {source: FILE, target: FILE}" if task.is_pair else ""
         message = f"{file.name} has texts and nothing beside them; expected {expected}{lines}"
     problems.append(Problem(path=path, message=message))
+
+
+def _with_texts_of_files(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:
+    """The study with the text of the files that its task's options name, in place of their names."""
+    task, options = spec.definition, spec.options
+    texts = {}
+    for name in task.file_options:
+        value = getattr(options, name)
+        if value is None or "{" in value or "\n" in value:
+            continue
+        try:
+            texts[name] = (base / Path(value).expanduser()).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"{value} cannot be read: {getattr(error, 'strerror', None) or error}"
+            problems.append(Problem(path=(task.name, name), message=message))
+    return spec.model_copy(update={task.name: options.model_copy(update=texts)}) if texts else spec
 
 
 def _with_pretrained_folder(spec: StudySpec, base: Path, problems: list[Problem]) -> StudySpec:

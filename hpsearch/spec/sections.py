@@ -16,7 +16,7 @@ from hpsearch.spec.settings import MOST, Strict
 MOST_MINUTES = 10_000_000.0
 """About 19 years: timers of the system take no longer ones."""
 
-Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas"]
+Corpus = Literal["python_docs", "python_docstrings", "ui_messages", "python_areas", "python_functions"]
 TARGET_EVALUATIONS = 40
 """Evaluations of the longest run of a study: what the windows of the rule are made for."""
 
@@ -78,7 +78,9 @@ class SourceSpec(Strict):
         "data set of the hub is then streamed, and never fetched as a whole.",
     )
     column: str = Field(
-        "text", description="Column or key that holds the text; `meta.text` is the key text of the column meta."
+        "text",
+        description="Column or key that holds the text (in instruction tuning a list of messages, if it is not called "
+        "messages); `meta.text` is the key text of the column meta.",
     )
     label_column: str = Field("label", description="Column that holds the label, or a list of labels.")
     source_column: str = Field("source", description="Column that holds the text to translate.")

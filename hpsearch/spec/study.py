@@ -38,7 +38,14 @@ from hpsearch.spec.space import Space
 from hpsearch.spec.task import TaskDefinition, task_named
 
 DEFAULT_STORE = "sqlite:///hpsearch.db"
-_OBJECTIVE_SCHEMA: dict[str, Any] = {"anyOf": [{"enum": ["loss", "bleu", "f1"]}, {"type": "string"}], "default": "loss"}
+_OBJECTIVE_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"enum": ["loss", "bleu", "f1", "rouge_l", "token_f1", "exact_match"]}, {"type": "string"}],
+    "default": "loss",
+}
+_METRIC_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "object", "required": ["name"]}, {"type": "null"}],
+    "default": None,
+}
 _TASK_SCHEMA: dict[str, Any] = {
     "anyOf": [{"enum": list(TASKS.names)}, {"type": "string", "pattern": r"^[\w.]+:\w+$"}],
 }
@@ -97,8 +104,13 @@ class StudySpec(Strict):
     objective: Annotated[str, WithJsonSchema(_OBJECTIVE_SCHEMA)] = Field(
         "loss",
         description="What the search improves on the validation split, and what chooses a run's best checkpoint. A "
-        "score (bleu, f1, or what else the task names) is taken at the end of each epoch; runs are still judged to "
-        "overfit by their losses.",
+        "score (bleu, f1, rouge_l, or what else the task names) is taken at the end of each epoch; runs are still "
+        "judged to overfit by their losses.",
+    )
+    metric: Annotated[str | None, WithJsonSchema(_METRIC_SCHEMA)] = Field(
+        None,
+        description="The test metric that trials are ranked by; by default the task's first. {name: ..., goal: ...}, "
+        "as W&B has it, is understood.",
     )
     search: Annotated[dict[str, Any], WithJsonSchema(_SEARCH_SCHEMA)] = Field(default_factory=dict)
     enqueue: list[dict[str, Any]] = Field(
@@ -165,6 +177,11 @@ class StudySpec(Strict):
     @property
     def definition(self) -> TaskDefinition:
         return task_named(self.task)
+
+    @property
+    def ranking_metric(self) -> str:
+        """The test metric that trials are ranked by."""
+        return self.metric or self.definition.metric
 
     @property
     def options(self) -> Any:

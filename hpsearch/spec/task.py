@@ -5,7 +5,8 @@ Nothing outside `hpsearch.tasks` asks which task a study has; it asks the defini
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,19 +16,35 @@ from hpsearch.spec.sections import SourceSpec
 from hpsearch.spec.settings import ModelSettings, Strict
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hpsearch.data.shards import DataCard
     from hpsearch.metrics.metric import Metric
     from hpsearch.records import TrialConfig
     from hpsearch.tasks.base import Task
 
 
-Marks = Literal["stream", "before", "behind"]
+Marks = Literal["stream", "before", "behind", "chat"]
+Row = dict[str, Any]
 LABEL_SEPARATOR = "|"
 """Between the labels of one example, where several are given as text."""
 
 
 class NoOptions(Strict):
     """Of a task that has none."""
+
+
+class UnusableRowError(Exception):
+    """A row holds no example, for a reason that may hold of others: they are left out, and counted by reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSequence:
+    """Tokens of an example all of whose fields are read as one sequence."""
+
+    ids: list[int]
+    parts: list[int]
+    """Of each token, which part of the example it is; 0 if nothing is to predict it."""
 
 
 class TaskDefinition:
@@ -42,6 +59,8 @@ class TaskDefinition:
     options: ClassVar[type[Strict]] = NoOptions
     as_written: ClassVar[tuple[str, ...]] = ()
     """Options that are text as it stands in the file, whatever YAML takes it for: `1`, `yes`."""
+    file_options: ClassVar[tuple[str, ...]] = ()
+    """Options that may name a file: its text takes the name's place."""
 
     fields: ClassVar[tuple[str, ...]] = ("text",)
     """Names of the texts of an example, in the order of its columns; the last is what the model predicts. Two of them
@@ -50,7 +69,8 @@ class TaskDefinition:
     """Whether an example has labels, in the column behind its texts: splits are stratified by them."""
     marks: ClassVar[Marks] = "stream"
     """Where end-of-text stands. In a stream it parts the documents, which are read one after the other; elsewhere an
-    example is cut to the model's context, and padded."""
+    example is cut to the model's context, and padded. `chat`: all fields of an example are one sequence, which
+    `encode` makes of them."""
     compares_text: ClassVar[bool] = False
     """Whether the last text of held-out examples is kept as it is, to score what the model writes in its place."""
     corpora: ClassVar[tuple[str, ...]] = ()
@@ -61,7 +81,9 @@ class TaskDefinition:
     objectives: ClassVar[tuple[str, ...]] = ("loss",)
     """What a study may search for: the loss, and metrics of which more is better, of the validation split."""
     metric: ClassVar[str]
-    """The test metric that trials are ranked by."""
+    """The test metric that trials are ranked by, where the study names none."""
+    ranking_metrics: ClassVar[tuple[str, ...]] = ()
+    """Test metrics that a study may name in its place."""
     loss_unit: ClassVar[str] = "nats per token"
 
     @property
@@ -70,12 +92,47 @@ class TaskDefinition:
 
     @property
     def is_pair(self) -> bool:
-        return len(self.fields) == 2
+        return len(self.fields) == 2 and not self.is_chat
+
+    @property
+    def is_chat(self) -> bool:
+        return self.marks == "chat"
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Names of the arrays that an example's tokens stand in."""
+        return ("text",) if self.is_chat else self.fields
 
     def columns(self, data: SourceSpec) -> tuple[str, ...]:
         """The columns that an example is read from: one for each field, then that of the labels."""
         texts = (data.source_column, data.target_column) if self.is_pair else (data.column,)
         return (*texts, data.label_column) if self.has_labels else texts
+
+    def row_reader(self, data: SourceSpec, options: Any) -> Callable[[Row], tuple[str, ...]] | None:
+        """What reads the fields of an example from a row of one file, where they are no columns of text.
+
+        It raises DataError for a row that cannot be meant, and UnusableRowError.
+        """
+        return None
+
+    def words(self, field: str, text: str) -> str:
+        """What a tokenizer is trained on of a field."""
+        return text
+
+    def encode(self, examples: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
+        """The one sequence of each example, where `marks` is `chat`. Raises DataError."""
+        raise NotImplementedError
+
+    def chat_template(self, options: Any, template: str | None, *, begins: bool) -> str | None:
+        """The chat template of prepared data, given that of the tokenizer, which `begins` texts with a token."""
+        return template
+
+    def metric_names(self, options: Any) -> tuple[str, ...]:
+        """What trials may be ranked by; the first is the usual one."""
+        return tuple(dict.fromkeys((self.metric, *self.ranking_metrics)))
+
+    def objective_names(self, options: Any) -> tuple[str, ...]:
+        return self.objectives
 
     def labels(self, written: str, options: Any) -> list[str]:
         """The labels of an example, as its column has them; several are separated by LABEL_SEPARATOR."""

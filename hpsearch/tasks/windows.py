@@ -74,36 +74,24 @@ class ContinuousWindows:
         return int(np.minimum(left, self._length).sum())
 
 
-class PackedWindows:
-    """Windows that hold whole documents, and pieces of those that are longer than a window, each read by itself.
+class _Packed:
+    """Windows that hold pieces of a stream, each read by itself. In training, pieces meet others in each epoch."""
 
-    Each goes, the longest first, into the fullest window that has room for it: best-fit packing (Ding et al., "Fewer
-    Truncations Improve Language Modeling", arXiv 2404.10830). In training, documents of a length meet others in each
-    epoch, and those that are longer than a window are cut at other places.
-    """
+    _starts: NDArray[np.int64]
+    _lengths: NDArray[np.int64]
+    """Of the pieces, window by window."""
+    _bounds: NDArray[np.int64]
+    """Where each window begins among the pieces, and where the last one ends."""
 
-    def __init__(self, ends: NDArray[np.int64], length: int, *, is_training: bool, skipped: int = 0) -> None:
-        """`ends` are those of the documents in the stream, as `TokenSplit.document_ends`; of each, the first `skipped`
-        tokens are read and never predicted.
-        """
-        self._ends, self._length, self._skipped = ends, length, skipped
-        if is_training:
-            self._pack_at_random(np.random.default_rng(0))
-        else:
-            self._pack(*pieces(ends, length, skipped=skipped))
-        self.count = len(self._bounds) - 1
+    def __init__(self, length: int) -> None:
+        self._length = length
 
-    def of_epoch(self, order: np.random.Generator) -> Indices:
-        self._pack_at_random(order)
-        found = order.permutation(len(self._bounds) - 1)
-        # The schedule counts on as many in each epoch; by where documents are cut there are a few more or less.
-        filled = np.add.reduceat(self._lengths, self._bounds[:-1])[found]
-        dropped = np.argsort(filled, kind="stable")[: max(0, len(found) - self.count)]
-        repeated = np.resize(order.permutation(found), max(0, self.count - len(found)))
-        return np.concatenate([np.delete(found, dropped), repeated])
+    @property
+    def windows(self) -> int:
+        return len(self._bounds) - 1
 
     def in_order(self) -> Indices:
-        return np.arange(self.count)
+        return np.arange(self.windows)
 
     def layout(self, indices: Indices) -> Layout:
         shape = len(indices), self._length
@@ -121,17 +109,63 @@ class PackedWindows:
     def predicted(self, indices: Indices) -> int:
         return sum(int(self._lengths[slice(*self._bounds[index : index + 2])].sum()) for index in indices)
 
-    def _pack_at_random(self, order: np.random.Generator) -> None:
-        first = order.integers(1, self._length, size=len(self._ends), endpoint=True)
-        starts, lengths = pieces(self._ends, self._length, first, skipped=self._skipped)
-        at_random = order.permutation(len(starts))
-        self._pack(starts[at_random], lengths[at_random])
-
     def _pack(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         window = best_fit(lengths, self._length)
         order = np.argsort(window, kind="stable")
         self._starts, self._lengths = starts[order], lengths[order]
         self._bounds = np.searchsorted(window[order], np.arange(window.max() + 2))
+
+
+class PackedExamples(_Packed):
+    """Windows that hold whole examples, none of which is longer than a window. See `PackedWindows`."""
+
+    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], length: int) -> None:
+        """`starts` are places in the stream, `lengths` the numbers of tokens that are read from there."""
+        super().__init__(length)
+        self._own = starts, lengths
+        self._pack(starts, lengths)
+        self.count = self.windows  # it hangs on the lengths alone, so that it is that of each epoch
+
+    def of_epoch(self, order: np.random.Generator) -> Indices:
+        at_random = order.permutation(len(self._own[0]))
+        self._pack(self._own[0][at_random], self._own[1][at_random])
+        return order.permutation(self.count)
+
+
+class PackedWindows(_Packed):
+    """Windows that hold whole documents, and pieces of those that are longer than a window, each read by itself.
+
+    Each goes, the longest first, into the fullest window that has room for it: best-fit packing (Ding et al., "Fewer
+    Truncations Improve Language Modeling", arXiv 2404.10830). In training, documents of a length meet others in each
+    epoch, and those that are longer than a window are cut at other places.
+    """
+
+    def __init__(self, ends: NDArray[np.int64], length: int, *, is_training: bool, skipped: int = 0) -> None:
+        """`ends` are those of the documents in the stream, as `TokenSplit.document_ends`; of each, the first `skipped`
+        tokens are read and never predicted.
+        """
+        super().__init__(length)
+        self._ends, self._skipped = ends, skipped
+        if is_training:
+            self._pack_at_random(np.random.default_rng(0))
+        else:
+            self._pack(*pieces(ends, length, skipped=skipped))
+        self.count = self.windows
+
+    def of_epoch(self, order: np.random.Generator) -> Indices:
+        self._pack_at_random(order)
+        found = order.permutation(self.windows)
+        # The schedule counts on as many in each epoch; by where documents are cut there are a few more or less.
+        filled = np.add.reduceat(self._lengths, self._bounds[:-1])[found]
+        dropped = np.argsort(filled, kind="stable")[: max(0, len(found) - self.count)]
+        repeated = np.resize(order.permutation(found), max(0, self.count - len(found)))
+        return np.concatenate([np.delete(found, dropped), repeated])
+
+    def _pack_at_random(self, order: np.random.Generator) -> None:
+        first = order.integers(1, self._length, size=len(self._ends), endpoint=True)
+        starts, lengths = pieces(self._ends, self._length, first, skipped=self._skipped)
+        at_random = order.permutation(len(starts))
+        self._pack(starts[at_random], lengths[at_random])
 
 
 def pieces(

@@ -145,6 +145,14 @@ FORMS: dict[str, tuple[dict[str, bytes], list[str], str, dict[str, Any]]] = {
              {"source_column": "translation.en", "target_column": "translation.fr"}),
     "named pair": ({"a.jsonl": lines([{"src": e, "tgt": f} for e, f in PAIRS])}, ["a.jsonl"], "translation",
                    {"source_column": "src", "target_column": "tgt"}),
+    "chats": ({"a.jsonl": lines([{"messages": [{"role": "user", "content": e}, {"role": "assistant", "content": f}]}
+                                 for e, f in PAIRS])}, ["a.jsonl"], "instruction", {}),
+    "ShareGPT": ({"a.json": json.dumps([{"id": i, "conversations": [{"from": "human", "value": e}, {"from": "gpt", "value": f}]}
+                                        for i, (e, f) in enumerate(PAIRS)]).encode()}, ["a.json"], "instruction", {}),
+    "prompts": ({"a.csv": table([{"prompt": e, "completion": f} for e, f in PAIRS], ";")}, ["a.csv"], "instruction",
+                {"delimiter": None}),
+    "alpaca": ({"a.parquet": parquet([{"instruction": e, "input": "", "output": f} for e, f in PAIRS])}, ["a.parquet"],
+               "instruction", {}),
     "labels": ({"a.csv": table([{"text": t, "label": x} for t, x in zip(TEXTS, LABELS, strict=True)])}, ["a.csv"],
                "classification", {}),
     "numbers": ({"a.tsv": table([{"review": t, "stars": len(t) % 3} for t in TEXTS], "\t")}, ["a.tsv"],
@@ -278,7 +286,7 @@ def test_a_task_and_a_pretrained_model_can_be_named(tmp_path: Path, monkeypatch:
         ("a.jsonl", b"oops\n", {}, "cannot be read as json"),
         ("a.txt", b"", {}, "no row of the sample has text"),
         ("a.txt", "\n".join(TEXTS).encode(), {"task": "classification"}, "hold nothing for it but texts"),
-        ("a.txt", b"x", {"task": "summaries"}, "expected causal_lm, translation or classification"),
+        ("a.txt", b"x", {"task": "summaries"}, "expected causal_lm, translation, classification or instruction"),
         ("a.jsonl", lines([{"text": t} for t in TEXTS]), {"task": "translation"}, "needs two columns of text"),
         ("a.jsonl", lines([{"text": t} for t in TEXTS]), {"task": "classification"}, "no column looks like labels"),
     ],

@@ -76,7 +76,10 @@ def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
         pytest.param("store: ${HPSEARCH_NOT_SET}", "s.yaml:4:8: store: the environment has no HPSEARCH_NOT_SET; set it, or write ${HPSEARCH_NOT_SET:-default}", id="environment"),
         pytest.param("classification: {f1: micro}", "s.yaml:4:1: classification: settings of another task; this study's is causal_lm", id="other task"),
         pytest.param("tokenizer: {shared: false}", "s.yaml:4:21: tokenizer.shared: this study's task is causal_lm, which has one vocabulary", id="two vocabularies"),
-        pytest.param("metric: {name: loss}", "s.yaml:4:1: metric: a W&B sweep key: hpsearch always minimises validation loss", id="W&B metric"),
+        pytest.param("metric: bleu", "s.yaml:4:9: metric: bleu is no test metric of this causal_lm study; expected perplexity or bits_per_byte", id="metric of another task"),
+        pytest.param("metric: {name: perplexity, goal: maximize}", "s.yaml:4:34: metric.goal: expected minimize of perplexity, got maximize", id="goal of a metric"),
+        pytest.param("metric: {name: val/loss, goal: most}", "s.yaml:4:32: metric.goal: expected minimize or maximize, got 'most'", id="W&B goal"),
+        pytest.param("metric: {goal: minimize}", "s.yaml:4:9: metric: expected the name of a metric", id="W&B metric without a name"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, line: str) -> None:
@@ -90,7 +93,7 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, line: str)
     [
         pytest.param("task: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:1: missing key 'name'", id="name"),
         pytest.param("name: ../up\ntask: causal_lm\ndata: {corpus: python_docs}\n", "s.yaml:1:7: name: expected letters", id="path"),
-        pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: unknown task 'lm'; expected causal_lm, translation, classification, or package.module:name of your own", id="task"),
+        pytest.param("name: a\ntask: lm\ndata: {corpus: python_docs}\n", "s.yaml:2:7: task: unknown task 'lm'; expected causal_lm, translation, classification, instruction, or package.module:name of your own", id="task"),
         pytest.param("name: a\ntask: translation\ndata: {corpus: python_docs}\n", "s.yaml:3:16: data.corpus: python_docs is no translation data; expected ui_messages", id="corpus of another task"),
         pytest.param("name: a\ntask: causal_lm\ndata: {}\n", "s.yaml:3:7: data: expected exactly one of corpus, files, hub and mix, got none", id="no data"),
         pytest.param("name: a\ntask: causal_lm\ndata: {files: gone.txt}\n", "data.files.train: no such file", id="no file"),
@@ -198,6 +201,20 @@ def test_a_pasted_wandb_sweep_is_understood(tmp_path: Path) -> None:
     assert list(spec.space.dimensions) == ["learning_rate", "batch_size", "num_layers"]
     wrong = mistakes(tmp_path, BASE + "parameters:\n  lr: {values: [1]}\n")
     assert wrong == ["s.yaml:5:3: search.lr: unknown setting; did you mean 'learning_rate'?"]
+
+
+@pytest.mark.parametrize(
+    ("line", "metric"),
+    [
+        ("metric: {name: val_loss, goal: minimize}", "perplexity"),
+        ("metric: {name: eval/loss}", "perplexity"),
+        ("metric: {name: bits_per_byte, goal: minimize}", "bits_per_byte"),
+        ("metric: bits_per_byte", "bits_per_byte"),
+        ("objective: loss", "perplexity"),
+    ],
+)
+def test_a_study_is_ranked_by_the_metric_that_it_names(tmp_path: Path, line: str, metric: str) -> None:
+    assert load(tmp_path, f"{BASE}{line}\n").ranking_metric == metric
 
 
 def test_the_longest_run_gets_some_forty_evaluations(tmp_path: Path) -> None:

@@ -215,6 +215,9 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
     elif spec.data.files is not None:
         files = _packed_files(spec.data, package, Path("data"))["files"]
         overrides.append(f"--set=data.files={json.dumps(files)}")
+    for name in spec.definition.file_options:
+        if (text := getattr(spec.options, name)) is not None:
+            overrides.append(f"--set={spec.definition.name}.{name}={json.dumps(text)}")
     pretrained = Path(spec.model.pretrained or "")
     if pretrained.is_absolute():
         _refuse_links(pretrained, "model.pretrained")

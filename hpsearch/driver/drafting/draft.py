@@ -21,7 +21,8 @@ from hpsearch.spec.load import load_study
 from hpsearch.spec.parsing.yaml_file import on_a_line
 from hpsearch.spec.sections import TokenizerSpec
 
-_TASKS = ("causal_lm", "translation", "classification")
+_TASKS = ("causal_lm", "translation", "classification", "instruction")
+_LANGUAGE_MODELS = ("causal_lm", "instruction")
 _PERCENTILE = 95
 _TRIALS = 20
 _LONGEST_MINUTES = 720
@@ -115,7 +116,7 @@ class _Writer:
         chosen = next(one for most, one in _SIZES.items() if training_tokens <= most)
         hidden = chosen.hidden if gpus else min(chosen.hidden, _CPU_HIDDEN)
         context = min(max(32, 2 ** math.ceil(math.log2(max(2, wanted)))), 1024 if gpus else 256)
-        if self.task == "causal_lm":
+        if self.task in _LANGUAGE_MODELS:
             context = max(64, context)
         if self.task != "causal_lm" and np.mean(lengths > context) > 0.01:
             self.notes.append(f"{np.mean(lengths > context):.0%} of the texts are longer than {context} tokens and cut")
@@ -129,9 +130,9 @@ class _Writer:
         if minutes > _LONGEST_MINUTES:
             hours = _LONGEST_MINUTES // 60
             self.notes.append(f"that is long: the budget ends it after {hours} hours; or search a smaller space")
-        return self._written(chosen, hidden, context, entries, minutes)
+        return self._written(chosen, hidden, context, entries, minutes, fits=wanted <= context)
 
-    def _written(self, size: _Size, hidden: int, context: int, entries: int, minutes: float) -> str:
+    def _written(self, size: _Size, hidden: int, context: int, entries: int, minutes: float, *, fits: bool) -> str:
         budget = min(_LONGEST_MINUTES, max(5, math.ceil(2 * minutes)))
         lines = [
             f"# Drafted by `hpsearch init` from {self._look.form}.",
@@ -141,6 +142,8 @@ class _Writer:
         ]
         if self.task == "classification" and self._is_multi:
             lines.append("classification: {multi_label: true}")
+        if self._template:
+            lines.append(f"instruction: {on_a_line({'template': self._template})}")
         if self._pretrained:
             lines += [
                 f"model: {on_a_line({'pretrained': self._pretrained, 'context_length': context})}",
@@ -157,11 +160,12 @@ class _Writer:
                 model["init_std"] = 0.08 if hidden <= 128 else 0.05
             if self.task == "translation":
                 model |= {"architecture": "marian", "config": {"scale_embedding": True}}
-            low, high = {"causal_lm": (1e-3, 2e-2)}.get(self.task, (5e-4, 1e-2))
-            layers = size.layers if self.task == "causal_lm" else (1, max(2, size.layers[1] // 2))
+            is_language_model = self.task in _LANGUAGE_MODELS
+            low, high = (1e-3, 2e-2) if is_language_model else (5e-4, 1e-2)
+            layers = size.layers if is_language_model else (1, max(2, size.layers[1] // 2))
             lines += [
                 f"model: {on_a_line(model)}   # 95 % of the texts fit into the context"
-                if self.task != "causal_lm"
+                if self.task != "causal_lm" and fits
                 else f"model: {on_a_line(model)}",
                 "search:",
                 f"  learning_rate: {{min: {low:.1e}, max: {high:.1e}, scale: log}}",
@@ -205,16 +209,19 @@ class _Writer:
         """Set the columns of the task, and return a sample of its texts."""
         look = self._look
         self._is_multi = False
+        self._template: dict[str, str] = {}
         if look.encoding:
             self._data["encoding"] = look.encoding
             self.notes.append(f"the text is no UTF-8: read as {look.encoding}, which is a guess")
         if look.texts:
-            if self.task == "classification" or (self.task == "translation") != (len(look.texts) == 2):
+            if self.task in ("classification", "instruction") or (self.task == "translation") != (len(look.texts) == 2):
                 raise UsageError(f"--task {self.task}: {look.form} hold nothing for it but texts")
             return look.texts
         if (document := look.document) is not None:
             self._data["group_column"] = document.name
             self.notes.append(f"rows with the same {document.name} stay in one split (data.group_column)")
+        if self.task == "instruction":
+            return (self._conversations(),)
         if self.task == "translation":
             pair = look.pair or _two_texts(look)
             if pair is None:
@@ -241,6 +248,22 @@ class _Writer:
             self.notes.append(f"{len(classes)} labels in the sample; those too rare for every split are dropped")
         return (text.values,)
 
+    def _conversations(self) -> list[str]:
+        """What is said in each conversation of the sample; two columns of other names become a template."""
+        look = self._look
+        names = look.conversation
+        if names is None:
+            pair = look.pair or _two_texts(look)
+            if pair is None:
+                raise UsageError(f"no columns look like prompts and answers; there are {', '.join(look.columns)}")
+            names = pair[0].name, pair[1].name
+            self._template = {"prompt": f"{{{names[0]}}}", "completion": f"{{{names[1]}}}"}
+        if len(names) == 2:
+            values = (look.columns[name].values for name in names)
+            return ["\n".join(map(str, pair)) for pair in zip(*values, strict=False)]
+        chats = look.columns[names[0]].values
+        return ["\n".join(str(one.get("content", one.get("value", ""))) for one in chat) for chat in chats]
+
     def _measured(self, entries: int) -> tuple[np.ndarray[Any, Any], int]:
         """Tokens of each example's longest text, and of all that is predicted, by a tokenizer of the sample."""
         kept = [[text for text in own if text.strip()] for own in self._texts]
@@ -266,6 +289,9 @@ def _proposed(look: Look) -> tuple[str, str]:
         return "translation", "two aligned files"
     if look.texts:
         return "causal_lm", "plain text"
+    if (names := look.conversation) is not None:
+        are = "are prompts and answers" if len(names) == 2 else "holds conversations"
+        return "instruction", f"{' and '.join(names)} {are}"
     pair, label, text = look.pair, look.label, look.text
     if pair is not None:
         return "translation", f"{pair[0].name} and {pair[1].name} are a text and what is written for it"

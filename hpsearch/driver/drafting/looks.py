@@ -13,6 +13,7 @@ from hpsearch.data.files import Position, beginning, guess_split, lines_of, rows
 from hpsearch.data.sources import first_line, rows_of_dataset
 from hpsearch.errors import DataError, UsageError
 from hpsearch.spec.files import expanded, format_of, is_saved_dataset, split_by_name
+from hpsearch.tasks.instruction.forms import MESSAGE_COLUMNS, PAIRS
 
 _READ = 200_000
 """Rows that are read at most."""
@@ -26,8 +27,7 @@ _LANGUAGES = (
 _LABELS = "label labels class category categories intent sentiment topic tag tags genre rating stars target y"
 _TEXTS = "text content body sentence document article review message comment abstract description question title"
 _PAIRS = (
-    "source:target src:tgt src:trg document:summary article:summary article:highlights text:summary dialogue:summary "
-    "question:answer prompt:completion instruction:output input:output query:response"
+    "source:target src:tgt src:trg document:summary article:summary article:highlights text:summary dialogue:summary"
 )
 
 
@@ -122,6 +122,18 @@ class Look:
                 and _MANY <= len({*names}) < _PIECES * len(names)
             ):
                 return column
+        return None
+
+    @property
+    def conversation(self) -> tuple[str, ...] | None:
+        """Columns of prompts and answers as they are usually called: one of messages, or one of each."""
+        for name in MESSAGE_COLUMNS:
+            column = self.columns.get(name)
+            if column and all(isinstance(value, list) and isinstance(value[0], dict) for value in column.values):
+                return (name,)
+        for pair in PAIRS:
+            if all(name in self.columns and self.columns[name].is_text for name in pair):
+                return pair
         return None
 
     @property

@@ -9,13 +9,13 @@ from hpsearch.spec.parsing.yaml_file import StudyDocument
 
 _METHODS = {"bayes": "tpe", "random": "random", "grid": "grid"}
 _HELP = {
-    "metric": "hpsearch always minimises validation loss and ranks by the test metric; leave it out",
     "early_terminate": "pruning is set under 'prune'",
     "program": "hpsearch trains the model itself; say what under 'task', 'data' and 'model'",
     "command": "hpsearch trains the model itself; say what under 'task', 'data' and 'model'",
     "run_cap": "the number of trials is set under 'budget.trials'",
 }
 
+_GOALS = ("minimize", "maximize")
 WANDB_KEYS = ("parameters", "method", *_HELP)
 
 
@@ -25,6 +25,8 @@ def from_wandb(content: dict[str, Any], problems: list[Problem], document: Study
         if key in content:
             del content[key]
             problems.append(Problem(path=(key,), message=f"a W&B sweep key: {advice}", at_key=True))
+    if isinstance(content.get("metric"), dict):
+        content["metric"] = _metric(content["metric"], problems)
     for theirs, ours in (("parameters", "search"), ("method", "sampler")):
         if theirs not in content:
             continue
@@ -43,3 +45,28 @@ def from_wandb(content: dict[str, Any], problems: list[Problem], document: Study
             for path in [path for path in marks if path[:1] == (theirs,)]:
                 marks[(ours, *path[1:])] = marks[path]
     return content
+
+
+def _metric(given: dict[str, Any], problems: list[Problem]) -> Any:
+    """The name of a metric, of which more is better or less, as they say it; None of a loss, which is searched for
+    anyway."""
+    from hpsearch.metrics.statistics import METRICS  # numpy, which few study files need
+
+    name, goal = given.get("name"), given.get("goal", "minimize")
+    for key in given:
+        if key not in ("name", "goal"):
+            problems.append(Problem(path=("metric", key), message="expected name and goal", at_key=True))
+    if not isinstance(name, str):
+        problems.append(Problem(path=("metric",), message="expected the name of a metric"))
+        return None
+    if goal not in _GOALS:
+        problems.append(Problem(path=("metric", "goal"), message=f"expected {' or '.join(_GOALS)}, got {goal!r}"))
+        return None
+    plain = name.lower().replace("/", "_").rpartition("_")[2]
+    is_loss = plain == "loss"
+    known = METRICS.get(name)
+    if is_loss or known is not None:
+        wanted = "maximize" if known is not None and known.higher_is_better else "minimize"
+        if ("goal" in given or wanted == "minimize") and goal != wanted:
+            problems.append(Problem(path=("metric", "goal"), message=f"expected {wanted} of {name}, got {goal}"))
+    return None if is_loss else name

@@ -34,6 +34,7 @@ class CausalLMDefinition(TaskDefinition):
     corpora = ("python_docs", "python_docstrings")
     architecture = "gpt2"
     metric = "perplexity"
+    ranking_metrics = ("bits_per_byte",)
 
     def check_model(self, settings: ModelSettings, options: CausalLMOptions, card: DataCard) -> None:
         from hpsearch.tasks.causal_lm.training import check_model

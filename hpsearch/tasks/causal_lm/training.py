@@ -19,10 +19,12 @@ from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Evaluate, Indices, Sco
 from hpsearch.tasks.causal_lm.definition import CausalLMOptions
 from hpsearch.tasks.windows import ContinuousWindows, PackedWindows, Windows
 
+_INSTEAD = "causal_lm.packing: continuous"
+
 
 def check_model(settings: ModelSettings, options: CausalLMOptions, card: DataCard) -> None:
-    is_packed = options.packing == "documents"
-    probe.check_model(AutoModelForCausalLM, settings, is_packed=is_packed, vocab_size=card.vocab_size)
+    packing = _INSTEAD if options.packing == "documents" else None
+    probe.check_model(AutoModelForCausalLM, settings, packing=packing, vocab_size=card.vocab_size)
 
 
 class CausalLM:
@@ -42,7 +44,7 @@ class CausalLM:
         lengths = {} if self._longest is None else {"max_length": self._longest}
         architecture.set_generation(self.model, **end, **lengths)
         if options.packing == "documents":
-            probe.check_apart(self.model)
+            probe.check_apart(self.model, _INSTEAD)
         self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
 
     def _windows_of(self, split: str) -> Windows:

@@ -47,6 +47,7 @@ class ClassificationDefinition(TaskDefinition):
     architecture = "bert"
     objectives = ("loss", "f1")
     metric = "f1"
+    ranking_metrics = ("f1_macro", "f1_micro", "f1_weighted", "precision", "recall", "accuracy")
     loss_unit = "nats per text"
 
     def labels(self, written: str, options: ClassificationOptions) -> list[str]:

@@ -44,6 +44,7 @@ class TranslationDefinition(TaskDefinition):
     architecture = "marian"
     objectives = ("loss", "bleu")
     metric = "bleu"
+    ranking_metrics = ("chrf", "ter")
 
     def split_key(self, text: str) -> str:
         """Lower case without digits and punctuation: near-equal sources fall into the same split."""

@@ -1,0 +1,387 @@
+"""Instruction tuning: next-token loss of the answers, and scores of the answers that the model writes itself.
+
+An example is a conversation. Where the architecture keeps them apart, several share a sequence of `context_length`
+tokens. One that is longer loses its beginning; one whose last answer does not fit is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sacrebleu.metrics.chrf import CHRF
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from hpsearch.data.shards import SPLITS, DataCard, TokenSplit, load_parts, load_split, load_texts, read_card
+from hpsearch.data.tokenizers import save_tokenizer
+from hpsearch.errors import UsageError
+from hpsearch.metrics import bleu, statistics, text
+from hpsearch.metrics.sacrebleu_internals import sentence_statistics
+from hpsearch.models import architecture, probe
+from hpsearch.models.kernels import IGNORED, VocabularyLoss
+from hpsearch.records import Score
+from hpsearch.spec.settings import ModelSettings
+from hpsearch.tasks.base import (
+    EVALUATION_TOKENS,
+    Batch,
+    Evaluate,
+    Indices,
+    Scored,
+    bucketed,
+    cut,
+    make_score,
+    within_budget,
+)
+from hpsearch.tasks.instruction.chat import ANSWER, ASSISTANT, spoken
+from hpsearch.tasks.instruction.definition import InstructionOptions
+from hpsearch.tasks.instruction.forms import conversation
+from hpsearch.tasks.instruction.generation import Writer
+from hpsearch.tasks.windows import PackedExamples
+
+_PROMPTS = " prompts"
+"""Behind the name of a split: its prompts without answers, to be answered."""
+_INSTEAD = "instruction.packing: auto"
+_LOOKED_AT, _LAST_TOKENS = 1000, 3
+"""Answers, and tokens of each, among which is what ends an answer."""
+_HEADED = 20
+_LEARNT = {"all": 0, "assistant": ASSISTANT, "completion": ANSWER}
+"""The least part of a conversation that is predicted."""
+
+
+def check_model(settings: ModelSettings, options: InstructionOptions, card: DataCard) -> None:
+    packing = _INSTEAD if options.packing == "true" else None
+    probe.check_model(
+        AutoModelForCausalLM, settings, packing=packing, vocab_size=card.vocab_size, pad_token_id=card.padding_id
+    )
+
+
+class Conversations:
+    """The conversations of a split that fit into a context, as places in its stream of tokens."""
+
+    def __init__(self, data: Path, split: str, length: int, learnt: int) -> None:
+        found: TokenSplit = load_split(data, split)
+        self.tokens, self._parts, self._learnt = found.tokens, load_parts(data, split), learnt
+        ends, sizes = np.asarray(found.document_ends), found.lengths
+        answers = np.array(
+            [_first(self._parts[end - size : end], ANSWER) for end, size in zip(ends, sizes, strict=True)], np.int64
+        )
+        lengths = np.minimum(sizes - 1, length)
+        # The first token of the answer is predicted by the one before it.
+        fits = (answers > 0) & (sizes - answers <= lengths)
+        self.kept = np.flatnonzero(fits)
+        """Numbers of the conversations that fit among those of the split."""
+        self.starts, self.lengths = (ends - lengths)[fits], lengths[fits]
+        self.prompt_lengths = lengths[fits] - (sizes - answers)[fits] + 1
+        self.answer_lengths = (sizes - answers)[fits]
+        self.cut = int((sizes - 1 > length)[fits].sum())
+
+    def places(self) -> Iterator[NDArray[np.int64]]:
+        """Where each conversation is read."""
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            yield np.arange(start, start + length)
+
+    def labels(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What is predicted at these places; IGNORED where nothing is."""
+        labels: NDArray[np.int64] = self.tokens[places + 1].astype(np.int64)
+        if self._learnt:
+            labels[self._parts[places] < self._learnt] = IGNORED
+        return labels
+
+    @property
+    def last_tokens(self) -> NDArray[np.int64]:
+        """Of some answers, of shape (answers, tokens)."""
+        ends = (self.starts + self.lengths)[:_LOOKED_AT]
+        last: NDArray[np.int64] = self.tokens[ends[:, None] - np.arange(_LAST_TOKENS)].astype(np.int64)
+        return last
+
+    def prompt(self, index: int) -> NDArray[np.int64]:
+        start = int(self.starts[index])
+        return self.tokens[start : start + int(self.prompt_lengths[index])].astype(np.int64)
+
+    def answer(self, index: int) -> NDArray[np.int64]:
+        start, end = (int(self.starts[index] + lengths[index]) for lengths in (self.prompt_lengths, self.lengths))
+        return self.tokens[start : end + 1].astype(np.int64)
+
+
+class Instruction:
+    """See `tasks.base.Task`. Indices are those of sequences, of one conversation or several."""
+
+    def __init__(
+        self,
+        data: Path,
+        settings: ModelSettings,
+        options: InstructionOptions | None = None,
+        *,
+        objective: str = "loss",
+        seed: int = 0,
+    ) -> None:
+        options = options or InstructionOptions()
+        self._folder, self._options, self._objective = data, options, objective
+        self._card = read_card(data)
+        self._length = settings.context_length
+        learnt = _LEARNT[options.loss_on]
+        self._splits = {split: Conversations(data, split, self._length, learnt) for split in SPLITS}
+        for split, conversations in self._splits.items():
+            if not len(conversations.kept):
+                raise UsageError(
+                    f"model.context_length: {self._length} tokens hold no whole answer of the {split} split"
+                )
+        tokens = {"vocab_size": self._card.vocab_size, "pad_token_id": self._card.padding_id}
+        self.model = architecture.build_model(AutoModelForCausalLM, settings, **tokens)
+        self._is_packed = options.packing != "false" and self._can_pack(must=options.packing == "true")
+        self._packed = {
+            split: PackedExamples(own.starts, own.lengths, self._length)
+            for split, own in self._splits.items()
+            if self._is_packed
+        }
+        generation = options.generation
+        longest = generation.max_new_tokens or int(self._splits["train"].answer_lengths.max())
+        self._writer = Writer(
+            self.model,
+            data,
+            generation,
+            answers=self._splits["train"].last_tokens,
+            end_id=self._card.end_id,
+            padding_id=self._card.padding_id,
+            most=longest,
+            length=self._length,
+            seed=seed,
+        )
+        self._writer.header = self._header()
+        self._longest = self._length if settings.pretrained is None else None
+        self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
+        self._bleu = bleu.metric(self._card.bleu_tokenizer or "13a", longest_reference=self._card.longest_reference)
+
+    def _can_pack(self, *, must: bool) -> bool:
+        try:
+            probe.check_apart(self.model, _INSTEAD)
+        except UsageError:
+            if must:
+                raise
+            return False
+        return True
+
+    def _header(self) -> str:
+        """What the template has stand before the words of every answer, by some of the validation split."""
+        own = self._splits["validation"]
+        some = own.kept[:_HEADED]
+        texts = load_texts(self._folder, "validation", "answer")
+        said = [self._writer.texts(torch.from_numpy(own.answer(index))[None])[0] for index in range(len(some))]
+        found = {one.removesuffix(spoken(texts[number])) for one, number in zip(said, some, strict=True)}
+        return found.pop() if len(found) == 1 else ""
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        if self._is_packed:
+            return {split: packed.count for split, packed in self._packed.items()}
+        return {split: len(own.kept) for split, own in self._splits.items()}
+
+    def epoch_batches(self, order: np.random.Generator, batch_size: int) -> list[Indices]:
+        if self._is_packed:
+            return cut(self._packed["train"].of_epoch(order), batch_size)
+        return bucketed(self._splits["train"].lengths, order, batch_size)
+
+    def evaluation_batches(self, split: str) -> list[Indices]:
+        if split.endswith(_PROMPTS):
+            return self._prompt_batches(split.removesuffix(_PROMPTS))
+        if self._is_packed:
+            return cut(self._packed[split].in_order(), max(1, EVALUATION_TOKENS // self._length))
+        return within_budget(self._splits[split].lengths)
+
+    def batch(self, split: str, indices: Indices) -> Batch:
+        """Inputs, their positions if conversations share sequences, and labels; each of shape (sequences, tokens).
+
+        Of prompts: token ids, padded on the left, and which of them are text.
+        """
+        if split.endswith(_PROMPTS):
+            own = self._splits[split.removesuffix(_PROMPTS)]
+            return self._writer.batch([own.prompt(index) for index in indices])
+        places, positions = self._layout(split, indices)
+        is_read, own = places >= 0, self._splits[split]
+        at = np.where(is_read, places, 0)
+        inputs, labels = own.tokens[at].astype(np.int64), own.labels(at)
+        inputs[~is_read], labels[~is_read] = self._card.padding_id, IGNORED
+        arrays = (inputs, labels) if positions is None else (inputs, positions, labels)
+        return Batch(tuple(map(torch.from_numpy, arrays)))
+
+    def predicted(self, split: str, indices: Indices) -> int:
+        places, _ = self._layout(split, indices)
+        return int((self._splits[split].labels(places[places >= 0]) != IGNORED).sum())
+
+    def losses(self, batch: Batch) -> Tensor:
+        inputs, *positions, labels = batch.tensors
+        if positions:
+            return self._loss(labels, input_ids=inputs, position_ids=positions[0])
+        return self._loss(labels, input_ids=inputs)
+
+    def score(self, evaluate: Evaluate) -> Scored:
+        """Perplexity of the test split's answers, and scores of the answers that the model writes in their place."""
+        examples = self._nats(evaluate)
+        per_token = examples["nats"].sum()
+        learnt = {**self._shared, "loss_on": self._options.loss_on}
+        by_token = {**learnt, "unit": "token", "tokenizer": self._card.tokenizer}
+        scores = [
+            make_score("perplexity", math.exp(per_token / examples["tokens"].sum()), examples, by_token),
+            make_score(
+                "bits_per_byte",
+                float(per_token / math.log(2) / examples["bytes"].sum()),
+                examples,
+                {**learnt, "unit": "byte of UTF-8"},
+            ),
+        ]
+        began = time.perf_counter()
+        outputs = self._answers(evaluate, "test", None)
+        spent = time.perf_counter() - began
+        own = self._splits["test"]
+        prompts, references = (self._texts("test", name) for name in ("prompt", "answer"))
+        found, contracts = self._judged(outputs, references)
+        scores += [self._scored(name, found, contract) for name, contract in contracts.items()]
+        samples = np.linspace(0, len(outputs) - 1, min(self._options.generation.samples, len(outputs)), dtype=int)
+        details = {
+            "samples": [
+                {"source": _asked(prompts[index]), "reference": references[index], "output": outputs[index]}
+                for index in samples
+            ],
+            "outputs": outputs,
+            "generation": {"seconds": spent, "answers": len(outputs), "cut": own.cut},
+        }
+        return Scored(scores=tuple(scores), details=details, examples={**examples, **found})
+
+    def validation_score(self, evaluate: Evaluate) -> float:
+        """The objective, of generated answers to a part of the validation split."""
+        most = self._options.generation.max_examples
+        chosen = self._chosen("validation", most)
+        outputs = self._answers(evaluate, "validation", most)
+        references = self._texts("validation", "answer")
+        found, contracts = self._judged([outputs[i] for i in chosen], [references[i] for i in chosen])
+        return self._scored(self._objective, found, contracts[self._objective]).value
+
+    def save(self, folder: str) -> None:
+        save_tokenizer(self._folder, folder, context_length=self._longest, sides=("left", "left"))
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "split": "test",
+            "data": self._card.test_fingerprint,
+            "context_length": self._length,
+            "chat_template": self._card.chat_template,
+        }
+
+    def _texts(self, split: str, field: str) -> list[str]:
+        """Of the conversations that fit."""
+        texts = load_texts(self._folder, split, field)
+        return [texts[number] for number in self._splits[split].kept]
+
+    def _layout(self, split: str, indices: Indices) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Places in the stream that are read, -1 for none, and positions; each of shape (sequences, tokens)."""
+        if self._is_packed:
+            layout = self._packed[split].layout(indices)
+            return layout.places, layout.positions
+        own = self._splits[split]
+        within = np.arange(own.lengths[indices].max())
+        places = own.starts[indices, None] + within
+        return np.where(within < own.lengths[indices, None], places, -1), None
+
+    def _nats(self, evaluate: Evaluate) -> dict[str, NDArray[Any]]:
+        """Of each conversation of the test split: nats, tokens and bytes of what is learnt."""
+        own = self._splits["test"]
+        nats = np.zeros(len(own.tokens))
+        for indices, losses in evaluate("test", self.losses):
+            places, _ = self._layout("test", indices)
+            is_read = places >= 0
+            nats[places[is_read]] = losses.double().cpu().numpy()[is_read]
+        texts = zip(self._texts("test", "prompt"), self._texts("test", "answer"), strict=True)
+        return {
+            "nats": np.array([nats[places].sum() for places in own.places()]),
+            "tokens": np.array([np.count_nonzero(own.labels(places) != IGNORED) for places in own.places()]),
+            "bytes": np.array([self._bytes(*pair) for pair in texts], dtype=np.float64),
+        }
+
+    def _bytes(self, prompt: str, answer: str) -> int:
+        """Bytes of the texts that are learnt of a conversation."""
+        if self._options.loss_on == "completion":
+            return len(answer.encode())
+        is_all = self._options.loss_on == "all"
+        messages = conversation(prompt, answer)
+        return sum(len(one["content"].encode()) for one in messages if is_all or one["role"] == "assistant")
+
+    def _chosen(self, split: str, most: int | None) -> list[int]:
+        """Conversations whose answers are judged, from everywhere among those of a split."""
+        count = len(self._splits[split].kept)
+        chosen = count if most is None else min(most, count)
+        return [number * count // chosen for number in range(chosen)]
+
+    def _prompt_batches(self, split: str) -> list[Indices]:
+        most = self._options.generation.max_examples if split == "validation" else None
+        chosen = np.array(self._chosen(split, most))
+        batches = self._writer.batches(self._splits[split].prompt_lengths[chosen])
+        return [chosen[batch] for batch in batches]
+
+    def _answers(self, evaluate: Evaluate, split: str, most: int | None) -> list[str]:
+        """What the model answers to the prompts of a split, in its order; "" where it is not asked."""
+        outputs = [""] * len(self._splits[split].kept)
+        for indices, ids in evaluate(split + _PROMPTS, self._writer.write):
+            for index, answer in zip(indices, self._writer.texts(ids), strict=True):
+                outputs[index] = answer
+        return outputs
+
+    def _judged(
+        self, outputs: Sequence[str], references: Sequence[str]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, Any]]]:
+        """What each answer adds to the scores, and the contract of each."""
+        shared = {**self._shared, "generation": self._writer.contract}
+        chrf = CHRF(word_order=2)
+        words = text.rouge_words(references)
+        outputs, references = list(outputs), list(references)
+        found: dict[str, NDArray[Any]] = {
+            "rouge_l": text.rouge_l(outputs, references, words),
+            "token_f1": text.token_f1(outputs, references),
+            "exact_match": text.exact_match(outputs, references),
+            "bleu": sentence_statistics(self._bleu, outputs, references).astype(np.float64),
+            "chrf": sentence_statistics(chrf, outputs, references).astype(np.float64),
+        }
+        contracts: dict[str, dict[str, Any]] = dict.fromkeys(found, shared)
+        contracts["rouge_l"] = {**shared, "words": words}
+        for name, metric in (("bleu", self._bleu), ("chrf", chrf)):
+            metric.corpus_score(outputs, [references])  # without it there is no signature
+            contracts[name] = {**shared, "signature": str(metric.get_signature())}
+        if labels := self._options.labels:
+            numbers = {label: number for number, label in enumerate(labels)}
+            identity = np.eye(len(labels) + 1, len(labels), dtype=np.uint8)  # the last row is no label
+            found["truth"] = identity[[numbers.get(one.strip(), -1) for one in references]]
+            found["predicted"] = identity[[numbers.get(one.strip(), -1) for one in outputs]]
+            kinds = {"f1": self._options.f1, "f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}
+            for name, average in {**kinds, "accuracy": "accuracy"}.items():
+                contracts[name] = {
+                    **shared,
+                    "labels": labels,
+                    "average": average,
+                    "positive_label": None,
+                    "zero_division": statistics.ZERO_DIVISION,
+                }
+        return found, contracts
+
+    def _scored(self, name: str, found: dict[str, NDArray[Any]], contract: dict[str, Any]) -> Score:
+        own = {part: found[part] for part in statistics.METRICS[name].needs}
+        value = float(statistics.score(name, statistics.summands(name, own).sum(axis=0), contract))
+        return make_score(name, value, own, contract)
+
+
+def _first(parts: NDArray[np.uint8], wanted: int) -> int:
+    """The first place of a part; 0 if there is none."""
+    return int(np.argmax(parts == wanted))
+
+
+def _asked(prompt: str) -> str:
+    """The last message before an answer."""
+    messages = json.loads(prompt)
+    return str(messages[-1]["content"]) if messages else ""
