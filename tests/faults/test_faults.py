@@ -31,6 +31,7 @@ def states(study: Study) -> list[str]:
     return [trial.state for trial in hpsearch.open_study("suffering", store=study.store).trials()]
 
 
+@pytest.mark.faults
 def test_a_worker_is_killed(suffer: Suffer, survive: Survive) -> None:
     study = suffer()
     launch = study.launch()

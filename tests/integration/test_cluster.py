@@ -139,6 +139,7 @@ def board(folder: Path, name: str = "tiny") -> list[tuple[Any, ...]]:
     return [(row.trial, row.score, row.params) for row in opened.board().rows]
 
 
+@pytest.mark.nightly
 def test_one_study_file_runs_everywhere_with_the_same_result(cluster: Cluster, study: Path, tmp_path: Path) -> None:
     def store(where: str) -> str:
         return f"sqlite:///{tmp_path}/{where}.db"

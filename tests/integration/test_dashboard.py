@@ -165,7 +165,10 @@ def test_artifacts_are_downloads_in_a_sandbox() -> None:
     assert headers["Content-Security-Policy"] == "sandbox"
 
 
-@pytest.mark.parametrize("descriptors", [None, 24], ids=["many descriptors", "few descriptors"])
+@pytest.mark.parametrize(
+    "descriptors",
+    [pytest.param(None, marks=pytest.mark.nightly, id="many descriptors"), pytest.param(24, id="few descriptors")],
+)
 def test_connections_that_say_nothing_keep_nobody_out(folder: Path, descriptors: int | None) -> None:
     with serving(folder) as ask:
         port = ask.port  # type: ignore[attr-defined]

@@ -250,6 +250,7 @@ def stack(postgres_store: str, short_folder: Path) -> Iterator[Stack]:
         made.end()
 
 
+@pytest.mark.nightly
 def test_a_study_submitted_to_the_stack_is_in_its_store_and_its_dashboard(stack: Stack, tmp_path: Path) -> None:
     stack.start("dashboard")  # before the first study there is
     stack.start("head", "--ray-client-server-port", _free_port())

@@ -130,6 +130,7 @@ def _json(text: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.nightly
 def test_a_signal_to_all_processes_of_a_launch_ends_it_within_its_grace(tmp_path: Path) -> None:
     study = Suffering(folder=tmp_path / "study", trials=2, pace=1.0)
     process = study.launch()

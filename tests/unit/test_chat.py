@@ -24,6 +24,7 @@ KINDS = {
     "qwen3_training": {"end": "<|im_end|>"},
 }
 """The first three mark nothing."""
+_OTHERS = [name for name in KINDS if name not in ("phi3", "llama3_training")]
 
 
 def template(name: str) -> str:
@@ -42,7 +43,9 @@ def shown(encoder: ChatEncoder, messages: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", ["phi3", "llama3_training", *(pytest.param(n, marks=pytest.mark.nightly) for n in _OTHERS)]
+)
 def test_tokens_and_masks_are_those_of_trl(name: str, tmp_path: Path) -> None:
     tokenizer: Any = tokenizer_with(template(name), **KINDS[name])
     chats = conversations(1000)

@@ -185,7 +185,7 @@ def test_a_study_whose_task_is_not_here_is_read_all_the_same(modules: Path) -> N
     assert "test filled" in (modules / "report.html").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_task_runs_on_ray(modules: Path) -> None:
     file = modules / "cloze.yaml"
     file.write_text(f"{CLOZE}task: my_tasks:Cloze\nstore: sqlite:///{modules}/studies.db\nfolder: {modules}/runs\n")

@@ -200,7 +200,7 @@ def test_a_path_too_long_for_a_socket_leaves_it_to_ray_to_say_so(tmp_path: Path)
         assert address is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_study_without_forks_runs_all_the_same(tmp_path: Path, tiny: Path, hpsearch: Run) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nif 'hpsearch.backends.fork_server' in sys.orig_argv:\n    exec({THREADED!r})\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import hpsearch
 from hpsearch.data.prepare import count_cut, measure, notes, prepare
 from hpsearch.data.shards import load_parts, load_texts, read_card
 from hpsearch.errors import DataError, SpecError, UsageError
@@ -451,3 +453,61 @@ def test_architectures_that_cannot_keep_conversations_apart_are_padded(data: Pat
     definition.check_model(bloom, InstructionOptions(), card)
     with pytest.raises(UsageError, match=r"instruction.packing: models of type bloom .* packing: auto trains them"):
         definition.check_model(bloom, InstructionOptions(packing="true"), card)
+
+
+OBJECTIVES = """
+name: {objective}
+task: instruction
+data: {{files: {{train: train.jsonl, validation: validation.jsonl, test: test.jsonl}}}}
+tokenizer: {{vocab_size: 300}}
+model: {{architecture: llama, hidden_size: 32, num_heads: 2, num_layers: 2, context_length: 64, init_std: 0.2}}
+training: {{learning_rate: 0.01, num_epochs: 1, evaluations_per_epoch: 1}}
+instruction: {{packing: false, generation: {{max_new_tokens: 16}}}}
+search: {{batch_size: [8, 64]}}
+enqueue: [{{batch_size: 8}}, {{batch_size: 64}}]
+objective: {objective}
+metric: {metric}
+budget: {{trials: 2}}
+prune: {{overfit: false, unpromising: none}}
+resources: {{gpus_per_trial: 0}}
+backend: inline
+"""
+
+
+@pytest.mark.slow
+def test_another_objective_finds_another_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the answers follow from their prompts and half are drawn by lot, each of these learnt sixty times: the
+    longer a model trains, the better it answers, and the surer it is of what nobody can know."""
+    draw = random.Random(0)
+    for split, kinds in {"train": (0, 1, 2), "validation": (3,), "test": (4,)}.items():
+        rows = [
+            {"prompt": f"{asker}. The capital of land {land}?", "completion": f"City {land * 7}"}
+            for asker in range(100 if split == "train" else 20)
+            for land in range(8)
+            if (asker + land) % 5 in kinds
+        ]
+        for number in range(30):
+            lot = " ".join(str(draw.randrange(10)) for _ in range(6))
+            times = range(60 if split == "train" else 1)
+            rows += [{"prompt": f"Draw {split[0]}{number} ({time})", "completion": lot} for time in times]
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    winners = {}
+    for objective, metric in (("loss", "perplexity"), ("rouge_l", "rouge_l")):
+        file = tmp_path / f"{objective}.yaml"
+        file.write_text(
+            f"{OBJECTIVES.format(objective=objective, metric=metric)}store: sqlite:///s.db\nfolder: {tmp_path}/runs\n"
+        )
+        board = hpsearch.launch(file).board()
+        assert board.metric == metric
+        winners[objective] = board.rows[0].params["batch_size"]
+        chosen = min(board.rows, key=lambda row: row.valid_loss if objective == "loss" else -row.valid_score)
+        assert chosen.params["batch_size"] == winners[objective], "validation says so, too"
+    assert winners == {"loss": 64, "rouge_l": 8}
+    shown = hpsearch.show("rouge_l", 0, store="sqlite:///s.db").details
+    assert {*shown["samples"][0]} == {"source", "reference", "output"}
+    assert shown["generation"]["answers"] == len(shown["outputs"])
+    page = hpsearch.report("rouge_l", store="sqlite:///s.db")
+    for sample in shown["samples"]:
+        assert sample["source"] in page
+        assert sample["reference"] in page

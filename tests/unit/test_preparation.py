@@ -441,7 +441,7 @@ def test_a_preparation_killed_at_any_moment_is_continued_to_the_same_end(tmp_pat
     whole = prepare(study(tmp_path / "whole", "causal_lm", corpus(tmp_path / "whole")))[0]
     corpus(tmp_path / "cut")
     rng = np.random.default_rng(0)
-    moments = [*sorted(rng.integers(1, 600, 19).tolist()), 0]
+    moments = [*sorted(rng.integers(1, 600, 8).tolist()), 0]
     killed = 0
     for moment in moments:
         done = subprocess.run(
@@ -450,7 +450,7 @@ def test_a_preparation_killed_at_any_moment_is_continued_to_the_same_end(tmp_pat
         killed += done.returncode == -9
         if done.returncode == 0:
             assert done.stdout.strip() == whole.name
-    assert killed >= 10
+    assert killed >= 4
     data = tmp_path / "cut" / "runs" / "data"
     assert sorted(entry.name for entry in data.iterdir()) == sorted([whole.name, "sources"])
     for file in whole.iterdir():
