@@ -277,6 +277,8 @@ class TrialEnded:
     last_epoch: float | None
     epochs: int
     params: dict[str, Any]
+    metric: str = ""
+    """That trials are ranked by."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,8 +158,8 @@ def describe(event: Event) -> str:
             )
         case TrialEnded():
             result = event.result
-            first = result.scores[0] if result.scores else None
-            score = f", test {first.metric} {score_text(first.metric, first.value)}" if first else ""
+            ranking = next((score for score in result.scores if score.metric == event.metric), None)
+            score = f", test {ranking.metric} {score_text(ranking.metric, ranking.value)}" if ranking else ""
             pruned = " (pruned)" if result.state in PRUNED else ""
             return f"trial {event.trial} {result.state}{pruned}: {plain(result.reason)}{score}"
         case Note():

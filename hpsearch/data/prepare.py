@@ -85,7 +85,8 @@ def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
         split: np.max([load_split(folder, split, name).lengths for name in spec.definition.sequences], axis=0)
         for split in SPLITS
     }
-    return {split: int((lengths > spec.model.context_length).sum()) for split, lengths in longest.items()}
+    most = spec.model.context_length + spec.definition.is_chat  # the last token of a chat is only predicted
+    return {split: int((lengths > most).sum()) for split, lengths in longest.items()}
 
 
 def notes(spec: StudySpec, card: DataCard) -> list[str]:

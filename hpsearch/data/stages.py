@@ -77,9 +77,7 @@ class Preparation:
         is_grouped = given["train"]["is_grouped"] and self._most is None
         self.examples = splits.decide(self._rows, [*given], self._labels, self._spec, is_grouped=is_grouped)
         self._brought = BroughtTokenizers(self._spec) if self._spec.model.pretrained is not None else None
-        own = self._brought.chat_template if self._brought else None
-        begins = self._brought is not None and self._brought.begin_id is not None
-        self._template = self._task.chat_template(self._spec.options, own, begins=begins)
+        self._template = self._chat_template() if self._task.is_chat else None
         self._survey()
 
     @property
@@ -89,7 +87,8 @@ class Preparation:
         tokenizer = {"shared": spec.tokenizer.shared, "vocab_size": self._entries}
         settings: list[Any] = [FORMAT, spec.task, tokenizer, task.data_options(spec.options)]
         settings += [task.fields, task.marks, task.has_labels, task.compares_text]
-        settings += [self._template] if task.is_chat else []
+        if task.is_chat:
+            settings += [self._template, self._brought.special_tokens if self._brought else None]
         settings += [spec.data.source_language, spec.data.target_language]
         if self._brought:
             settings.append(self._brought.hash)
@@ -110,7 +109,7 @@ class Preparation:
             self._brought.save(self.out / TOKENIZER_FOLDER)
         if self._template is not None:
             (self.out / TOKENIZER_FOLDER / CHAT_TEMPLATE).write_text(self._template)
-            tokenizer.read_chats(self.out / TOKENIZER_FOLDER)
+            tokenizer.read_chats(self.out / TOKENIZER_FOLDER, self._spec.model.pretrained or "this study")
         tokens = {key: self._tokenize(*key, tokenizer) for key in itertools.product(SPLITS, self._task.sequences)}
         if self._task.compares_text:
             for split, name in itertools.product(SPLITS[1:], self._fields):
@@ -172,6 +171,12 @@ class Preparation:
                     part = done / size
                     break
         return part
+
+    def _chat_template(self) -> str | None:
+        brought = self._brought
+        own = brought.chat_template if brought else None
+        begins = brought is not None and brought.begin_id is not None
+        return self._task.chat_template(self._spec.options, own, begins=begins)
 
     def _survey(self) -> None:
         """Hash all that is used, and count its bytes."""

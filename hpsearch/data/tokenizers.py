@@ -103,9 +103,10 @@ class _Chats:
 
     chats: PreTrainedTokenizerBase
 
-    def read_chats(self, folder: Path) -> None:
-        """Use the tokenizer and the chat template of a folder that it was saved to."""
+    def read_chats(self, folder: Path, name: str) -> None:
+        """Use the tokenizer and the chat template of a folder that it was saved to; `name` is for messages."""
         self.chats = pretrained.load_tokenizer(folder)
+        self.chats.name_or_path = name
 
 
 AnyTokenizers: TypeAlias = "TrainedTokenizers | BroughtTokenizers"
@@ -191,8 +192,8 @@ class BroughtTokenizers(_Chats):
         self.end_id = end
         reads_whole = self._task.is_stream or self._task.is_chat
         self.begin_id = pretrained.begin_id(self._tokenizer) if reads_whole else None
-        template = self._tokenizer.chat_template
-        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        self.chat_template: str | dict[str, str] | None = self._tokenizer.chat_template
+        self.special_tokens = sorted((name, str(token)) for name, token in self._tokenizer.special_tokens_map.items())
         self.padding_id = end if self._tokenizer.pad_token_id is None else int(self._tokenizer.pad_token_id)
         self.vocab_size = max(len(self._tokenizer), 1 + max(pretrained.languages(self._tokenizer).values(), default=0))
         fast = getattr(self._tokenizer, "backend_tokenizer", None)

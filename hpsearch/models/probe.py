@@ -7,6 +7,8 @@ twin of few and narrow layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +29,14 @@ _LEAK = 1e-4
 """Of the deviation of a model's logits: more than rounding, and than what a later token may change."""
 
 
-def check_model(auto_class: Any, settings: ModelSettings, *, packing: str | None = None, **tokens: Any) -> None:
+Try = Callable[[PreTrainedModel], Any]
+"""What else a task does with a model; raises UsageError where that cannot be."""
+
+
+def check_model(auto_class: Any, settings: ModelSettings, *, tries: Sequence[Try] = (), **tokens: Any) -> None:
     """Raise UsageError if such a model cannot be built, or does not train: one that is small enough makes a step.
 
-    Of a larger model no weights are allocated; its small twin makes the step. `packing`: see `check_apart`.
+    Of a larger model no weights are allocated; its small twin makes the step. `tries` are done with that, too.
     """
     if settings.lora_rank:
         require_peft()
@@ -40,8 +46,10 @@ def check_model(auto_class: Any, settings: ModelSettings, *, packing: str | None
     except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
         raise UsageError(f"model: a {config.model_type} of these sizes cannot be built: {error}") from error
     if settings.pretrained is not None:
-        if packing:
-            check_apart(_shallow(auto_class, settings, config, tokens), packing)
+        if tries:
+            model = _shallow(auto_class, settings, config, tokens)
+            for attempt in tries:
+                attempt(model)
         return
     weights = sum(parameter.numel() for parameter in model.parameters())
     if weights > _TRIED_AS_IT_IS or settings.context_length > _TWIN_LENGTH:
@@ -54,8 +62,8 @@ def check_model(auto_class: Any, settings: ModelSettings, *, packing: str | None
             vocabulary = min(tokens["vocab_size"], _TWIN_VOCABULARY)
             model = auto_class.from_config(config)
             _try_out(model, kind(auto_class), vocabulary, settings.context_length)
-            if packing:
-                check_apart(model, packing)
+            for attempt in tries:
+                attempt(model)
         except UsageError:
             raise
         except Exception as error:
@@ -90,6 +98,53 @@ def check_apart(model: PreTrainedModel, packing: str) -> None:
             f"{packing.partition(':')[0]}: models of type {model.config.model_type} cannot be told which tokens of a "
             f"sequence belong to which text; {packing.partition('.')[2]} trains them"
         )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a model can generate text."""
+
+    use_cache: bool
+    """With a key-value cache."""
+    pads: bool
+    """Prompts of several lengths at once, padded on the left: each is answered as by itself."""
+
+
+@torch.no_grad()
+def how_it_generates(model: PreTrainedModel) -> Generation:
+    """Raises UsageError if it does not."""
+    was_training = model.training
+    model.eval()
+    most = max(3, min(64, model.config.get_text_config().vocab_size))
+    prompts = [torch.arange(2, 2 + length, device=model.device) % most for length in (3, 6)]
+    alone = [prompt[None] for prompt in prompts]
+    short = torch.nn.functional.pad(prompts[0], (3, 0))
+    is_text = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6], device=model.device)
+    said = ""
+    try:
+        for use_cache in (True, False):
+            options: dict[str, Any] = {
+                "max_new_tokens": 3,
+                "min_new_tokens": 3,
+                "do_sample": False,
+                "use_cache": use_cache,
+            }
+            options |= {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+            try:
+                found = [model.generate(ids, attention_mask=torch.ones_like(ids), **options) for ids in alone]
+            except Exception as error:  # caches and masks of some architectures are their own
+                said = said or str(error).strip().partition("\n")[0]
+                continue
+            try:
+                both = model.generate(torch.stack([short, prompts[1]]), attention_mask=is_text, **options)
+            except Exception:
+                return Generation(use_cache, pads=False)
+            logits = [torch.stack([step.float() for step in one.logits]) for one in (*found, both)]
+            wanted = torch.cat(logits[:2], dim=1)
+            return Generation(use_cache, pads=bool((wanted - logits[2]).abs().max() <= _LEAK * wanted.std()))
+    finally:
+        model.train(was_training)
+    raise UsageError(f"model: models of type {model.config.model_type} cannot generate text: {said}")
 
 
 def _shallow(

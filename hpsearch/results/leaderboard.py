@@ -153,7 +153,11 @@ def leaderboard(store: Store, *studies: str, top: int | None = None, mixed: bool
                 states[count.state] = states.get(count.state, 0) + count.trials
         scores = store.study_scores(study.id, [first.metric])
         for row in store.leaderboard(study.name):
-            scored = scores[row.trial]
+            if (scored := scores.get(row.trial)) is None:
+                raise UsageError(
+                    f"'{first.name}' is ranked by {first.metric}, and '{study.name}', ranked by {study.metric}, has no "
+                    f"such score; name '{study.name}' first, or rank them apart"
+                )
             entries.append(_Entry(row=row, id=scored[first.metric].trial_id, scores=scored))
         # Finals and the choice of validation are told within a study; across studies their scores need not compare.
         if len(found) == 1 and any(count.is_repeat for count in counts):

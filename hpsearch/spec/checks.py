@@ -39,11 +39,11 @@ def cross_checks(spec: StudySpec, content: dict[str, Any]) -> list[Problem]:
         problems.append(Problem(path=("data", "rare_labels"), message=message, at_key=True))
     problems += task.problems(spec.options)
     if spec.metric is not None and spec.metric not in (ranking := task.metric_names(spec.options)):
-        message = f"{spec.metric} is no test metric of this {task.name} study; expected {' or '.join(ranking)}"
+        message = f"{spec.metric} is no test metric of {task.name} studies like this; expected {' or '.join(ranking)}"
         problems.append(Problem(path=("metric",), message=message))
     if spec.objective not in (objectives := task.objective_names(spec.options)):
         expected = " or ".join(objectives)
-        message = f"a {task.name} study has no validation {spec.objective}; expected {expected}"
+        message = f"{task.name} studies like this have no validation {spec.objective}; expected {expected}"
         problems.append(Problem(path=("objective",), message=message))
     if spec.backend == "inline" and spec.resources.processes > 1:
         message = "the inline backend has one process, on one GPU at most; expected backend: ray"

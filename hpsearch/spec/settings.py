@@ -83,7 +83,7 @@ class TrainingSettings(Strict):
     final_lr_fraction: float = Field(0.1, ge=0, le=1, description="Part of the peak that the schedule decays to.")
     gradient_clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="Of training losses (translation, classification); validation losses have none."
+        0.0, ge=0, lt=1, description="Of training losses (not of causal_lm); validation losses have none."
     )
     optimizer: Literal["muon", "adamw"] | None = Field(
         None,

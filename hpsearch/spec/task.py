@@ -123,9 +123,12 @@ class TaskDefinition:
         """The one sequence of each example, where `marks` is `chat`. Raises DataError."""
         raise NotImplementedError
 
-    def chat_template(self, options: Any, template: str | None, *, begins: bool) -> str | None:
-        """The chat template of prepared data, given that of the tokenizer, which `begins` texts with a token."""
-        return template
+    def chat_template(self, options: Any, own: str | dict[str, str] | None, *, begins: bool) -> str:
+        """The chat template of prepared data, where `marks` is `chat`. Raises DataError.
+
+        `own` is the tokenizer's, or several by name; `begins` says whether it puts a token before every text.
+        """
+        raise NotImplementedError
 
     def metric_names(self, options: Any) -> tuple[str, ...]:
         """What trials may be ranked by; the first is the usual one."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
+from tokenizers.normalizers import NFC
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hpsearch.errors import DataError
@@ -139,6 +140,20 @@ def test_an_answer_that_its_template_ends_with_words_gets_an_end() -> None:
 
     found = shown(ChatEncoder(tokenizer_with(plain.replace("MARK", "': '"), end="<eos>")), TWO_TURNS)
     assert found.endswith("Two?\nassistant:[ It is 2.\n<eos>]"), "a token that holds both is learnt with the answer"
+
+
+def test_a_letter_may_be_written_otherwise_by_the_tokenizer() -> None:
+    tokenizer = tokenizer_with(DEFAULT_TEMPLATE, end="<eos>")
+    tokenizer.backend_tokenizer.normalizer = NFC()
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Cafe\u0301"}]
+    assert shown(ChatEncoder(tokenizer), messages).endswith("<eos>]")
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    tokenizer = tokenizer_with(DEFAULT_TEMPLATE)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="the tokenizer has no end-of-sequence token"):
+        ChatEncoder(tokenizer)
 
 
 @pytest.mark.parametrize(

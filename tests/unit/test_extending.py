@@ -201,7 +201,9 @@ def test_the_task_runs_on_ray(modules: Path) -> None:
     [
         pytest.param(["cloze.gaps=2"], "cloze.gaps: expected less than 1", id="an option out of bounds"),
         pytest.param(["cloze.gap=0.2"], "unknown key 'gap'; did you mean 'gaps'", id="a misspelt option"),
-        pytest.param(["objective=bleu"], "a cloze study has no validation bleu; expected loss or filled", id="score"),
+        pytest.param(
+            ["objective=bleu"], "cloze studies like this have no validation bleu; expected loss or filled", id="score"
+        ),
         pytest.param(["data.corpus=ui_messages"], "ui_messages is no cloze data; expected python_docs", id="corpus"),
         pytest.param(["translation.num_beams=2"], "settings of another task", id="another task's options"),
         pytest.param(["task=my_tasks:Close"], "my_tasks has no Close", id="no such class"),

@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import hpsearch
 from hpsearch.data.prepare import count_cut, measure, notes, prepare
+from hpsearch.data.pretrained import load_tokenizer
 from hpsearch.data.shards import load_parts, load_texts, read_card
 from hpsearch.errors import DataError, SpecError, UsageError
+from hpsearch.models.architecture import build_model
+from hpsearch.models.probe import how_it_generates
 from hpsearch.spec.load import load_study
 from hpsearch.spec.sections import DataSpec, FileSplits, TokenizerSpec
 from hpsearch.spec.settings import ModelSettings, RunSettings
@@ -162,8 +166,8 @@ def test_what_is_left_out_is_counted_and_said(tmp_path: Path) -> None:
         ("instruction: {template: {prompt: a, completion: b}}", "s.yaml:4:25: instruction.template: expected names of columns in braces"),
         ("instruction: {chat_template: gone.jinja}", "s.yaml:4:30: instruction.chat_template: gone.jinja cannot be read: No such file"),
         ("instruction: {labels: [a, a]}", "instruction.labels: expected at least two labels, each once"),
-        ("objective: f1", "objective: a instruction study has no validation f1; expected loss or rouge_l"),
-        ("metric: accuracy", "metric: accuracy is no test metric of this instruction study; expected rouge_l or perplexity"),
+        ("objective: f1", "objective: instruction studies like this have no validation f1; expected loss or rouge_l"),
+        ("metric: accuracy", "metric: accuracy is no test metric of instruction studies like this; expected rouge_l or perplexity"),
         ("instruction: {generation: {stop: ['']}}", "instruction.generation.stop: expected text, got ''"),
     ],
 )  # fmt: skip
@@ -246,7 +250,7 @@ def test_perplexity_is_that_of_a_loss_made_by_hand(data: Path, tmp_path: Path) -
         losses = functional.cross_entropy(logits[0], ids[0, 1:], reduction="none")
         nats += float(losses[mask[0, 1:] == 1].double().sum())
         tokens += int(mask[0, 1:].sum())
-        size += sum(len(one["content"].encode()) for one in messages if one["role"] == "assistant")
+        size += len(tokenizer.decode(ids[0, 1:][mask[0, 1:] == 1], skip_special_tokens=True).encode())
     values = {score.metric: score.value for score in scored.scores}
     assert values["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
     assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
@@ -296,17 +300,15 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(data: Path, tmp_path: P
     assert own._writer.contract["stop"] == [stop, "never said"]
 
 
-def test_sampled_answers_hang_on_the_seed_alone(data: Path, tmp_path: Path) -> None:
-    def answers(seed: int, temperature: float) -> list[str]:
-        seed_everything(0)
-        options = InstructionOptions.model_validate({"generation": {"temperature": temperature, "max_new_tokens": 6}})
-        own = Instruction(data, MODEL, options, seed=seed)
-        torch.rand(seed + 1)  # what else is drawn changes nothing
-        return own._answers(trainer(own, tmp_path / f"{seed}-{temperature}").evaluator.evaluate, "validation", None)
+def test_sampled_answers_are_always_the_same(data: Path, tmp_path: Path) -> None:
+    def answers(temperature: float, drawn: int) -> list[str]:
+        own = task(data, generation={"temperature": temperature, "max_new_tokens": 6})
+        torch.rand(drawn)  # what else is drawn changes nothing
+        evaluate = trainer(own, tmp_path / f"{temperature}-{drawn}").evaluator.evaluate
+        return own._answers(evaluate, "validation", None)
 
-    assert answers(1, 1.0) == answers(1, 1.0)
-    assert answers(1, 1.0) != answers(2, 1.0)
-    assert answers(1, 0.0) == answers(2, 0.0)
+    assert answers(1.0, 1) == answers(1.0, 2)
+    assert answers(1.0, 3) != answers(0.0, 1)
 
 
 def test_what_does_not_fit_loses_its_beginning_or_is_left_out(data: Path) -> None:
@@ -436,13 +438,141 @@ def test_labels_are_scored_as_classes(tmp_path: Path) -> None:
     rows = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(200)]
     options = {"labels": ["yes", "no"], "generation": {"max_new_tokens": 3}}
     own = task(make(tmp_path, rows, instruction=options), objective="f1", **options)
+    truth = own._texts("test", "answer")
+    names = ("f1", "f1_macro", "accuracy")
+    said = ["yes", "maybe", *truth[2:]]  # of the first two, one at least is wrong
+    found, contracts = own._judged(said, truth, names)
+    for name, average in (("f1", "macro"), ("f1_macro", "macro")):
+        theirs = f1_score(truth, said, labels=["yes", "no"], average=average, zero_division=0)
+        assert own._scored(name, found, contracts[name]).value == pytest.approx(theirs, abs=1e-12)
+    theirs = accuracy_score(truth, said)
+    assert own._scored("accuracy", found, contracts["accuracy"]).value == pytest.approx(theirs, abs=1e-12)
     scored = own.score(trainer(own, tmp_path / "run").evaluator.evaluate)
-    scores = {score.metric: score for score in scored.scores}
-    assert {"f1", "f1_macro", "f1_micro", "f1_weighted", "accuracy"} <= {*scores}
-    assert scored.examples["truth"].sum(axis=1).tolist() == [1] * len(scored.details["outputs"])
+    assert {"f1", "f1_macro", "f1_micro", "f1_weighted", "accuracy"} <= {score.metric for score in scored.scores}
     assert 0 <= own.validation_score(trainer(own, tmp_path / "two").evaluator.evaluate) <= 1
     with pytest.raises(DataError, match=r"line 201: the answer 'maybe' is none of instruction.labels: yes, no"):
         make(tmp_path, [*rows, {"prompt": "x", "completion": "maybe"}], instruction=options)
+
+
+PLAIN = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' + HEAD + m['content'] + FOOT }}"
+    "{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "foot", "answer"),
+    [
+        pytest.param("''", "''", "1", id="nothing ends it"),
+        pytest.param("''", "'\\n### End\\n'", "yes", id="words end it"),
+        pytest.param("'<|channel|>final<|message|>'", "'<|return|>'", "0", id="words begin it"),
+        pytest.param("''", "'<|end|>'", "yes. sure", id="a stop text inside"),
+        pytest.param("''", "'<|end|>'", "<think>\nhm\n</think>\n\nyes", id="thoughts"),
+    ],
+)
+def test_a_model_that_says_what_it_should_is_right(tmp_path: Path, head: str, foot: str, answer: str) -> None:
+    template = PLAIN.replace("HEAD", head).replace("FOOT", foot)
+    tokenizer = tokenizer_with(template, end="<|return|>" if "return" in foot else "<eos>")
+    tokenizer.save_pretrained(tmp_path / "model")
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / "model")
+    model = ModelSettings(pretrained=str(tmp_path / "model"), context_length=64)
+    rows = [{"prompt": f"Question {number}?", "completion": answer} for number in range(60)]
+    stop = ["."] if "." in answer else []
+    own = task(make(tmp_path, rows, model=model), model, generation={"stop": stop})
+    test = own._splits["test"]
+    said = [own._writer.texts(torch.from_numpy(test.answer(index))[None])[0] for index in range(len(test.kept))]
+    wanted = answer.rpartition("</think>")[2].strip()
+    assert own._texts("test", "answer") == [wanted] * len(said)
+    assert said == [wanted.partition(".")[0]] * len(said)
+    last = {tokenizer.decode([test.answer(index)[-1]]) for index in range(len(test.kept))}
+    assert last <= {*map(tokenizer.decode, ([stop] for stop in own._writer._stops))}, "it learns to end"
+    assert "<|message|>" not in map(tokenizer.decode, ([stop] for stop in own._writer._stops))
+
+
+def test_how_a_pretrained_model_usually_generates_decides_nothing(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(None, end="<eos>")
+    tokenizer.save_pretrained(tmp_path / "model")
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
+    given = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "top_k": 3, "top_p": 0.5, "do_sample": True}
+    model.generation_config.update(**given)
+    model.save_pretrained(tmp_path / "model")
+    settings = ModelSettings(pretrained=str(tmp_path / "model"), context_length=160)
+    rows = [{"messages": messages} for messages in conversations(60)]
+    own = task(make(tmp_path, rows, model=settings), settings)
+    config = own.model.generation_config
+    assert (config.do_sample, config.repetition_penalty, config.no_repeat_ngram_size, config.top_k) == (
+        False,
+        None,
+        None,
+        None,
+    )
+    assert own.model.get_input_embeddings().padding_idx is None, "every token is learnt"
+    # Another token that ends texts is another text, though vocabulary and template are the same.
+    other = tokenizer_with(None, end="<|im_end|>")
+    other.save_pretrained(tmp_path / "model")
+    load_tokenizer.cache_clear()
+    assert own._card.fingerprint != read_card(make(tmp_path, rows, model=settings)).fingerprint
+    for several in ({"tool_use": "x"}, {"default": "{{ messages }}"}):
+        template = InstructionDefinition().chat_template
+        if "default" in several:
+            assert template(InstructionOptions(), several, begins=False) == "{{ messages }}"
+        else:
+            with pytest.raises(DataError, match="chat templates called tool_use and none called default"):
+                template(InstructionOptions(), several, begins=False)
+
+
+def test_nulls_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows: list[Any] = [{"prompt": f"Question {number}?", "completion": "yes"} for number in range(60)]
+    rows[7]["completion"] = None
+    rows[9]["prompt"] = []
+    rows[11]["prompt"] = ""
+    card = read_card(make(tmp_path, rows))
+    assert {reason.partition(": ")[2]: count for reason, count in card.unusable.items()} == {
+        "an empty message (assistant)": 1,
+        "roles out of order (assistant first)": 1,
+        "an empty message (user)": 1,
+    }
+    chats: list[Any] = [{"meta": {"chat": messages}} for messages in conversations(60)]
+    chats[3]["meta"]["chat"] = None
+    card = read_card(make(tmp_path, chats, data={"column": "meta.chat"}, name="chats.jsonl"))
+    assert [*card.unusable.values()] == [1]
+    assert "no messages" in next(iter(card.unusable))
+
+
+def test_what_is_scored_of_a_cut_conversation_is_what_is_left_of_it(data: Path, tmp_path: Path) -> None:
+    ratios = []
+    for length in (600, 60):
+        own = task(data, MODEL.model_copy(update={"context_length": length, "init_std": 0.02}))
+        examples = own._nats(trainer(own, tmp_path / str(length)).evaluator.evaluate)
+        ratios.append(examples["tokens"].sum() / examples["bytes"].sum())
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.15), "as many bytes to a token"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [("llama", (True, True)), ("gpt2", (True, True)), ("bart", (True, False)), ("jamba", (False, None))],
+)
+def test_what_an_architecture_can_do_is_tried(architecture: str, expected: tuple[bool, bool | None]) -> None:
+    settings = MODEL.model_copy(update={"architecture": architecture, "init_std": None, "context_length": 64})
+    seed_everything(0)
+    model = build_model(AutoModelForCausalLM, settings, vocab_size=300)
+    found = how_it_generates(model)
+    assert found.use_cache is expected[0]
+    assert expected[1] is None or found.pads is expected[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["bart", "jamba"])
+def test_answers_are_those_of_prompts_by_themselves_whatever_an_architecture_can_do(
+    data: Path, tmp_path: Path, architecture: str
+) -> None:
+    model = MODEL.model_copy(update={"architecture": architecture, "init_std": None})
+    own = task(data, model, generation={"max_new_tokens": 4})
+    evaluate = trainer(own, tmp_path / "one").evaluator.evaluate
+    assert own._answers(evaluate, "test", None) == one_by_one(own, tmp_path / "two", "test")
 
 
 def test_architectures_that_cannot_keep_conversations_apart_are_padded(data: Path) -> None:

@@ -76,7 +76,7 @@ def mistakes(tmp_path: Path, text: str, **options: Any) -> list[str]:
         pytest.param("store: ${HPSEARCH_NOT_SET}", "s.yaml:4:8: store: the environment has no HPSEARCH_NOT_SET; set it, or write ${HPSEARCH_NOT_SET:-default}", id="environment"),
         pytest.param("classification: {f1: micro}", "s.yaml:4:1: classification: settings of another task; this study's is causal_lm", id="other task"),
         pytest.param("tokenizer: {shared: false}", "s.yaml:4:21: tokenizer.shared: this study's task is causal_lm, which has one vocabulary", id="two vocabularies"),
-        pytest.param("metric: bleu", "s.yaml:4:9: metric: bleu is no test metric of this causal_lm study; expected perplexity or bits_per_byte", id="metric of another task"),
+        pytest.param("metric: bleu", "s.yaml:4:9: metric: bleu is no test metric of causal_lm studies like this; expected perplexity or bits_per_byte", id="metric of another task"),
         pytest.param("metric: {name: perplexity, goal: maximize}", "s.yaml:4:34: metric.goal: expected minimize of perplexity, got maximize", id="goal of a metric"),
         pytest.param("metric: {name: val/loss, goal: most}", "s.yaml:4:32: metric.goal: expected minimize or maximize, got 'most'", id="W&B goal"),
         pytest.param("metric: {goal: minimize}", "s.yaml:4:9: metric: expected the name of a metric", id="W&B metric without a name"),
@@ -208,6 +208,7 @@ def test_a_pasted_wandb_sweep_is_understood(tmp_path: Path) -> None:
     [
         ("metric: {name: val_loss, goal: minimize}", "perplexity"),
         ("metric: {name: eval/loss}", "perplexity"),
+        ("metric: {name: test.bits_per_byte, goal: minimize}", "bits_per_byte"),
         ("metric: {name: bits_per_byte, goal: minimize}", "bits_per_byte"),
         ("metric: bits_per_byte", "bits_per_byte"),
         ("objective: loss", "perplexity"),
@@ -289,8 +290,8 @@ def test_aligned_files_are_for_translations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "objective", "message"),
     [
-        ("causal_lm", "bleu", "a causal_lm study has no validation bleu; expected loss"),
-        ("translation", "f1", "a translation study has no validation f1; expected loss or bleu"),
+        ("causal_lm", "bleu", "causal_lm studies like this have no validation bleu; expected loss"),
+        ("translation", "f1", "translation studies like this have no validation f1; expected loss or bleu"),
     ],
 )
 def test_an_objective_that_the_task_lacks_is_refused(tmp_path: Path, task: str, objective: str, message: str) -> None:

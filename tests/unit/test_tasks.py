@@ -18,10 +18,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 from hpsearch.data.prepare import prepare
 from hpsearch.data.shards import load_labels, load_split, load_texts
 from hpsearch.errors import UsageError
+from hpsearch.metrics import statistics
 from hpsearch.records import TrialConfig, TrialResult, TrialState
 from hpsearch.spec.sections import DataSpec, FileSplits, TokenizerSpec
 from hpsearch.spec.settings import ModelSettings, RunSettings
 from hpsearch.spec.study import study_class
+from hpsearch.spec.task import task_named
 from hpsearch.tasks.base import bucketed, within_budget
 from hpsearch.tasks.classification.definition import ClassificationOptions
 from hpsearch.tasks.classification.training import Classification
@@ -103,6 +105,20 @@ def test_padding_and_bucketing_change_no_loss(pairs: Path, areas: Path, tmp_path
     together = trainer(task, tmp_path).evaluator.mean_loss()
     assert own == pytest.approx(alone, rel=1e-5)
     assert own == pytest.approx(together, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["translation", "classification"])
+def test_every_score_follows_from_what_is_kept_of_its_examples(
+    pairs: Path, areas: Path, tmp_path: Path, kind: str
+) -> None:
+    data, model = (pairs, BART) if kind == "translation" else (areas, BERT)
+    result = trial(kind, data, tmp_path, model)
+    examples = statistics.unpack(result.examples)
+    assert {score.metric for score in result.scores} == {*task_named(kind).metric_names(task_named(kind).options())}
+    for score in result.scores:
+        sums = statistics.summands(score.metric, examples).sum(axis=0)
+        assert float(statistics.score(score.metric, sums, score.contract)) == pytest.approx(score.value, abs=1e-9)
 
 
 def test_bucketed_batches_hold_every_example_once_and_pad_little() -> None:

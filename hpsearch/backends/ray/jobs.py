@@ -217,7 +217,7 @@ def _pack(spec: StudySpec, package: Path) -> list[str]:
         overrides.append(f"--set=data.files={json.dumps(files)}")
     for name in spec.definition.file_options:
         if (text := getattr(spec.options, name)) is not None:
-            overrides.append(f"--set={spec.definition.name}.{name}={json.dumps(text)}")
+            overrides.append(f"--set={spec.definition.name}.{name}={json.dumps(text, ensure_ascii=False)}")
     pretrained = Path(spec.model.pretrained or "")
     if pretrained.is_absolute():
         _refuse_links(pretrained, "model.pretrained")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hpsearch.data.tokenizers import train_tokenizer
-from hpsearch.driver.drafting.looks import Look, look_at
+from hpsearch.driver.drafting.looks import Look, look_at, said_in
 from hpsearch.errors import DataError, SpecError, UsageError
 from hpsearch.metrics import bleu
 from hpsearch.spec.load import load_study
@@ -251,18 +251,13 @@ class _Writer:
     def _conversations(self) -> list[str]:
         """What is said in each conversation of the sample; two columns of other names become a template."""
         look = self._look
-        names = look.conversation
-        if names is None:
-            pair = look.pair or _two_texts(look)
-            if pair is None:
-                raise UsageError(f"no columns look like prompts and answers; there are {', '.join(look.columns)}")
-            names = pair[0].name, pair[1].name
-            self._template = {"prompt": f"{{{names[0]}}}", "completion": f"{{{names[1]}}}"}
-        if len(names) == 2:
-            values = (look.columns[name].values for name in names)
-            return ["\n".join(map(str, pair)) for pair in zip(*values, strict=False)]
-        chats = look.columns[names[0]].values
-        return ["\n".join(str(one.get("content", one.get("value", ""))) for one in chat) for chat in chats]
+        if look.conversations:
+            return look.conversations
+        pair = look.pair or _two_texts(look)
+        if pair is None:
+            raise UsageError(f"no columns look like prompts and answers; there are {', '.join(look.columns)}")
+        self._template = {"prompt": f"{{{pair[0].name}}}", "completion": f"{{{pair[1].name}}}"}
+        return said_in(look.rows, {**self._template})
 
     def _measured(self, entries: int) -> tuple[np.ndarray[Any, Any], int]:
         """Tokens of each example's longest text, and of all that is predicted, by a tokenizer of the sample."""
@@ -289,9 +284,8 @@ def _proposed(look: Look) -> tuple[str, str]:
         return "translation", "two aligned files"
     if look.texts:
         return "causal_lm", "plain text"
-    if (names := look.conversation) is not None:
-        are = "are prompts and answers" if len(names) == 2 else "holds conversations"
-        return "instruction", f"{' and '.join(names)} {are}"
+    if look.conversations:
+        return "instruction", "the rows are prompts and answers"
     pair, label, text = look.pair, look.label, look.text
     if pair is not None:
         return "translation", f"{pair[0].name} and {pair[1].name} are a text and what is written for it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from hpsearch.data.files import Position, beginning, guess_split, lines_of, rows
 from hpsearch.data.sources import first_line, rows_of_dataset
 from hpsearch.errors import DataError, UsageError
 from hpsearch.spec.files import expanded, format_of, is_saved_dataset, split_by_name
-from hpsearch.tasks.instruction.forms import MESSAGE_COLUMNS, PAIRS
+from hpsearch.spec.task import UnusableRowError
+from hpsearch.tasks.instruction.forms import RowReader, conversation
 
 _READ = 200_000
 """Rows that are read at most."""
@@ -81,6 +83,8 @@ class Look:
     """In words."""
     columns: dict[str, Column] = field(default_factory=dict)
     """Of a sample; none of plain text and of aligned files."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of the sample, as they are read."""
     texts: tuple[list[str], ...] = ()
     """Of plain text and aligned files, a sample of each field."""
     part: float = 1.0
@@ -124,17 +128,10 @@ class Look:
                 return column
         return None
 
-    @property
-    def conversation(self) -> tuple[str, ...] | None:
-        """Columns of prompts and answers as they are usually called: one of messages, or one of each."""
-        for name in MESSAGE_COLUMNS:
-            column = self.columns.get(name)
-            if column and all(isinstance(value, list) and isinstance(value[0], dict) for value in column.values):
-                return (name,)
-        for pair in PAIRS:
-            if all(name in self.columns and self.columns[name].is_text for name in pair):
-                return pair
-        return None
+    @cached_property
+    def conversations(self) -> list[str]:
+        """What is said in the rows of the sample, if they have a form of prompts and answers; else nothing."""
+        return said_in(self.rows, None)
 
     @property
     def pair(self) -> tuple[Column, Column] | None:
@@ -148,6 +145,19 @@ class Look:
             if found[0] is not None and found[1] is not None:
                 return found[0], found[1]
         return None
+
+
+def said_in(rows: Sequence[dict[str, Any]], template: dict[str, str | None] | None) -> list[str]:
+    """What is said in each row that holds a conversation; nothing if some are of no form, or of several."""
+    read, found = RowReader(column=None, template=template, labels=[]), []
+    for row in rows:
+        try:
+            found.append("\n".join(message["content"] for message in conversation(*read(row))))
+        except UnusableRowError:
+            continue
+        except DataError:
+            return []
+    return found
 
 
 def look_at(names: Sequence[str], task: str | None) -> Look:
@@ -188,13 +198,14 @@ def look_at(names: Sequence[str], task: str | None) -> Look:
                 part=part * min(1.0, position.bytes / max(1, size)),
                 encoding=encoding,
             )
-        rows: Iterable[tuple[str, dict[str, Any]]]
+        read: Iterable[tuple[str, dict[str, Any]]]
         if Path(first).is_dir():
-            rows = rows_of_dataset(first)
+            read = rows_of_dataset(first)
         else:
             delimiter = _delimiter(first, encoding)
-            rows = rows_of(first, (), encoding=encoding, delimiter=delimiter, position=position)
-        sample, part = _sampled(_flat(row) for _, row in rows)
+            read = rows_of(first, (), encoding=encoding, delimiter=delimiter, position=position)
+        rows, part = _sampled(row for _, row in read)
+        sample = [_flat(row) for row in rows]
         part *= min(1.0, position.bytes / size) if size else 1.0
     except UnicodeDecodeError as error:
         raise DataError(f"{first} is neither UTF-8 nor cp1252 text ({error.reason})") from error
@@ -206,6 +217,7 @@ def look_at(names: Sequence[str], task: str | None) -> Look:
         splits=named,
         form="a data set of `save_to_disk`" if Path(first).is_dir() else f"rows of {format_of(first)}",
         columns={name: Column(name=name, values=values) for name, values in columns.items()},
+        rows=rows,
         part=part,
         encoding=encoding,
     )

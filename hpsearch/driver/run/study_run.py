@@ -543,6 +543,7 @@ class StudyRun:
         self._trials.count(result.state)
         self._listen(
             TrialEnded(
+                metric=self.spec.ranking_metric,
                 trial=number,
                 result=result,
                 last_epoch=last.epoch,
@@ -560,6 +561,7 @@ class StudyRun:
     def _tell_end(self, config: TrialConfig, last: Point | None, result: TrialResult) -> None:
         self._listen(
             TrialEnded(
+                metric=self.spec.ranking_metric,
                 trial=config.number,
                 result=result,
                 last_epoch=last.epoch if last else None,

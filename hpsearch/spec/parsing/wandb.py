@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hpsearch.errors import Problem
@@ -62,11 +63,10 @@ def _metric(given: dict[str, Any], problems: list[Problem]) -> Any:
     if goal not in _GOALS:
         problems.append(Problem(path=("metric", "goal"), message=f"expected {' or '.join(_GOALS)}, got {goal!r}"))
         return None
-    plain = name.lower().replace("/", "_").rpartition("_")[2]
-    is_loss = plain == "loss"
-    known = METRICS.get(name)
-    if is_loss or known is not None:
-        wanted = "maximize" if known is not None and known.higher_is_better else "minimize"
-        if ("goal" in given or wanted == "minimize") and goal != wanted:
-            problems.append(Problem(path=("metric", "goal"), message=f"expected {wanted} of {name}, got {goal}"))
-    return None if is_loss else name
+    # They name metrics by where they are from: eval/loss, val-loss, test.rouge_l.
+    own = re.sub(r"^(eval|evaluation|val|valid|validation|test|train)[/._-]", "", name)
+    known = METRICS.get(own)
+    wanted = "maximize" if known is not None and known.higher_is_better else "minimize"
+    if (own == "loss" or known is not None) and "goal" in given and goal != wanted:
+        problems.append(Problem(path=("metric", "goal"), message=f"expected {wanted} of {name}, got {goal}"))
+    return None if own == "loss" else own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ _INSTEAD = "causal_lm.packing: continuous"
 
 
 def check_model(settings: ModelSettings, options: CausalLMOptions, card: DataCard) -> None:
-    packing = _INSTEAD if options.packing == "documents" else None
-    probe.check_model(AutoModelForCausalLM, settings, packing=packing, vocab_size=card.vocab_size)
+    tries = [partial(probe.check_apart, packing=_INSTEAD)] if options.packing == "documents" else []
+    probe.check_model(AutoModelForCausalLM, settings, tries=tries, vocab_size=card.vocab_size)
 
 
 class CausalLM:

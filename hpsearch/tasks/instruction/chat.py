@@ -8,12 +8,13 @@ itself, does. Whatever is found must hold the answer's text: what cannot be show
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpsearch.errors import DataError
 from hpsearch.spec.task import TokenSequence
-from hpsearch.tasks.instruction.forms import Message
+from hpsearch.tasks.instruction.forms import Message, spoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,20 +29,13 @@ DEFAULT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{%- endif %}"
 )
 """Of a tokenizer that has none: each message behind its role, with end-of-text behind it."""
-ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BEGIN = "{{- bos_token }}"
-_THOUGHT = "</think>"
 
 
 def default_template(*, begins: bool) -> str:
     """`begins`: whether the tokenizer puts a token before every text."""
     return (_BEGIN if begins else "") + DEFAULT_TEMPLATE
-
-
-def spoken(text: str) -> str:
-    """An answer without the thoughts before it."""
-    return text.rpartition(_THOUGHT)[2].strip()
 
 
 @dataclass
@@ -51,14 +45,11 @@ class ChatEncoder:
     tokenizer: PreTrainedTokenizerBase
 
     def __post_init__(self) -> None:
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        if not isinstance(template, str):
+        self._marks_generation = _GENERATION.search(self.tokenizer.get_chat_template()) is not None
+        if self.tokenizer.eos_token_id is None:
             raise DataError(
-                "instruction: the tokenizer has no chat template called default; name instruction.chat_template"
+                "instruction: the tokenizer has no end-of-sequence token (eos_token), so that no answer ends"
             )
-        self._marks_generation = _GENERATION.search(template) is not None
         if not getattr(self.tokenizer, "is_fast", False):
             raise DataError(
                 "instruction: the tokenizer cannot tell which text a token stands for, so that nothing shows which are "
@@ -106,14 +97,24 @@ class ChatEncoder:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._rendered(messages[:number], is_prompt=True)
-            if not text.startswith(prompt):
-                raise self._refused(
-                    messages, "the template renders what comes before an answer otherwise when the answer is there"
-                )
+            prompt = self._prompt(messages, number, text)
             begin = next((place for place, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
             turns.append((begin, self._end_of(messages, number, text, ids, offsets)))
         return self._parted(messages, ids, turns)
+
+    def _prompt(self, messages: list[Message], number: int, text: str) -> str:
+        """What stands before the words of an answer."""
+        prompt = self._rendered(messages[:number], is_prompt=True)
+        if text.startswith(prompt):
+            return prompt
+        # Some put the answer's header behind every question, and another one into the prompt.
+        before = self._rendered(messages[:number])
+        answer = spoken(messages[number]["content"])
+        if before and text.startswith(before) and text[len(before) :].lstrip().startswith(answer):
+            return before
+        raise self._refused(
+            messages, "the template renders what comes before an answer otherwise when the answer is there"
+        )
 
     def _end_of(
         self, messages: list[Message], number: int, text: str, ids: list[int], offsets: list[tuple[int, int]]
@@ -147,17 +148,21 @@ class ChatEncoder:
             raise self._refused(messages, f"{marked} of {len(answers)} answers marked by the template")
         parts = [0] * len(ids)
         for number, ((begin, end), answer) in enumerate(zip(turns, answers, strict=True), start=1):
-            said = self.tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+            said = self._decoded(ids[begin:end])
             wanted = spoken(answer)
-            if begin >= end or _letters(wanted) not in _letters(said):
+            is_there = _letters(wanted) in _letters(said) or _letters(self._decoded(self._ids(wanted))) in _letters(
+                said
+            )
+            if begin >= end or not is_there:
                 raise self._refused(messages, f"the tokens of an answer hold {said[:60]!r} and not {wanted[:60]!r}")
             parts[begin:end] = [ANSWER if number == len(answers) else ASSISTANT] * (end - begin)
         return TokenSequence(ids=ids, parts=parts)
 
     def _ended(self, messages: list[Message], sequence: TokenSequence) -> TokenSequence:
         """The sequence with end-of-text behind an answer that the template ends with words."""
-        last = max(place for place, part in enumerate(sequence.parts) if part == ANSWER)
-        if any(token in self._special for token in sequence.ids[last - 1 : last + 1]):
+        places = [place for place, part in enumerate(sequence.parts) if part == ANSWER]
+        last = places[-1]
+        if any(sequence.ids[place] in self._special for place in places[-2:]):
             return sequence
         end = self.tokenizer.eos_token_id
         ids = [*sequence.ids[: last + 1], end]
@@ -169,6 +174,10 @@ class ChatEncoder:
         except Exception as error:  # a template may raise anything
             raise self._refused(messages, f"the template raises {_said(error)}") from error
         return str(text)
+
+    def _decoded(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -205,8 +214,8 @@ def _other(content: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """What tokenizers may not change: they may change white space."""
-    return "".join(text.split())
+    """What tokenizers may not change: they may change white space, and how a letter is written."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _said(error: Exception) -> str:

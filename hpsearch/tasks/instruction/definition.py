@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
+from pydantic.json_schema import WithJsonSchema
 
-from hpsearch.errors import Problem
+from hpsearch.errors import DataError, Problem
 from hpsearch.spec.sections import SourceSpec
 from hpsearch.spec.settings import MOST, Strict
 from hpsearch.spec.task import Row, TaskDefinition, TokenSequence
@@ -41,9 +42,9 @@ class GenerationOptions(Strict):
         None, ge=1, le=MOST, description="Tokens of an answer at most; by default those of the longest in training."
     )
     temperature: float = Field(0.0, ge=0, le=10, description="0 takes the likeliest token each time.")
-    stop: list[str] = Field(
-        default_factory=list, description="Texts that end an answer, and are no part of it, beside end-of-text."
-    )
+    stop: Annotated[
+        list[str], WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
+    ] = Field(default_factory=list, description="Texts that end an answer, and are no part of it, beside end-of-text.")
     max_examples: int | None = Field(
         200,
         ge=1,
@@ -83,12 +84,17 @@ class InstructionOptions(Strict):
         description="What is learnt, and counts in losses and perplexity: all that the assistant says, its last answer "
         "alone, or every token.",
     )
-    packing: Literal["auto", "true", "false"] = Field(
+    packing: Annotated[
+        Literal["auto", "true", "false"],
+        WithJsonSchema({"enum": ["auto", True, False, "true", "false"], "default": "auto"}),
+    ] = Field(
         "auto",
         description="Whether several conversations share a sequence, of which none sees another. auto: where the "
         "architecture can keep them apart.",
     )
-    labels: list[str] = Field(
+    labels: Annotated[
+        list[str], WithJsonSchema({"type": "array", "items": {"type": ["string", "number", "boolean"]}})
+    ] = Field(
         default_factory=list,
         max_length=1000,
         description="All answers that there are: a label each. Then F1 and accuracy are scores, too.",
@@ -106,7 +112,8 @@ class InstructionOptions(Strict):
     def _texts(cls, labels: Any) -> Any:
         if not isinstance(labels, list):
             return labels
-        return [json.dumps(label) if isinstance(label, int | float) else label for label in labels]
+        texts = (json.dumps(label) if isinstance(label, int | float) else label for label in labels)
+        return [label.strip() if isinstance(label, str) else label for label in texts]
 
     @field_validator("labels")
     @classmethod
@@ -150,10 +157,17 @@ class InstructionDefinition(TaskDefinition):
 
         return ChatEncoder(tokenizer).encode([conversation(*example) for example in examples])
 
-    def chat_template(self, options: InstructionOptions, template: str | None, *, begins: bool) -> str:
+    def chat_template(self, options: InstructionOptions, own: str | dict[str, str] | None, *, begins: bool) -> str:
         from hpsearch.tasks.instruction.chat import default_template
 
-        return options.chat_template or template or default_template(begins=begins)
+        if options.chat_template is not None:
+            return options.chat_template
+        if isinstance(own, dict) and "default" not in own:
+            raise DataError(
+                f"instruction: the tokenizer has chat templates called {', '.join(own)} and none called default; name "
+                "a file with one under instruction.chat_template"
+            )
+        return (own["default"] if isinstance(own, dict) else own) or default_template(begins=begins)
 
     def data_options(self, options: InstructionOptions) -> dict[str, Any]:
         return options.model_dump(include={"template", "chat_template", "labels"})
@@ -169,6 +183,9 @@ class InstructionDefinition(TaskDefinition):
         if options.template is not None and "{" not in options.template.prompt + options.template.completion:
             message = "expected names of columns in braces, such as {prompt: 'Translate: {en}', completion: '{fr}'}"
             yield Problem(path=("instruction", "template"), message=message)
+        if options.f1 != "macro" and not options.labels:
+            message = "F1 is of labels, which instruction.labels lists; expected it beside"
+            yield Problem(path=("instruction", "f1"), message=message)
 
     def notes(self, options: InstructionOptions, card: DataCard) -> Iterator[str]:
         from hpsearch.metrics import bleu
@@ -187,4 +204,7 @@ class InstructionDefinition(TaskDefinition):
         from hpsearch.tasks.instruction.training import Instruction
 
         options = InstructionOptions.model_validate(config.options)
-        return Instruction(Path(config.data), config.model, options, objective=config.objective, seed=config.seed)
+        smoothing = config.training.label_smoothing
+        return Instruction(
+            Path(config.data), config.model, options, objective=config.objective, label_smoothing=smoothing
+        )

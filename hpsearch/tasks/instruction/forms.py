@@ -49,8 +49,11 @@ PAIRS = (
 """Columns of a prompt and of the answer to it, the first that a row has."""
 _CONTEXTS = ("input", "context")
 """Columns that stand below the prompt, where there is something in them."""
+_CALLING = ("function_call", "tool_call")
+"""Roles, and keys of messages, of calls that a chat template renders by other means than text."""
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = "</think>"
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
@@ -76,14 +79,12 @@ class RowReader:
         if self._template is not None:
             return "the columns of instruction.template", self._from_template
         if self._column is not None:
-            if self._column not in row:
-                raise DataError(f"there is no column '{self._column}'; there are {_names(row)}")
             return f"messages in '{self._column}'", partial(_messages, self._column)
         for column in MESSAGE_COLUMNS:
-            if row.get(column) is not None:
+            if column in row:
                 return f"messages in '{column}'", partial(_messages, column)
         for prompt, answer in PAIRS:
-            if row.get(prompt) is not None and row.get(answer) is not None:
+            if prompt in row and answer in row:
                 return f"'{prompt}' and '{answer}'", partial(_pair, prompt, answer)
         known = "; ".join((*MESSAGE_COLUMNS, *(" and ".join(pair) for pair in PAIRS)))
         raise DataError(
@@ -122,10 +123,15 @@ class RowReader:
             if not message["content"].strip() and message["role"] != "system":
                 raise UnusableRowError(f"an empty message ({message['role']})")
         answer = messages[-1]["content"].strip()
-        if self._labels and answer not in self._labels:
+        if self._labels and spoken(answer) not in self._labels:
             expected = ", ".join(self._labels[:10])
             raise DataError(f"the answer {answer[:60]!r} is none of instruction.labels: {expected}")
         return json.dumps(messages[:-1], ensure_ascii=False), answer
+
+
+def spoken(text: str) -> str:
+    """An answer without the thoughts before it."""
+    return text.rpartition(_THOUGHT)[2].strip()
 
 
 def conversation(prompt: str, answer: str) -> list[Message]:
@@ -134,18 +140,24 @@ def conversation(prompt: str, answer: str) -> list[Message]:
 
 
 def _messages(column: str, row: Row) -> list[Message]:
-    value = row[column]
+    value = _at(row, column)
+    if not value:
+        raise UnusableRowError("no messages")
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             raise DataError(f"expected a list of messages, got the text {value[:60]!r}") from None
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise DataError(f"expected a list of messages, got {json.dumps(value, default=str)[:60]}")
-    messages = [_message(entry) for entry in value]
+    return _instructed([_message(entry) for entry in value], row)
+
+
+def _instructed(messages: list[Message], row: Row) -> list[Message]:
+    """The messages behind that of the system, if a column beside them has one."""
     system = row.get("system") or row.get("system_prompt")
-    if isinstance(system, str) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
+        return [{"role": "system", "content": system}, *messages]
     return messages
 
 
@@ -153,6 +165,8 @@ def _message(entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise DataError(f"expected a message with a role and its content, got {json.dumps(entry, default=str)[:60]}")
     role = entry.get("role", entry.get("from"))
+    if role in _CALLING:
+        raise UnusableRowError("calls of tools")
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise DataError(f"unknown role {role!r}; expected {', '.join(ROLES)}")
     if any(entry.get(name) for name in _CALLS):
@@ -172,16 +186,14 @@ def _message(entry: Any) -> Message:
 
 def _pair(prompt: str, answer: str, row: Row) -> list[Message]:
     """A prompt and its answer, each a text or a list of messages (as TRL has them)."""
-    messages: list[Message] = []
-    system = row.get("system") or row.get("system_prompt")
     if isinstance(row[prompt], list):
-        messages += map(_message, row[prompt])
+        messages = [_message(entry) for entry in row[prompt]]
     else:
         text = _text(row[prompt], prompt)
-        context = next((row[name] for name in _CONTEXTS if name != prompt and isinstance(row.get(name), str)), "")
-        messages.append({"role": "user", "content": f"{text}\n\n{context}" if context.strip() else text})
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+        contexts = (row.get(name) for name in _CONTEXTS if name != prompt)
+        context = next((one for one in contexts if isinstance(one, str) and one.strip()), "")
+        messages = [{"role": "user", "content": f"{text}\n\n{context}" if context else text}]
+    messages = _instructed(messages, row)
     if isinstance(row[answer], list):
         return [*messages, *map(_message, row[answer])]
     return [*messages, {"role": "assistant", "content": _text(row[answer], answer)}]
@@ -193,14 +205,19 @@ def _filled(template: str, row: Row) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        found: Any = row
-        for part in [match[1]] if match[1] in row else match[1].split("."):
-            if not isinstance(found, dict) or part not in found:
-                raise DataError(f"there is no column '{match[1]}' (instruction.template); there are {_names(row)}")
-            found = found[part]
-        return _text(found, match[1])
+        return _text(_at(row, match[1]), match[1])
 
     return _FIELD.sub(value, template)
+
+
+def _at(row: Row, column: str) -> Any:
+    """What a row has in a column; `a.b` is b of the mapping a."""
+    found: Any = row
+    for part in [column] if column in row else column.split("."):
+        if not isinstance(found, dict) or part not in found:
+            raise DataError(f"there is no column '{column}'; there are {_names(row)}")
+        found = found[part]
+    return found
 
 
 def _text(value: Any, column: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hpsearch.data.pretrained import load_tokenizer
 from hpsearch.data.tokenizers import TOKENIZER_FOLDER
-from hpsearch.models import architecture
+from hpsearch.models import probe
 from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Indices, within_budget
-from hpsearch.tasks.instruction.chat import spoken
 from hpsearch.tasks.instruction.definition import GenerationOptions
+from hpsearch.tasks.instruction.forms import spoken
 
 
 class Writer:
@@ -30,34 +31,32 @@ class Writer:
         data: Path,
         options: GenerationOptions,
         *,
-        answers: NDArray[np.int64],
+        answers: Sequence[NDArray[np.int64]],
         end_id: int,
         padding_id: int,
         most: int,
         length: int,
-        seed: int,
     ) -> None:
-        """`answers` are the last tokens of answers that are learnt, of shape (answers, tokens): those among them that
-        are no text end an answer. Answers have `most` tokens at most; with their prompt they fit into `length`.
+        """`answers` are tokens of answers that are learnt: what stands behind their words, and is no text, ends one.
+        Answers have `most` tokens at most; with their prompt they fit into `length`.
 
-        The model is told so, too, so that `generate` does the same wherever it is exported to.
+        The model is told so, too, so that `generate` does the same wherever it is exported to. Raises UsageError.
         """
+        self.frame = ("", "")
+        """What stands before and behind the words of every answer, and is no part of them: `final` of gpt-oss."""
         self._model, self._data, self._options = model, data, options
-        self.header = ""
-        """What stands before the words of every answer, and is no part of them: `final` of gpt-oss."""
-        self._most, self._length, self._seed, self._padding = most, length, seed, padding_id
-        added = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        special = added | {*self._tokenizer.all_special_ids}
-        self._stops = sorted({end_id} | ({*np.unique(answers).tolist()} & special))
-        sampling = {"temperature": options.temperature} if options.temperature else {}
-        architecture.set_generation(
-            model,
-            bos_token_id=model.generation_config.bos_token_id or end_id,
+        self._most, self._length, self._padding = most, length, padding_id
+        self._stops = sorted({end_id, *(token for answer in answers for token in self._ending(answer))})
+        self._how = probe.how_it_generates(model)
+        # What a pretrained model brings along, such as a repetition penalty, is no part of the score's contract.
+        sampling = {"temperature": options.temperature, "top_k": 0} if options.temperature else {}
+        model.generation_config = GenerationConfig(
+            bos_token_id=model.generation_config.bos_token_id,
             eos_token_id=self._stops,
             pad_token_id=padding_id,
             do_sample=bool(options.temperature),
             max_new_tokens=most,
-            num_beams=1,
+            use_cache=self._how.use_cache,
             **sampling,
         )
 
@@ -65,20 +64,20 @@ class Writer:
     def contract(self) -> dict[str, Any]:
         """What decides the answers beside the model."""
         found: dict[str, Any] = {"max_new_tokens": self._most, "temperature": self._options.temperature}
-        if self._options.temperature:
-            found["seed"] = self._seed
         return {**found, **({"stop": self._options.stop} if self._options.stop else {})}
 
     def batches(self, prompt_lengths: NDArray[np.int64]) -> list[Indices]:
         """Prompts, by their numbers, whose answers are written at once.
 
-        Where the context leaves less room than the longest answer needs, all of a batch have the same room.
+        Where the context leaves less room than the longest answer needs, all of a batch have the same room. All are of
+        one length where padding would change answers.
         """
         room = self._room(prompt_lengths)
+        kinds = room if self._how.pads else prompt_lengths
         found: list[Indices] = []
-        for size in np.unique(room):
-            own = np.flatnonzero(room == size)
-            batches = within_budget(prompt_lengths[own] + size, max(EVALUATION_TOKENS, self._length))
+        for kind in np.unique(kinds):
+            own = np.flatnonzero(kinds == kind)
+            batches = within_budget(prompt_lengths[own] + room[own], max(EVALUATION_TOKENS, self._length))
             found += [own[batch] for batch in batches]
         return found
 
@@ -100,22 +99,43 @@ class Writer:
             more = {"stop_strings": self._options.stop, "tokenizer": self._tokenizer}
         devices = [prompts.device] if prompts.is_cuda else []
         with torch.random.fork_rng(devices=devices):
-            # What is drawn for a prompt hangs on its batch alone, and not on what was trained before.
-            torch.manual_seed(self._seed)
-            ids: Any = self._model.generate(
-                input_ids=prompts, attention_mask=is_text, max_new_tokens=room, use_cache=True, **more
-            )
+            # What is drawn for a prompt hangs on its batch alone, and neither on the trial nor on what it drew before.
+            torch.manual_seed(0)
+            ids: Any = self._model.generate(input_ids=prompts, attention_mask=is_text, max_new_tokens=room, **more)
         answers: Tensor = ids[:, prompts.shape[1] :]
         return answers
 
     def texts(self, answers: Tensor) -> list[str]:
         """What the answers say, without what ends them and without thoughts before them."""
+        before, behind = self.frame
+        texts = (self._before_stop(text) for text in self.decoded(answers))
+        return [text.removeprefix(before).removesuffix(behind).strip() for text in texts]
+
+    def decoded(self, answers: Tensor) -> list[str]:
+        """The text of answers up to what ends them, without thoughts before it."""
         rows = []
         for row in answers.tolist():
             end = next((place for place, token in enumerate(row) if token in self._stops), len(row))
             rows.append(row[:end])
-        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [spoken(self._before_stop(text)).removeprefix(self.header).strip() for text in texts]
+        return [spoken(text) for text in self._decoded(rows)]
+
+    def text_bytes(self, rows: Sequence[NDArray[np.int64]]) -> list[int]:
+        """Bytes of UTF-8 of the text that tokens stand for."""
+        return [len(text.encode(errors="replace")) for text in self._decoded([row.tolist() for row in rows])]
+
+    def _decoded(self, rows: list[list[int]]) -> list[str]:
+        texts: list[str] = self._tokenizer.batch_decode(
+            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts
+
+    def _ending(self, answer: NDArray[np.int64]) -> Iterator[int]:
+        """Tokens behind the words of an answer that are no text."""
+        for token in reversed(answer.tolist()):
+            if token in self._special:
+                yield token
+            elif self._tokenizer.decode([token]).strip():
+                return
 
     def _before_stop(self, text: str) -> str:
         places = [place for stop in self._options.stop if (place := text.find(stop)) >= 0]
@@ -124,6 +144,11 @@ class Writer:
     def _room(self, prompt_lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens that an answer may have: the last one is read no more."""
         return np.minimum(self._most, np.maximum(1, self._length + 1 - prompt_lengths))
+
+    @cached_property
+    def _special(self) -> set[int]:
+        added = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        return added | {*self._tokenizer.all_special_ids}
 
     @cached_property
     def _tokenizer(self) -> Any:

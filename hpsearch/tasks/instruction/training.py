@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from hpsearch.data.shards import SPLITS, DataCard, TokenSplit, load_parts, load_split, load_texts, read_card
 from hpsearch.data.tokenizers import save_tokenizer
 from hpsearch.errors import UsageError
+from hpsearch.files.trial_log import LOGGER
 from hpsearch.metrics import bleu, statistics, text
 from hpsearch.metrics.sacrebleu_internals import sentence_statistics
 from hpsearch.models import architecture, probe
@@ -40,27 +42,26 @@ from hpsearch.tasks.base import (
     make_score,
     within_budget,
 )
-from hpsearch.tasks.instruction.chat import ANSWER, ASSISTANT, spoken
-from hpsearch.tasks.instruction.definition import InstructionOptions
-from hpsearch.tasks.instruction.forms import conversation
+from hpsearch.tasks.instruction.chat import ANSWER, ASSISTANT
+from hpsearch.tasks.instruction.definition import LABEL_METRICS, TEXT_METRICS, InstructionOptions
+from hpsearch.tasks.instruction.forms import spoken
 from hpsearch.tasks.instruction.generation import Writer
 from hpsearch.tasks.windows import PackedExamples
 
 _PROMPTS = " prompts"
 """Behind the name of a split: its prompts without answers, to be answered."""
 _INSTEAD = "instruction.packing: auto"
-_LOOKED_AT, _LAST_TOKENS = 1000, 3
-"""Answers, and tokens of each, among which is what ends an answer."""
-_HEADED = 20
+_LOOKED_AT = 100
+"""Answers that show what stands before and behind the words of all."""
 _LEARNT = {"all": 0, "assistant": ASSISTANT, "completion": ANSWER}
 """The least part of a conversation that is predicted."""
 
 
 def check_model(settings: ModelSettings, options: InstructionOptions, card: DataCard) -> None:
-    packing = _INSTEAD if options.packing == "true" else None
-    probe.check_model(
-        AutoModelForCausalLM, settings, packing=packing, vocab_size=card.vocab_size, pad_token_id=card.padding_id
-    )
+    tries: list[probe.Try] = [probe.how_it_generates]
+    if options.packing == "true":
+        tries.append(partial(probe.check_apart, packing=_INSTEAD))
+    probe.check_model(AutoModelForCausalLM, settings, tries=tries, vocab_size=card.vocab_size)
 
 
 class Conversations:
@@ -70,12 +71,12 @@ class Conversations:
         found: TokenSplit = load_split(data, split)
         self.tokens, self._parts, self._learnt = found.tokens, load_parts(data, split), learnt
         ends, sizes = np.asarray(found.document_ends), found.lengths
-        answers = np.array(
-            [_first(self._parts[end - size : end], ANSWER) for end, size in zip(ends, sizes, strict=True)], np.int64
-        )
+        said = np.flatnonzero(np.asarray(self._parts) == ANSWER)
+        answers = said[np.searchsorted(said, ends - sizes)] - (ends - sizes)
         lengths = np.minimum(sizes - 1, length)
         # The first token of the answer is predicted by the one before it.
         fits = (answers > 0) & (sizes - answers <= lengths)
+        self.left_out = int((~fits).sum())
         self.kept = np.flatnonzero(fits)
         """Numbers of the conversations that fit among those of the split."""
         self.starts, self.lengths = (ends - lengths)[fits], lengths[fits]
@@ -95,20 +96,14 @@ class Conversations:
             labels[self._parts[places] < self._learnt] = IGNORED
         return labels
 
-    @property
-    def last_tokens(self) -> NDArray[np.int64]:
-        """Of some answers, of shape (answers, tokens)."""
-        ends = (self.starts + self.lengths)[:_LOOKED_AT]
-        last: NDArray[np.int64] = self.tokens[ends[:, None] - np.arange(_LAST_TOKENS)].astype(np.int64)
-        return last
-
     def prompt(self, index: int) -> NDArray[np.int64]:
         start = int(self.starts[index])
         return self.tokens[start : start + int(self.prompt_lengths[index])].astype(np.int64)
 
     def answer(self, index: int) -> NDArray[np.int64]:
         start, end = (int(self.starts[index] + lengths[index]) for lengths in (self.prompt_lengths, self.lengths))
-        return self.tokens[start : end + 1].astype(np.int64)
+        tokens: NDArray[np.int64] = self.tokens[start : end + 1].astype(np.int64)
+        return tokens
 
 
 class Instruction:
@@ -121,10 +116,11 @@ class Instruction:
         options: InstructionOptions | None = None,
         *,
         objective: str = "loss",
-        seed: int = 0,
+        label_smoothing: float = 0.0,
     ) -> None:
         options = options or InstructionOptions()
         self._folder, self._options, self._objective = data, options, objective
+        self._label_smoothing = label_smoothing
         self._card = read_card(data)
         self._length = settings.context_length
         learnt = _LEARNT[options.loss_on]
@@ -134,8 +130,10 @@ class Instruction:
                 raise UsageError(
                     f"model.context_length: {self._length} tokens hold no whole answer of the {split} split"
                 )
-        tokens = {"vocab_size": self._card.vocab_size, "pad_token_id": self._card.padding_id}
-        self.model = architecture.build_model(AutoModelForCausalLM, settings, **tokens)
+            if conversations.left_out:
+                said = "%d conversations of the %s split are left out: their answers do not fit into %d tokens"
+                LOGGER.info(said, conversations.left_out, split, self._length)
+        self.model = architecture.build_model(AutoModelForCausalLM, settings, vocab_size=self._card.vocab_size)
         self._is_packed = options.packing != "false" and self._can_pack(must=options.packing == "true")
         self._packed = {
             split: PackedExamples(own.starts, own.lengths, self._length)
@@ -143,19 +141,19 @@ class Instruction:
             if self._is_packed
         }
         generation = options.generation
-        longest = generation.max_new_tokens or int(self._splits["train"].answer_lengths.max())
+        train = self._splits["train"]
+        longest = generation.max_new_tokens or int(train.answer_lengths.max())
         self._writer = Writer(
             self.model,
             data,
             generation,
-            answers=self._splits["train"].last_tokens,
+            answers=[train.answer(index) for index in range(min(_LOOKED_AT, len(train.kept)))],
             end_id=self._card.end_id,
             padding_id=self._card.padding_id,
             most=longest,
             length=self._length,
-            seed=seed,
         )
-        self._writer.header = self._header()
+        self._writer.frame = self._frame()
         self._longest = self._length if settings.pretrained is None else None
         self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
         self._bleu = bleu.metric(self._card.bleu_tokenizer or "13a", longest_reference=self._card.longest_reference)
@@ -169,14 +167,15 @@ class Instruction:
             return False
         return True
 
-    def _header(self) -> str:
-        """What the template has stand before the words of every answer, by some of the validation split."""
+    def _frame(self) -> tuple[str, str]:
+        """What the template has stand before and behind the words of every answer, by some of the validation split."""
         own = self._splits["validation"]
-        some = own.kept[:_HEADED]
-        texts = load_texts(self._folder, "validation", "answer")
-        said = [self._writer.texts(torch.from_numpy(own.answer(index))[None])[0] for index in range(len(some))]
-        found = {one.removesuffix(spoken(texts[number])) for one, number in zip(said, some, strict=True)}
-        return found.pop() if len(found) == 1 else ""
+        found = set()
+        for index, answer in enumerate(self._texts("validation", "answer")[:_LOOKED_AT]):
+            said = self._writer.decoded(torch.from_numpy(own.answer(index))[None])[0]
+            before, _, behind = said.partition(answer)
+            found.add((before, behind))
+        return found.pop() if len(found) == 1 else ("", "")
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -218,9 +217,9 @@ class Instruction:
 
     def losses(self, batch: Batch) -> Tensor:
         inputs, *positions, labels = batch.tensors
-        if positions:
-            return self._loss(labels, input_ids=inputs, position_ids=positions[0])
-        return self._loss(labels, input_ids=inputs)
+        smoothing = self._label_smoothing if self.model.training else 0.0
+        places = {"position_ids": positions[0]} if positions else {}
+        return self._loss(labels, input_ids=inputs, label_smoothing=smoothing, **places)
 
     def score(self, evaluate: Evaluate) -> Scored:
         """Perplexity of the test split's answers, and scores of the answers that the model writes in their place."""
@@ -242,7 +241,8 @@ class Instruction:
         spent = time.perf_counter() - began
         own = self._splits["test"]
         prompts, references = (self._texts("test", name) for name in ("prompt", "answer"))
-        found, contracts = self._judged(outputs, references)
+        names = (*TEXT_METRICS, *(LABEL_METRICS if self._options.labels else ()))
+        found, contracts = self._judged(outputs, references, names)
         scores += [self._scored(name, found, contract) for name, contract in contracts.items()]
         samples = np.linspace(0, len(outputs) - 1, min(self._options.generation.samples, len(outputs)), dtype=int)
         details = {
@@ -251,7 +251,7 @@ class Instruction:
                 for index in samples
             ],
             "outputs": outputs,
-            "generation": {"seconds": spent, "answers": len(outputs), "cut": own.cut},
+            "generation": {"seconds": spent, "answers": len(outputs), "cut": own.cut, "left_out": own.left_out},
         }
         return Scored(scores=tuple(scores), details=details, examples={**examples, **found})
 
@@ -261,7 +261,8 @@ class Instruction:
         chosen = self._chosen("validation", most)
         outputs = self._answers(evaluate, "validation", most)
         references = self._texts("validation", "answer")
-        found, contracts = self._judged([outputs[i] for i in chosen], [references[i] for i in chosen])
+        wanted = (self._objective,)
+        found, contracts = self._judged([outputs[i] for i in chosen], [references[i] for i in chosen], wanted)
         return self._scored(self._objective, found, contracts[self._objective]).value
 
     def save(self, folder: str) -> None:
@@ -277,9 +278,10 @@ class Instruction:
         }
 
     def _texts(self, split: str, field: str) -> list[str]:
-        """Of the conversations that fit."""
+        """Of the conversations that fit; of answers what is said, without thoughts."""
         texts = load_texts(self._folder, split, field)
-        return [texts[number] for number in self._splits[split].kept]
+        kept = (texts[number] for number in self._splits[split].kept)
+        return [spoken(text) if field == "answer" else text for text in kept]
 
     def _layout(self, split: str, indices: Indices) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
         """Places in the stream that are read, -1 for none, and positions; each of shape (sequences, tokens)."""
@@ -299,20 +301,12 @@ class Instruction:
             places, _ = self._layout("test", indices)
             is_read = places >= 0
             nats[places[is_read]] = losses.double().cpu().numpy()[is_read]
-        texts = zip(self._texts("test", "prompt"), self._texts("test", "answer"), strict=True)
+        learnt = [labels[labels != IGNORED] for labels in map(own.labels, own.places())]
         return {
             "nats": np.array([nats[places].sum() for places in own.places()]),
-            "tokens": np.array([np.count_nonzero(own.labels(places) != IGNORED) for places in own.places()]),
-            "bytes": np.array([self._bytes(*pair) for pair in texts], dtype=np.float64),
+            "tokens": np.array([len(labels) for labels in learnt]),
+            "bytes": np.array(self._writer.text_bytes(learnt), dtype=np.float64),
         }
-
-    def _bytes(self, prompt: str, answer: str) -> int:
-        """Bytes of the texts that are learnt of a conversation."""
-        if self._options.loss_on == "completion":
-            return len(answer.encode())
-        is_all = self._options.loss_on == "all"
-        messages = conversation(prompt, answer)
-        return sum(len(one["content"].encode()) for one in messages if is_all or one["role"] == "assistant")
 
     def _chosen(self, split: str, most: int | None) -> list[int]:
         """Conversations whose answers are judged, from everywhere among those of a split."""
@@ -335,50 +329,54 @@ class Instruction:
         return outputs
 
     def _judged(
-        self, outputs: Sequence[str], references: Sequence[str]
+        self, outputs: list[str], references: list[str], names: Sequence[str]
     ) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, Any]]]:
-        """What each answer adds to the scores, and the contract of each."""
+        """What each answer adds to these scores, and the contract of each."""
         shared = {**self._shared, "generation": self._writer.contract}
-        chrf = CHRF(word_order=2)
-        words = text.rouge_words(references)
-        outputs, references = list(outputs), list(references)
-        found: dict[str, NDArray[Any]] = {
-            "rouge_l": text.rouge_l(outputs, references, words),
-            "token_f1": text.token_f1(outputs, references),
-            "exact_match": text.exact_match(outputs, references),
-            "bleu": sentence_statistics(self._bleu, outputs, references).astype(np.float64),
-            "chrf": sentence_statistics(chrf, outputs, references).astype(np.float64),
-        }
-        contracts: dict[str, dict[str, Any]] = dict.fromkeys(found, shared)
-        contracts["rouge_l"] = {**shared, "words": words}
-        for name, metric in (("bleu", self._bleu), ("chrf", chrf)):
-            metric.corpus_score(outputs, [references])  # without it there is no signature
-            contracts[name] = {**shared, "signature": str(metric.get_signature())}
-        if labels := self._options.labels:
-            numbers = {label: number for number, label in enumerate(labels)}
-            identity = np.eye(len(labels) + 1, len(labels), dtype=np.uint8)  # the last row is no label
-            found["truth"] = identity[[numbers.get(one.strip(), -1) for one in references]]
-            found["predicted"] = identity[[numbers.get(one.strip(), -1) for one in outputs]]
-            kinds = {"f1": self._options.f1, "f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}
-            for name, average in {**kinds, "accuracy": "accuracy"}.items():
-                contracts[name] = {
-                    **shared,
-                    "labels": labels,
-                    "average": average,
-                    "positive_label": None,
-                    "zero_division": statistics.ZERO_DIVISION,
-                }
+        found: dict[str, NDArray[Any]] = {}
+        contracts: dict[str, dict[str, Any]] = dict.fromkeys(names, shared)
+        for name in names:
+            match name:
+                case "rouge_l":
+                    words = text.rouge_words(references)
+                    found[name] = text.rouge_l(outputs, references, words)
+                    contracts[name] = {**shared, "words": words}
+                case "token_f1":
+                    found[name] = text.token_f1(outputs, references)
+                case "exact_match":
+                    found[name] = text.exact_match(outputs, references)
+                case "bleu" | "chrf":
+                    metric = self._bleu if name == "bleu" else CHRF(word_order=2)
+                    found[name] = sentence_statistics(metric, outputs, references).astype(np.float64)
+                    metric.corpus_score(outputs[:1], [references[:1]])  # without it there is no signature
+                    contracts[name] = {**shared, "signature": str(metric.get_signature())}
+                case _:
+                    found |= self._classes(outputs, references)
+                    contracts[name] = {**shared, **self._averaged(name)}
         return found, contracts
+
+    def _classes(self, outputs: list[str], references: list[str]) -> dict[str, NDArray[Any]]:
+        """Which label each answer is; what is none of them has none."""
+        labels = self._options.labels
+        numbers = {label: number for number, label in enumerate(labels)}
+        identity = np.eye(len(labels) + 1, len(labels), dtype=np.uint8)
+        truth, predicted = (identity[[numbers.get(one, -1) for one in texts]] for texts in (references, outputs))
+        return {"truth": truth, "predicted": predicted}
+
+    def _averaged(self, name: str) -> dict[str, Any]:
+        """The contract of a score of labels."""
+        average = self._options.f1 if name == "f1" else name.removeprefix("f1_")
+        return {
+            "labels": self._options.labels,
+            "average": average,
+            "positive_label": None,
+            "zero_division": statistics.ZERO_DIVISION,
+        }
 
     def _scored(self, name: str, found: dict[str, NDArray[Any]], contract: dict[str, Any]) -> Score:
         own = {part: found[part] for part in statistics.METRICS[name].needs}
         value = float(statistics.score(name, statistics.summands(name, own).sum(axis=0), contract))
         return make_score(name, value, own, contract)
-
-
-def _first(parts: NDArray[np.uint8], wanted: int) -> int:
-    """The first place of a part; 0 if there is none."""
-    return int(np.argmax(parts == wanted))
 
 
 def _asked(prompt: str) -> str:

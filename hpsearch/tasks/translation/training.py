@@ -118,7 +118,7 @@ class Translation:
         }
         metrics = {"bleu": self._bleu, "chrf": CHRF(word_order=2), "ter": TER()}
         scores = tuple(_score(name, metric, outputs, references, shared) for name, metric in metrics.items())
-        examples = {"bleu": sentence_statistics(metrics["bleu"], outputs, references)}
+        examples = {name: sentence_statistics(metric, outputs, references) for name, metric in metrics.items()}
         shown = np.linspace(0, len(outputs) - 1, min(self._options.samples, len(outputs)), dtype=int)
         samples = [
             {"source": sources[index], "reference": references[index], "output": outputs[index]} for index in shown
