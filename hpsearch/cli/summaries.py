@@ -145,6 +145,8 @@ def trial_report(trial: WholeTrial, width: int) -> Group:
     if points:
         parts += [Text(), Text(curve_plot(points, width=min(width, 100), best=trial.best_evaluation))]
     parts += _details(trial.details)
+    if generation := trial.details.get("generation"):
+        parts += [Text(), Text(_generated(generation, trial.device_seconds), style="dim")]
     for decision in trial.decisions:
         evidence = ", ".join(f"{key}={short(value)}" for key, value in decision.evidence.items() if value is not None)
         line = f"evaluation {decision.evaluation:>3}: {decision.verdict} -> {decision.action} ({evidence})"
@@ -163,6 +165,14 @@ def _details(details: dict[str, Any]) -> Iterator[Any]:
     if confusion := details.get("confusion"):
         yield Text()
         yield _confusion(confusion["labels"], confusion["counts"])
+
+
+def _generated(generation: dict[str, Any], seconds: float | None) -> str:
+    """How many answers were generated to be scored, and which part of the run that took."""
+    share = f", {generation['seconds'] / seconds:.0%} of the run" if seconds else ""
+    said = f"{generation['answers']:,} answers generated in {generation['seconds']:.1f} s{share}"
+    left_out = generation["left_out"]
+    return said + (f"; {left_out:,} do not fit into the context and are left out" if left_out else "")
 
 
 _MOST_CLASSES = 12

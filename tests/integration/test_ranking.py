@@ -267,7 +267,7 @@ def test_translation_runs_on_ray_and_its_answers_are_kept(tmp_path: Path, hpsear
     assert len(rows) == 2
     assert [row.test_bleu for row in rows] == sorted((row.test_bleu for row in rows), reverse=True)
     assert all(0 < row.p_value <= 1 for row in rows)
-    assert [entry.metric for entry in study.compare(0, 1).metrics] == ["bleu"]
+    assert [entry.metric for entry in study.compare(0, 1).metrics] == ["bleu", "chrf", "ter"]
     shown = hpsearch("show", "messages", "0", "--store", study.store)
     assert "reference" in shown.stdout
     scored = package.launch(file, name="by-bleu", overrides=["objective=bleu"], trials=1, backend="inline")

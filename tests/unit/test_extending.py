@@ -224,23 +224,23 @@ def test_the_metric_has_a_score_an_interval_and_ties() -> None:
     names: dict[str, Any] = {}
     try:
         exec(section("A metric"), names)
-        METRICS["exact_match"] = names["EXACT_MATCH"]
+        METRICS["right_length"] = names["RIGHT_LENGTH"]
         rng = np.random.default_rng(0)
-        good, bad = ({"exact": (rng.random(400) < share).astype(float)} for share in (0.8, 0.4))
-        value = float(score("exact_match", summands("exact_match", good).sum(axis=0), {}))
-        assert value == pytest.approx(good["exact"].mean())
-        low, high = interval("exact_match", good, {})
+        good, bad = ({"fits": (rng.random(400) < share).astype(float)} for share in (0.8, 0.4))
+        value = float(score("right_length", summands("right_length", good).sum(axis=0), {}))
+        assert value == pytest.approx(good["fits"].mean())
+        low, high = interval("right_length", good, {})
         assert low < value < high
         assert (low, high) == pytest.approx((value - 0.04, value + 0.04), abs=0.01), "as a binomial proportion has it"
-        resampled = ties.resample("exact_match", [good, bad], {})
-        observed = np.array([value, bad["exact"].mean()])
+        resampled = ties.resample("right_length", [good, bad], {})
+        observed = np.array([value, bad["fits"].mean()])
         best, other = ties.tie_p_values(
-            observed, resampled, 400, higher_is_better=METRICS["exact_match"].higher_is_better
+            observed, resampled, 400, higher_is_better=METRICS["right_length"].higher_is_better
         )
         assert best > 0.5
         assert other < 0.01, "told from the winner"
     finally:
-        METRICS.pop("exact_match", None)
+        METRICS.pop("right_length", None)
 
 
 @pytest.mark.parametrize(
