@@ -39,9 +39,15 @@ MODELS = {
     "causal_lm": ModelSettings(architecture="gpt2", hidden_size=32, num_heads=2, num_layers=1, context_length=32),
     "translation": ModelSettings(architecture="marian", hidden_size=32, num_heads=2, num_layers=1, context_length=32),
     "classification": ModelSettings(architecture="bert", hidden_size=32, num_heads=2, num_layers=1, context_length=32),
+    "instruction": ModelSettings(architecture="llama", hidden_size=32, num_heads=2, num_layers=1, context_length=128),
 }
-FRACTIONS = {"causal_lm": 0.05, "translation": 0.1, "classification": 0.3}
-CORPORA: dict[str, Any] = {"causal_lm": "python_docs", "translation": "ui_messages", "classification": "python_areas"}
+FRACTIONS = {"causal_lm": 0.05, "translation": 0.1, "classification": 0.3, "instruction": 0.1}
+CORPORA: dict[str, Any] = {
+    "causal_lm": "python_docs",
+    "translation": "ui_messages",
+    "classification": "python_areas",
+    "instruction": "python_functions",
+}
 
 
 class Pool:
@@ -139,7 +145,10 @@ def assert_equal(
         assert ours.n == theirs.n
 
 
-@pytest.mark.parametrize("task", MODELS)
+@pytest.mark.parametrize(
+    "task",
+    [*(name for name in MODELS if name != "instruction"), pytest.param("instruction", marks=pytest.mark.nightly)],
+)
 def test_three_processes_learn_what_one_learns(configure: Callable[..., TrialConfig], pool: Pool, task: str) -> None:
     # Muon's products in bfloat16 let differences of rounding grow until an example changes its class.
     alone = drain(run_trial(configure(task, "alone", optimizer="adamw")))

@@ -172,9 +172,10 @@ class Instruction:
         own = self._splits["validation"]
         found = set()
         for index, answer in enumerate(self._texts("validation", "answer")[:_LOOKED_AT]):
-            said = self._writer.decoded(torch.from_numpy(own.answer(index))[None])[0]
-            before, _, behind = said.partition(answer)
-            found.add((before, behind))
+            before, is_there, behind = self._writer.decoded(torch.from_numpy(own.answer(index))[None])[0].partition(
+                answer
+            )
+            found.add((before, behind) if is_there else ("", ""))
         return found.pop() if len(found) == 1 else ("", "")
 
     @property
