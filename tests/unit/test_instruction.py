@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -634,6 +635,16 @@ def test_another_objective_finds_another_winner(tmp_path: Path, monkeypatch: pyt
         chosen = min(board.rows, key=lambda row: row.valid_loss if objective == "loss" else -row.valid_score)
         assert chosen.params["batch_size"] == winners[objective], "validation says so, too"
     assert winners == {"loss": 64, "rouge_l": 8}
+    assert len(hpsearch.rank("loss", "rouge_l", store="sqlite:///s.db").rows) == 4
+    with sqlite3.connect("s.db") as store:  # as studies without labels have none of labels
+        of_loss = (
+            "SELECT t.id FROM hpsearch_trials t JOIN hpsearch_studies s ON s.id = t.study_id WHERE s.name = 'loss'"
+        )
+        store.execute(f"DELETE FROM hpsearch_scores WHERE metric = 'rouge_l' AND trial_id IN ({of_loss})")
+    with pytest.raises(
+        UsageError, match="'rouge_l' is ranked by rouge_l, and 'loss', ranked by perplexity, has no such"
+    ):
+        hpsearch.rank("rouge_l", "loss", store="sqlite:///s.db")
     shown = hpsearch.show("rouge_l", 0, store="sqlite:///s.db").details
     assert {*shown["samples"][0]} == {"source", "reference", "output"}
     assert shown["generation"]["answers"] == len(shown["outputs"])
