@@ -193,7 +193,7 @@ def measured(step: str, file: Path, folder: Path) -> dict[str, Any]:
         nonlocal peak
         while process.poll() is None:
             peak = max(peak, _held(process.pid))
-            time.sleep(0.05)
+            time.sleep(0.5)  # each look reads the maps of all processes, which takes some milliseconds of them
 
     watcher = threading.Thread(target=watch)
     watcher.start()
