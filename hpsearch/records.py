@@ -277,7 +277,7 @@ class TrialEnded:
     last_epoch: float | None
     epochs: int
     params: dict[str, Any]
-    metric: str = ""
+    metric: str
     """That trials are ranked by."""
 
 

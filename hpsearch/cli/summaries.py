@@ -83,7 +83,7 @@ def check_report(found: dict[str, Any]) -> str:
             f"leakage      {data['seen_ngrams']:.1%} of the validation split's word 5-grams stand in "
             + ("training" if data["ngrams_of"] == 1 else f"{data['ngrams_of']:.1%} of training")
             + (f", {data['seen_targets']:.1%} of the held-out targets" if data["seen_targets"] is not None else ""),
-            f"cut          {_cut(found)}",
+            f"too long     {found['too_long'] or 'nothing'}",
             f"to train     about {found['estimated_tokens']:,} tokens without pruning",
             *([f"classes      {_classes(data['label_counts'])}"] if data["labels"] else []),
             *(f"note         {text}" for text in found["notes"]),
@@ -111,12 +111,6 @@ def _computing(computing: dict[str, Any]) -> str:
     return (
         f"on the {where}, the model in {computing['model']}, Muon in {computing['muon']} ({computing['cpu']}: {flags})"
     )
-
-
-def _cut(found: dict[str, Any]) -> str:
-    cut = {split: count for split, count in found["truncated"].items() if count}
-    counted = ", ".join(f"{count} {split}" for split, count in cut.items())
-    return f"{counted} examples are longer than {found['fixed']['context_length']} tokens" if cut else "nothing"
 
 
 def _classes(counts: dict[str, dict[str, int]], width: int = 100) -> str:
@@ -171,8 +165,8 @@ def _generated(generation: dict[str, Any], seconds: float | None) -> str:
     """How many answers were generated to be scored, and which part of the run that took."""
     share = f", {generation['seconds'] / seconds:.0%} of the run" if seconds else ""
     said = f"{generation['answers']:,} answers generated in {generation['seconds']:.1f} s{share}"
-    left_out = generation["left_out"]
-    return said + (f"; {left_out:,} do not fit into the context and are left out" if left_out else "")
+    kinds = {"cut": "lost their beginning", "left_out": "do not fit into the context and are left out"}
+    return "; ".join([said, *(f"{generation[kind]:,} {what}" for kind, what in kinds.items() if generation[kind])])
 
 
 _MOST_CLASSES = 12

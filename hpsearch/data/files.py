@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from hpsearch.errors import DataError
 from hpsearch.spec.files import format_of
 from hpsearch.spec.sections import SplitOn
+from hpsearch.spec.task import Row
 
 END_OF_TEXT = "<|endoftext|>"
 """Parts the documents of a plain file, where it stands in one. Our tokenizers call the token so that ends a text."""
@@ -28,8 +30,6 @@ _BEGINNING = 4096
 """Bytes that tell files apart."""
 _SEPARATORS = {"blank_line": "\n\n", "line": "\n", "end_of_text": END_OF_TEXT}
 _DELIMITERS = (",", ";", "\t", "|")
-
-Row = dict[str, Any]
 
 
 class Position:
@@ -74,6 +74,27 @@ def rows_of(
             yield from _array_rows(text)
         else:
             yield from _json_rows(text)
+
+
+def value_in(row: Row, column: str) -> Any:
+    """What a row has in a column. `a.b` is b of the mapping a; a mapping `translation` is looked into unasked.
+
+    Raises DataError.
+    """
+    if column in row:
+        return row[column]
+    found: Any = row
+    for part in column.split("."):
+        found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
+    if found is _ABSENT and isinstance(pair := row.get("translation"), dict):
+        found = pair.get(column, _ABSENT)
+    if found is _ABSENT:
+        inner = [f"{name}.{key}" for name, value in row.items() if isinstance(value, dict) for key in value]
+        raise DataError(f"has no column '{column}'; it has {', '.join(map(str, [*row, *inner]))}")
+    return found
+
+
+_ABSENT = object()
 
 
 def texts_of(name: str, split_on: SplitOn, *, encoding: str | None, position: Position) -> Iterator[str]:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def prepare(spec: StudySpec, report: Report = unheard) -> tuple[Folder, DataCard
     return found
 
 
-def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) -> tuple[DataCard, dict[str, int]]:
+def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) -> tuple[DataCard, TooLong]:
     """The card that `prepare` would write, and what the context length would cut; writes nothing that stays.
 
     With `whole` false, a large corpus is read in part and its counts are estimated.
@@ -58,7 +59,7 @@ def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) ->
     if found is not None:
         folder, card = found
         spec.definition.check_data(spec.options, card)
-        return card, count_cut(spec, storage.cached(folder))
+        return card, too_long(spec, storage.cached(folder))
     # Of a mix, a part would be of its first source.
     is_large = not spec.data.mix and sum(size_of(spec.data, split) for split in SPLITS) > _LARGE
     if is_large and not whole:
@@ -68,25 +69,47 @@ def measure(spec: StudySpec, report: Report = unheard, *, whole: bool = True) ->
     return _measured(spec, report, None)
 
 
-def _measured(spec: StudySpec, report: Report, most: int | None) -> tuple[DataCard, dict[str, int]]:
+def _measured(spec: StudySpec, report: Report, most: int | None) -> tuple[DataCard, TooLong]:
     with private_folder("data-") as scratch:
         preparation = Preparation(spec, scratch, report, most=most)
         preparation.read()
         card = preparation.tokenized()
         spec.definition.check_data(spec.options, card)
-        return card, count_cut(spec, preparation.out)
+        return card, too_long(spec, preparation.out)
 
 
-def count_cut(spec: StudySpec, folder: Path) -> dict[str, int]:
-    """Examples of each split that are longer than the model's context and are cut to it."""
-    if spec.definition.is_stream:
-        return dict.fromkeys(SPLITS, 0)
+@dataclass(frozen=True)
+class TooLong:
+    """Examples that are longer than the model's context, by split."""
+
+    context_length: int
+    cut: dict[str, int]
+    """Those that lose a part."""
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        """In words, with the splits that have any; empty if none has."""
+        kinds = {"cut": self.cut, "left out": self.left_out}
+        counted = {
+            kind: ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+            for kind, counts in kinds.items()
+        }
+        said = "; ".join(f"{kind}: {counts} examples" for kind, counts in counted.items() if counts)
+        return f"longer than {self.context_length} tokens and {said}" if said else ""
+
+
+def too_long(spec: StudySpec, folder: Path) -> TooLong:
+    """How many examples do not fit as they are."""
+    task, length = spec.definition, spec.model.context_length
+    if task.is_stream:
+        return TooLong(length, dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0))
     longest = {
-        split: np.max([load_split(folder, split, name).lengths for name in spec.definition.sequences], axis=0)
-        for split in SPLITS
+        split: np.max([load_split(folder, split, name).lengths for name in task.sequences], axis=0) for split in SPLITS
     }
-    most = spec.model.context_length + spec.definition.is_chat  # the last token of a chat is only predicted
-    return {split: int((lengths > most).sum()) for split, lengths in longest.items()}
+    left_out = {split: task.left_out(folder, split, length) for split in SPLITS}
+    most = length + task.is_chat  # the last token of a chat is only predicted
+    cut = {split: int((lengths > most).sum()) - left_out[split] for split, lengths in longest.items()}
+    return TooLong(length, cut, left_out)
 
 
 def notes(spec: StudySpec, card: DataCard) -> list[str]:

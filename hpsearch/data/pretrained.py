@@ -206,6 +206,12 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if found is None else int(found)
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are no text: marks of texts, turns and whatever else the tokenizer has."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | {*tokenizer.all_special_ids}
+
+
 def begin_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that a tokenizer puts before every text, as its model was trained; None when it puts none."""
     begin = tokenizer.bos_token_id

@@ -13,7 +13,6 @@ from typing import Any
 from hpsearch.data.corpora import READERS, Example
 from hpsearch.data.files import (
     Position,
-    Row,
     beginning,
     guess_split,
     lines_of,
@@ -21,13 +20,14 @@ from hpsearch.data.files import (
     misplaced_byte,
     rows_of,
     texts_of,
+    value_in,
 )
 from hpsearch.data.shards import SPLITS
 from hpsearch.errors import DataError
 from hpsearch.spec.files import expanded, format_of, split_by_name, split_called
 from hpsearch.spec.sections import AlignedFiles, DataSpec, SourceSpec
 from hpsearch.spec.study import StudySpec
-from hpsearch.spec.task import LABEL_SEPARATOR, UnusableRowError
+from hpsearch.spec.task import LABEL_SEPARATOR, Row, UnusableRowError
 
 _BYTES_OF_A_TOKEN = 4
 _MANY_FILES = 20
@@ -321,21 +321,10 @@ def _class_name(value: Any, kind: Any) -> Any:
 
 
 def _value(row: Row, column: str, where: str) -> Any:
-    """What a row has in a column. `a.b` is b of the mapping a; a mapping `translation` is looked into unasked."""
-    if column in row:
-        return row[column]
-    found: Any = row
-    for part in column.split("."):
-        found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
-    if found is _ABSENT and isinstance(pair := row.get("translation"), dict):
-        found = pair.get(column, _ABSENT)
-    if found is _ABSENT:
-        inner = [f"{name}.{key}" for name, value in row.items() if isinstance(value, dict) for key in value]
-        raise DataError(f"data: {where} has no column '{column}'; it has {', '.join(map(str, [*row, *inner]))}")
-    return found
-
-
-_ABSENT = object()
+    try:
+        return value_in(row, column)
+    except DataError as error:
+        raise DataError(f"data: {where} {error}") from None
 
 
 def as_text(value: Any, place: str, *, is_label: bool) -> str:

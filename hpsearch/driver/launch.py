@@ -83,7 +83,7 @@ def launch_spec(
         preparing = helper.submit(prepare_data, spec, data_reports(listen, stopped))
         helper.submit(_import_what_decides)
         backend = stack.enter_context(open_backend(spec, note))
-        folder, card, truncated = preparing.result()
+        folder, card, long = preparing.result()
         spec = fitted(spec, card)
         from hpsearch.data.prepare import notes
         from hpsearch.driver.run.study_run import StudyRun
@@ -130,8 +130,8 @@ def launch_spec(
         listen(_opening(spec, store, card, backend.placement.where, run))
         for text in notes(spec, card):
             note(text)
-        if any(truncated.values()):
-            note(f"longer than {spec.model.context_length} tokens and cut: {_counted(truncated)} examples")
+        if said := str(long):
+            note(said)
         with _hearing_signals(run, signals, outbox):
             _drive(backend, run, outbox, annotator)
         code = signals.exit_code or run.stop_code or _verdict(run)
@@ -255,10 +255,6 @@ def _opening(spec: StudySpec, store: Store, card: DataCard, where: str, run: Stu
         resumed=run.resumed,
         data=card.__dict__,
     )
-
-
-def _counted(examples: dict[str, int]) -> str:
-    return ", ".join(f"{count} {split}" for split, count in examples.items() if count)
 
 
 def recorded_options(options: LaunchOptions) -> list[str]:

@@ -23,6 +23,7 @@ from hpsearch.spec.study import StudySpec
 from hpsearch.store.store import Store
 
 if TYPE_CHECKING:
+    from hpsearch.data.prepare import TooLong
     from hpsearch.data.shards import DataCard
     from hpsearch.data.stages import Report
 
@@ -48,7 +49,8 @@ def check(
     spec.definition.check_score(spec.options)
     if (model := pretrained.of(spec.model)) and spec.definition.is_pair:
         pretrained.load_translator(model, spec.data.source_language, spec.data.target_language)
-    card, truncated = (None, {}) if any(source.hub for source in spec.data.sources) else measure(spec, whole=full)
+    has_hub = any(source.hub for source in spec.data.sources)
+    card, long = (None, None) if has_hub else measure(spec, whole=full)
     if card:
         spec = fitted(spec, card)
         for settings in _corner_models(spec):
@@ -73,7 +75,9 @@ def check(
         "computing": _computing(spec),
         "data": card.__dict__ if card else None,
         "notes": notes(spec, card) if card else [],
-        "truncated": truncated,
+        "truncated": long.cut if long else {},
+        "left_out": long.left_out if long else {},
+        "too_long": str(long) if long else "",
         "estimated_tokens": _estimated_tokens(spec, card) if card else None,
     }
 
@@ -106,14 +110,14 @@ def _whole(value: float, integer: bool) -> float:
     return int(value) if integer else value
 
 
-def prepare_data(spec: StudySpec, report: Report | None = None) -> tuple[Folder, DataCard, dict[str, int]]:
-    from hpsearch.data.prepare import count_cut, prepare
+def prepare_data(spec: StudySpec, report: Report | None = None) -> tuple[Folder, DataCard, TooLong]:
+    from hpsearch.data.prepare import prepare, too_long
     from hpsearch.data.stages import unheard
 
     spec.definition.check_score(spec.options)
     folder, card = prepare(spec, report or unheard)
     _check_models(spec, card, cached(folder))
-    return folder, card, count_cut(spec, cached(folder))
+    return folder, card, too_long(spec, cached(folder))
 
 
 def fitted(spec: StudySpec, card: DataCard) -> StudySpec:

@@ -36,7 +36,7 @@ Try = Callable[[PreTrainedModel], Any]
 def check_model(auto_class: Any, settings: ModelSettings, *, tries: Sequence[Try] = (), **tokens: Any) -> None:
     """Raise UsageError if such a model cannot be built, or does not train: one that is small enough makes a step.
 
-    Of a larger model no weights are allocated; its small twin makes the step. `tries` are done with that, too.
+    Of a larger model no weights are allocated; its small twin makes the step. `tries` are made with it, too.
     """
     if settings.lora_rank:
         require_peft()
@@ -74,12 +74,20 @@ def check_model(auto_class: Any, settings: ModelSettings, *, tries: Sequence[Try
             ) from error
 
 
-@torch.no_grad()
-def check_apart(model: PreTrainedModel, packing: str) -> None:
-    """Raise UsageError if the model does not keep texts of one sequence apart by the positions of their tokens.
-
-    `packing` is the option that asks for it and what to set in its place, for the message.
+def check_apart(model: PreTrainedModel, *, option: str, instead: str) -> None:
+    """Raise UsageError if the model does not keep texts apart; the message names the `option` that asks for it, and
+    what to set `instead`.
     """
+    if not keeps_apart(model):
+        raise UsageError(
+            f"{option}: models of type {model.config.model_type} cannot be told which tokens of a sequence belong to "
+            f"which text; {instead} trains them"
+        )
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether texts of one sequence do not see each other, by the positions of their tokens."""
     was_training = model.training
     model.eval()
     ids = torch.arange(2, 9, device=model.device)[None] % max(3, model.config.get_text_config().vocab_size)
@@ -88,16 +96,11 @@ def check_apart(model: PreTrainedModel, packing: str) -> None:
     try:
         alone = model(input_ids=ids[:, first:], use_cache=False).logits.float()
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()[:, first:]
-        is_apart = bool((packed - alone).abs().max() <= _LEAK * alone.std())
+        return bool((packed - alone).abs().max() <= _LEAK * alone.std())
     except TypeError:  # it takes no positions
-        is_apart = False
+        return False
     finally:
         model.train(was_training)
-    if not is_apart:
-        raise UsageError(
-            f"{packing.partition(':')[0]}: models of type {model.config.model_type} cannot be told which tokens of a "
-            f"sequence belong to which text; {packing.partition('.')[2]} trains them"
-        )
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,7 @@ def _shallow(
         try:
             model: PreTrainedModel = auto_class.from_config(small)
         except Exception as error:  # each architecture complains in its own way about sizes that do not fit together
-            raise UsageError(
-                f"model: no small {small.model_type} can be built, to see that it keeps texts apart: {error}"
-            ) from error
+            raise UsageError(f"model: no small {small.model_type} can be built, to be tried out: {error}") from error
     return model
 
 

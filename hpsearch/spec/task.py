@@ -16,6 +16,8 @@ from hpsearch.spec.sections import SourceSpec
 from hpsearch.spec.settings import ModelSettings, Strict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
     from hpsearch.data.shards import DataCard
@@ -121,14 +123,14 @@ class TaskDefinition:
 
     def encode(self, examples: list[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
         """The one sequence of each example, where `marks` is `chat`. Raises DataError."""
-        raise NotImplementedError
+        raise NotImplementedError  # as build
 
     def chat_template(self, options: Any, own: str | dict[str, str] | None, *, begins: bool) -> str:
         """The chat template of prepared data, where `marks` is `chat`. Raises DataError.
 
         `own` is the tokenizer's, or several by name; `begins` says whether it puts a token before every text.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # as build
 
     def metric_names(self, options: Any) -> tuple[str, ...]:
         """What trials may be ranked by; the first is the usual one."""
@@ -171,6 +173,10 @@ class TaskDefinition:
         """What a person should know of the prepared data before trials run on it, a sentence each."""
         return iter(())
 
+    def left_out(self, folder: Path, split: str, context_length: int) -> int:
+        """How many examples of prepared data are left out, because a context of this length cannot hold them."""
+        return 0
+
     def check_model(self, settings: ModelSettings, options: Any, card: DataCard) -> None:
         """Raise UsageError if the task cannot build and train such a model. Found out before any trial starts."""
 
@@ -208,6 +214,9 @@ def _check(name: str, definition: TaskDefinition) -> None:
             raise UsageError(f"task {name}: the class has no {attribute}, which must be text")
     if type(definition).build is TaskDefinition.build:
         raise UsageError(f"task {name}: the class has no method build")
+    for method in ("row_reader", "encode", "chat_template") if definition.is_chat else ():
+        if getattr(type(definition), method) is getattr(TaskDefinition, method):
+            raise UsageError(f"task {name}: its marks are `chat`, and the class has no method {method}")
     if not 1 <= len(definition.fields) <= 2:
         raise UsageError(f"task {name}: expected one field or two, got {definition.fields!r}")
     for metric in definition.metrics():

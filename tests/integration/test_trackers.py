@@ -120,7 +120,9 @@ def test_a_trial_that_is_resumed_goes_on_in_its_run(tmp_path: Path) -> None:
             for hear in listeners:
                 hear(begun)
                 hear(PointReported(trial=3, point=point(evaluation, float("nan")), verdict="", epochs=9))
-                hear(TrialEnded(trial=3, result=result(state), last_epoch=2.0, epochs=9, params={}))
+                hear(
+                    TrialEnded(trial=3, result=result(state), last_epoch=2.0, epochs=9, params={}, metric="perplexity")
+                )
     scalars = tensorboard(tmp_path / "tensorboard" / "trial-00003")
     assert list(scalars["valid_loss"]) == [10, 20]
     assert "train_loss" not in scalars, "what is no number is left out"
@@ -137,7 +139,11 @@ def test_a_trial_that_waits_and_never_goes_on_is_ended_there_too(tmp_path: Path)
             hear(PointReported(trial=0, point=point(1), verdict="", epochs=9))
             for state in (TrialState.PAUSED, TrialState.UNPROMISING):
                 params = {"learning_rate": 0.1}
-                hear(TrialEnded(trial=0, result=result(state), last_epoch=2.0, epochs=9, params=params))
+                hear(
+                    TrialEnded(
+                        trial=0, result=result(state), last_epoch=2.0, epochs=9, params=params, metric="perplexity"
+                    )
+                )
     client = MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("a study").experiment_id])
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "unpromising")

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from hpsearch.data.corpora import fold, python_docs
-from hpsearch.data.prepare import count_cut, measure, notes, prepare
+from hpsearch.data.prepare import measure, notes, prepare, too_long
 from hpsearch.data.rows import as_fraction, place
 from hpsearch.data.shards import DataCard, load_labels, load_split, load_texts, read_card
 from hpsearch.errors import DataError, RunFolderError
@@ -265,8 +265,10 @@ def test_the_arrays_of_a_translation(tmp_path: Path) -> None:
     assert card.seen_targets == sum(target in seen for target in targets) / len(targets)
     assert (card.target_vocab_size, tokenizer.token_to_id("<|pad|>")) == (None, 1)
     longer = np.maximum(split.lengths, load_split(folder, "test", "target").lengths) > 16
-    assert count_cut(spec, folder)["test"] == longer.sum() > 0
-    assert measure(spec) == (card, count_cut(spec, folder))
+    long = too_long(spec, folder)
+    assert long.cut["test"] == longer.sum() > 0
+    assert f"longer than 16 tokens and cut: {long.cut['train']:,} train" in str(long)
+    assert measure(spec) == (card, long)
 
 
 def test_two_vocabularies_know_a_language_each(tmp_path: Path) -> None:

@@ -210,6 +210,16 @@ def test_each_form_of_data_is_recognised_and_its_study_file_is_accepted(drafted:
     assert found["study"]["budget"]["minutes"] >= 5
 
 
+def test_conversations_get_a_context_that_holds_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Story {number}?", "completion": " ".join([text] * 30)} for number, text in enumerate(TEXTS)]
+    (tmp_path / "long.jsonl").write_bytes(lines(rows))
+    hpsearch.init(["long.jsonl"], output="study.yaml")
+    found = hpsearch.check("study.yaml")
+    assert found["fixed"]["context_length"] > 256
+    assert sum(found["left_out"].values()) < 0.05 * len(rows)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", FORMS)
 def test_a_drafted_study_ranks_something(drafted: Drafted, form: str) -> None:

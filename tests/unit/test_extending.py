@@ -117,6 +117,10 @@ class Many(Cloze):
     fields = ("a", "b", "c")
 class Unbuilt(TaskDefinition):
     name, architecture, metric = "unbuilt", "bert", "accuracy"
+class Chat(Cloze):
+    fields, marks = ("prompt", "answer"), "chat"
+    def row_reader(self, data, options):
+        return None
 class Key(Cloze):
     name = "budget"
 class Attribute(Cloze):
@@ -138,6 +142,7 @@ class Taken(Cloze):
         ("Lower", "the objective ter is no metric of which more is better"),
         ("Many", "expected one field or two"),
         ("Unbuilt", "the class has no method build"),
+        ("Chat", "its marks are `chat`, and the class has no method encode"),
         ("Key", "a task may not be named 'budget'"),
         ("Attribute", "a task may not be named 'space'"),
         ("Word", "a task may not be named 'method'"),

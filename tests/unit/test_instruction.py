@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -18,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import hpsearch
-from hpsearch.data.prepare import count_cut, measure, notes, prepare
+from hpsearch.data.prepare import measure, notes, prepare, too_long
 from hpsearch.data.pretrained import load_tokenizer
 from hpsearch.data.shards import load_parts, load_texts, read_card
 from hpsearch.errors import DataError, SpecError, UsageError
@@ -34,8 +33,9 @@ from hpsearch.tasks.instruction.definition import InstructionDefinition, Instruc
 from hpsearch.tasks.instruction.forms import RowReader, conversation
 from hpsearch.tasks.instruction.training import Instruction
 from hpsearch.training.random_states import seed_everything
-from hpsearch.training.trainer import Order, PreemptedError, Trainer
+from hpsearch.training.trainer import PreemptedError, Trainer
 from tests.chats import conversations, tokenizer_with, write_jsonl
+from tests.runs import curve_of
 
 MODEL = ModelSettings(architecture="llama", hidden_size=32, num_heads=2, num_layers=2, context_length=160, init_std=0.2)
 RUN = RunSettings(learning_rate=1e-2, batch_size=8, num_epochs=2, evaluations_per_epoch=2, weight_average=0.1)
@@ -154,11 +154,11 @@ def test_what_is_left_out_is_counted_and_said(tmp_path: Path) -> None:
     spec = study_class("instruction")(
         name="s", task="instruction", data=DataSpec(files=FileSplits(train=[str(file)])), folder=str(tmp_path)
     )
-    card, cut = measure(spec)
+    card, long = measure(spec)
     said = "\n".join(notes(spec, card))
     assert f"{file}: no answer of an assistant: 2 rows were left out" in said
     assert f"{file}: roles out of order (user after user): 1 rows were left out" in said
-    assert sum(cut.values()) > 0
+    assert sum(long.cut.values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_perplexity_is_that_of_a_loss_made_by_hand(data: Path, tmp_path: Path) -
 
 def one_by_one(own: Instruction, folder: Path, split: str) -> list[str]:
     own.evaluation_batches = lambda name: [np.array([index]) for index in range(len(own._splits[split].kept))]  # type: ignore[method-assign]
-    return own._answers(trainer(own, folder).evaluator.evaluate, split, None)
+    return own._answers(trainer(own, folder).evaluator.evaluate, split)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -274,7 +274,7 @@ def test_answers_in_batches_are_those_of_prompts_by_themselves(data: Path, tmp_p
     batches = own.evaluation_batches("test prompts")
     assert max(map(len, batches)) > 3
     assert sorted(np.concatenate(batches)) == list(range(len(own._splits["test"].kept)))
-    together = own._answers(evaluate, "test", None)
+    together = own._answers(evaluate, "test")
     assert together == one_by_one(own, tmp_path / "two", "test")
     assert len({*together}) > 3
 
@@ -291,10 +291,10 @@ def test_an_answer_has_the_room_that_its_prompt_leaves(data: Path) -> None:
 def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(data: Path, tmp_path: Path) -> None:
     plain = task(data, generation={"max_new_tokens": 30})
     evaluate = trainer(plain, tmp_path / "one").evaluator.evaluate
-    whole = plain._answers(evaluate, "test", None)
+    whole = plain._answers(evaluate, "test")
     stop = next(text[3:6] for text in whole if len(text) > 8 and text[3:6].strip() == text[3:6])
     own = task(data, generation={"max_new_tokens": 30, "stop": [stop, "never said"]})
-    found = own._answers(trainer(own, tmp_path / "two").evaluator.evaluate, "test", None)
+    found = own._answers(trainer(own, tmp_path / "two").evaluator.evaluate, "test")
     assert not any(stop in text for text in found)
     for text, before in zip(found, whole, strict=True):
         assert text == before.partition(stop)[0].strip()
@@ -306,7 +306,7 @@ def test_sampled_answers_are_always_the_same(data: Path, tmp_path: Path) -> None
         own = task(data, generation={"temperature": temperature, "max_new_tokens": 6})
         torch.rand(drawn)  # what else is drawn changes nothing
         evaluate = trainer(own, tmp_path / f"{temperature}-{drawn}").evaluator.evaluate
-        return own._answers(evaluate, "validation", None)
+        return own._answers(evaluate, "validation")
 
     assert answers(1.0, 1) == answers(1.0, 2)
     assert answers(1.0, 3) != answers(0.0, 1)
@@ -329,27 +329,19 @@ def test_what_does_not_fit_loses_its_beginning_or_is_left_out(data: Path) -> Non
     spec = study_class("instruction")(
         name="s", task="instruction", data=DataSpec(corpus="python_functions"), model={"context_length": 40}
     )
-    assert count_cut(spec, data)["train"] > 0
+    long = too_long(spec, data)
+    for split, own in small._splits.items():
+        assert (long.cut[split], long.left_out[split]) == (own.cut, own.left_out)
+    assert f"left out: {long.left_out['train']:,} train" in str(long)
 
 
 @pytest.mark.slow
 def test_a_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
-    def curve(folder: Path, earlier: tuple[Path, ...] = (), stop_at: int | None = None) -> list[Any]:
-        steps = 0
-
-        def pulse() -> Order:
-            nonlocal steps
-            steps += 1
-            return Order.PREEMPT if steps == stop_at else Order.CONTINUE
-
-        own = trainer(task(data), folder, earlier=earlier, pulse=pulse)
-        return [dataclasses.replace(point, seconds=0.0) for point in own.points()]
-
-    whole = curve(tmp_path / "whole")
+    whole = curve_of(task(data), RUN, tmp_path / "whole")
     assert whole[-1].valid_loss < whole[0].valid_loss
     with pytest.raises(PreemptedError):
-        curve(tmp_path / "first", stop_at=40)
-    assert curve(tmp_path / "second", earlier=(tmp_path / "first",)) == whole
+        curve_of(task(data), RUN, tmp_path / "first", stop_at=40)
+    assert curve_of(task(data), RUN, tmp_path / "second", earlier=(tmp_path / "first",)) == whole
 
 
 @pytest.mark.slow
@@ -573,7 +565,7 @@ def test_answers_are_those_of_prompts_by_themselves_whatever_an_architecture_can
     model = MODEL.model_copy(update={"architecture": architecture, "init_std": None})
     own = task(data, model, generation={"max_new_tokens": 4})
     evaluate = trainer(own, tmp_path / "one").evaluator.evaluate
-    assert own._answers(evaluate, "test", None) == one_by_one(own, tmp_path / "two", "test")
+    assert own._answers(evaluate, "test") == one_by_one(own, tmp_path / "two", "test")
 
 
 def test_architectures_that_cannot_keep_conversations_apart_are_padded(data: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +23,8 @@ from hpsearch.tasks.causal_lm.definition import CausalLMDefinition, CausalLMOpti
 from hpsearch.tasks.causal_lm.training import CausalLM
 from hpsearch.tasks.windows import PackedWindows, best_fit, pieces
 from hpsearch.training.random_states import seed_everything
-from hpsearch.training.trainer import Order, PreemptedError, Trainer
+from hpsearch.training.trainer import PreemptedError, Trainer
+from tests.runs import curve_of
 
 MODEL = ModelSettings(architecture="llama", hidden_size=32, num_heads=2, num_layers=2, context_length=32, init_std=0.2)
 RUN = RunSettings(learning_rate=1e-2, batch_size=8, num_epochs=3, evaluations_per_epoch=2, weight_average=0.1)
@@ -164,24 +163,13 @@ def test_a_loss_is_that_of_each_document_by_itself(data: Path) -> None:
 
 
 def test_a_packed_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
-    def curve(folder: Path, earlier: tuple[Path, ...] = (), stop_at: int | None = None) -> list[Any]:
-        steps = 0
-
-        def pulse() -> Order:
-            nonlocal steps
-            steps += 1
-            return Order.PREEMPT if steps == stop_at else Order.CONTINUE
-
-        trainer = Trainer(packed(data), RUN, seed=0, device=CPU, folder=folder, earlier=earlier, pulse=pulse)
-        return [dataclasses.replace(point, seconds=0.0) for point in trainer.points()]
-
-    whole = curve(tmp_path / "whole")
+    whole = curve_of(packed(data), RUN, tmp_path / "whole")
     assert whole[-1].valid_loss < whole[0].valid_loss
     for stop_at in (3, 40, 77):
-        first = tmp_path / f"first-{stop_at}"
+        first, second = tmp_path / f"first-{stop_at}", tmp_path / f"second-{stop_at}"
         with pytest.raises(PreemptedError):
-            curve(first, stop_at=stop_at)
-        assert curve(tmp_path / f"second-{stop_at}", earlier=(first,)) == whole
+            curve_of(packed(data), RUN, first, stop_at=stop_at)
+        assert curve_of(packed(data), RUN, second, earlier=(first,)) == whole
 
 
 def test_architectures_that_cannot_keep_documents_apart_are_refused_before_a_trial(data: Path) -> None:

@@ -115,11 +115,15 @@ class _Writer:
         gpus = _gpus()
         chosen = next(one for most, one in _SIZES.items() if training_tokens <= most)
         hidden = chosen.hidden if gpus else min(chosen.hidden, _CPU_HIDDEN)
-        context = min(max(32, 2 ** math.ceil(math.log2(max(2, wanted)))), 1024 if gpus else 256)
+        # Of a conversation that is too long the answer may not fit, and it is left out.
+        most = 1024 if gpus or self.task == "instruction" else 256
+        context = min(max(32, 2 ** math.ceil(math.log2(max(2, wanted)))), most)
         if self.task in _LANGUAGE_MODELS:
             context = max(64, context)
         if self.task != "causal_lm" and np.mean(lengths > context) > 0.01:
-            self.notes.append(f"{np.mean(lengths > context):.0%} of the texts are longer than {context} tokens and cut")
+            fate = "cut, or left out" if self.task == "instruction" else "cut"
+            share = np.mean(lengths > context)
+            self.notes.append(f"{share:.0%} of the texts are longer than {context} tokens and {fate}")
         if examples < 200:
             self.notes.append(f"{examples} examples are few: scores will hardly tell trials apart")
         minutes = self._minutes(chosen, hidden, entries, training_tokens, gpus)

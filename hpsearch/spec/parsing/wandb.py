@@ -53,20 +53,20 @@ def _metric(given: dict[str, Any], problems: list[Problem]) -> Any:
     anyway."""
     from hpsearch.metrics.statistics import METRICS  # numpy, which few study files need
 
-    name, goal = given.get("name"), given.get("goal", "minimize")
+    name, goal = given.get("name"), given.get("goal")
     for key in given:
         if key not in ("name", "goal"):
             problems.append(Problem(path=("metric", key), message="expected name and goal", at_key=True))
     if not isinstance(name, str):
         problems.append(Problem(path=("metric",), message="expected the name of a metric"))
         return None
-    if goal not in _GOALS:
+    if goal not in (None, *_GOALS):
         problems.append(Problem(path=("metric", "goal"), message=f"expected {' or '.join(_GOALS)}, got {goal!r}"))
         return None
     # They name metrics by where they are from: eval/loss, val-loss, test.rouge_l.
     own = re.sub(r"^(eval|evaluation|val|valid|validation|test|train)[/._-]", "", name)
     known = METRICS.get(own)
     wanted = "maximize" if known is not None and known.higher_is_better else "minimize"
-    if (own == "loss" or known is not None) and "goal" in given and goal != wanted:
+    if (own == "loss" or known is not None) and goal not in (None, wanted):
         problems.append(Problem(path=("metric", "goal"), message=f"expected {wanted} of {name}, got {goal}"))
     return None if own == "loss" else own

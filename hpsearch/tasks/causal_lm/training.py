@@ -20,11 +20,11 @@ from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Evaluate, Indices, Sco
 from hpsearch.tasks.causal_lm.definition import CausalLMOptions
 from hpsearch.tasks.windows import ContinuousWindows, PackedWindows, Windows
 
-_INSTEAD = "causal_lm.packing: continuous"
+_check_apart = partial(probe.check_apart, option="causal_lm.packing", instead="packing: continuous")
 
 
 def check_model(settings: ModelSettings, options: CausalLMOptions, card: DataCard) -> None:
-    tries = [partial(probe.check_apart, packing=_INSTEAD)] if options.packing == "documents" else []
+    tries = [_check_apart] if options.packing == "documents" else []
     probe.check_model(AutoModelForCausalLM, settings, tries=tries, vocab_size=card.vocab_size)
 
 
@@ -45,7 +45,7 @@ class CausalLM:
         lengths = {} if self._longest is None else {"max_length": self._longest}
         architecture.set_generation(self.model, **end, **lengths)
         if options.packing == "documents":
-            probe.check_apart(self.model, _INSTEAD)
+            _check_apart(self.model)
         self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
 
     def _windows_of(self, split: str) -> Windows:

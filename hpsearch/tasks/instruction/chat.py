@@ -12,6 +12,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hpsearch.data.pretrained import special_ids
 from hpsearch.errors import DataError
 from hpsearch.spec.task import TokenSequence
 from hpsearch.tasks.instruction.forms import Message, spoken
@@ -50,14 +51,12 @@ class ChatEncoder:
             raise DataError(
                 "instruction: the tokenizer has no end-of-sequence token (eos_token), so that no answer ends"
             )
-        if not getattr(self.tokenizer, "is_fast", False):
+        if not self.tokenizer.is_fast:
             raise DataError(
                 "instruction: the tokenizer cannot tell which text a token stands for, so that nothing shows which are "
                 "the assistant's; expected one with a tokenizer.json"
             )
-        self._special = set(self.tokenizer.all_special_ids) | {
-            number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
-        }
+        self._special = special_ids(self.tokenizer)
 
     def encode(self, conversations: list[list[Message]]) -> list[TokenSequence]:
         """Tokens of each conversation as the template renders it, and the part of each token. Raises DataError."""
@@ -72,7 +71,7 @@ class ChatEncoder:
                     conversations, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
                 )
             ]
-        return [self._ended(messages, sequence) for messages, sequence in zip(conversations, found, strict=True)]
+        return [self._ended(sequence) for sequence in found]
 
     def _by_marks(self, conversations: list[list[Message]]) -> list[TokenSequence]:
         try:
@@ -148,17 +147,15 @@ class ChatEncoder:
             raise self._refused(messages, f"{marked} of {len(answers)} answers marked by the template")
         parts = [0] * len(ids)
         for number, ((begin, end), answer) in enumerate(zip(turns, answers, strict=True), start=1):
-            said = self._decoded(ids[begin:end])
-            wanted = spoken(answer)
-            is_there = _letters(wanted) in _letters(said) or _letters(self._decoded(self._ids(wanted))) in _letters(
-                said
-            )
-            if begin >= end or not is_there:
+            said, wanted = self._decoded(ids[begin:end]), spoken(answer)
+            # Of letters that the tokenizer does not know there is what it makes of them.
+            kept = self._decoded(self._ids(wanted))
+            if begin >= end or not any(_letters(text) in _letters(said) for text in (wanted, kept)):
                 raise self._refused(messages, f"the tokens of an answer hold {said[:60]!r} and not {wanted[:60]!r}")
             parts[begin:end] = [ANSWER if number == len(answers) else ASSISTANT] * (end - begin)
         return TokenSequence(ids=ids, parts=parts)
 
-    def _ended(self, messages: list[Message], sequence: TokenSequence) -> TokenSequence:
+    def _ended(self, sequence: TokenSequence) -> TokenSequence:
         """The sequence with end-of-text behind an answer that the template ends with words."""
         places = [place for place, part in enumerate(sequence.parts) if part == ANSWER]
         last = places[-1]
@@ -184,7 +181,7 @@ class ChatEncoder:
         return ids
 
     def _refused(self, messages: list[Message], why: str) -> DataError:
-        name = getattr(self.tokenizer, "name_or_path", "") or "the tokenizer"
+        name = self.tokenizer.name_or_path or "the tokenizer"
         first = next((message["content"] for message in messages if message["role"] == "user"), "")
         return DataError(
             f"instruction: the chat template of {name} does not show which tokens of a conversation are the "

@@ -97,7 +97,7 @@ class InstructionOptions(Strict):
     ] = Field(
         default_factory=list,
         max_length=1000,
-        description="All answers that there are: a label each. Then F1 and accuracy are scores, too.",
+        description="The possible answers, if there are few: then F1 and accuracy are scores, too.",
     )
     f1: Literal["macro", "micro", "weighted"] = Field("macro", description="The F1 of labels that is called f1.")
     generation: GenerationOptions = Field(default_factory=GenerationOptions)
@@ -194,6 +194,11 @@ class InstructionDefinition(TaskDefinition):
             yield (
                 f"no answer of the test split has {bleu.ORDER} words: BLEU counts the shorter sequences that there are"
             )
+
+    def left_out(self, folder: Path, split: str, context_length: int) -> int:
+        from hpsearch.tasks.instruction.conversations import Conversations
+
+        return Conversations(folder, split, context_length).left_out
 
     def check_model(self, settings: ModelSettings, options: InstructionOptions, card: DataCard) -> None:
         from hpsearch.tasks.instruction.training import check_model

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from hpsearch.data.files import value_in
 from hpsearch.errors import DataError
 from hpsearch.spec.task import Row, UnusableRowError
 
@@ -49,9 +50,8 @@ PAIRS = (
 """Columns of a prompt and of the answer to it, the first that a row has."""
 _CONTEXTS = ("input", "context")
 """Columns that stand below the prompt, where there is something in them."""
-_CALLING = ("function_call", "tool_call")
+_CALLERS, _CALLS = ("function_call", "tool_call"), ("tool_calls", "function_call")
 """Roles, and keys of messages, of calls that a chat template renders by other means than text."""
-_CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _THOUGHT = "</think>"
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
@@ -140,7 +140,7 @@ def conversation(prompt: str, answer: str) -> list[Message]:
 
 
 def _messages(column: str, row: Row) -> list[Message]:
-    value = _at(row, column)
+    value = value_in(row, column)
     if not value:
         raise UnusableRowError("no messages")
     if isinstance(value, str):
@@ -165,7 +165,7 @@ def _message(entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise DataError(f"expected a message with a role and its content, got {json.dumps(entry, default=str)[:60]}")
     role = entry.get("role", entry.get("from"))
-    if role in _CALLING:
+    if role in _CALLERS:
         raise UnusableRowError("calls of tools")
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise DataError(f"unknown role {role!r}; expected {', '.join(ROLES)}")
@@ -205,19 +205,9 @@ def _filled(template: str, row: Row) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        return _text(_at(row, match[1]), match[1])
+        return _text(value_in(row, match[1]), match[1])
 
     return _FIELD.sub(value, template)
-
-
-def _at(row: Row, column: str) -> Any:
-    """What a row has in a column; `a.b` is b of the mapping a."""
-    found: Any = row
-    for part in [column] if column in row else column.split("."):
-        if not isinstance(found, dict) or part not in found:
-            raise DataError(f"there is no column '{column}'; there are {_names(row)}")
-        found = found[part]
-    return found
 
 
 def _text(value: Any, column: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from hpsearch.data.pretrained import load_tokenizer
+from hpsearch.data.pretrained import load_tokenizer, special_ids
 from hpsearch.data.tokenizers import TOKENIZER_FOLDER
 from hpsearch.models import probe
 from hpsearch.tasks.base import EVALUATION_TOKENS, Batch, Indices, within_budget
@@ -44,7 +44,8 @@ class Writer:
         """
         self.frame = ("", "")
         """What stands before and behind the words of every answer, and is no part of them: `final` of gpt-oss."""
-        self._model, self._data, self._options = model, data, options
+        self._model, self._options = model, options
+        self._tokenizer: Any = load_tokenizer(data / TOKENIZER_FOLDER)
         self._most, self._length, self._padding = most, length, padding_id
         self._stops = sorted({end_id, *(token for answer in answers for token in self._ending(answer))})
         self._how = probe.how_it_generates(model)
@@ -147,9 +148,4 @@ class Writer:
 
     @cached_property
     def _special(self) -> set[int]:
-        added = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        return added | {*self._tokenizer.all_special_ids}
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self._data / TOKENIZER_FOLDER)
+        return special_ids(self._tokenizer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from hpsearch.data.shards import SPLITS, DataCard, TokenSplit, load_parts, load_split, load_texts, read_card
+from hpsearch.data.shards import SPLITS, DataCard, load_texts, read_card
 from hpsearch.data.tokenizers import save_tokenizer
 from hpsearch.errors import UsageError
-from hpsearch.files.trial_log import LOGGER
 from hpsearch.metrics import bleu, statistics, text
 from hpsearch.metrics.sacrebleu_internals import sentence_statistics
 from hpsearch.models import architecture, probe
@@ -43,6 +42,7 @@ from hpsearch.tasks.base import (
     within_budget,
 )
 from hpsearch.tasks.instruction.chat import ANSWER, ASSISTANT
+from hpsearch.tasks.instruction.conversations import Conversations
 from hpsearch.tasks.instruction.definition import LABEL_METRICS, TEXT_METRICS, InstructionOptions
 from hpsearch.tasks.instruction.forms import spoken
 from hpsearch.tasks.instruction.generation import Writer
@@ -50,7 +50,7 @@ from hpsearch.tasks.windows import PackedExamples
 
 _PROMPTS = " prompts"
 """Behind the name of a split: its prompts without answers, to be answered."""
-_INSTEAD = "instruction.packing: auto"
+_check_apart = partial(probe.check_apart, option="instruction.packing", instead="packing: auto")
 _LOOKED_AT = 100
 """Answers that show what stands before and behind the words of all."""
 _LEARNT = {"all": 0, "assistant": ASSISTANT, "completion": ANSWER}
@@ -60,50 +60,8 @@ _LEARNT = {"all": 0, "assistant": ASSISTANT, "completion": ANSWER}
 def check_model(settings: ModelSettings, options: InstructionOptions, card: DataCard) -> None:
     tries: list[probe.Try] = [probe.how_it_generates]
     if options.packing == "true":
-        tries.append(partial(probe.check_apart, packing=_INSTEAD))
+        tries.append(_check_apart)
     probe.check_model(AutoModelForCausalLM, settings, tries=tries, vocab_size=card.vocab_size)
-
-
-class Conversations:
-    """The conversations of a split that fit into a context, as places in its stream of tokens."""
-
-    def __init__(self, data: Path, split: str, length: int, learnt: int) -> None:
-        found: TokenSplit = load_split(data, split)
-        self.tokens, self._parts, self._learnt = found.tokens, load_parts(data, split), learnt
-        ends, sizes = np.asarray(found.document_ends), found.lengths
-        said = np.flatnonzero(np.asarray(self._parts) == ANSWER)
-        answers = said[np.searchsorted(said, ends - sizes)] - (ends - sizes)
-        lengths = np.minimum(sizes - 1, length)
-        # The first token of the answer is predicted by the one before it.
-        fits = (answers > 0) & (sizes - answers <= lengths)
-        self.left_out = int((~fits).sum())
-        self.kept = np.flatnonzero(fits)
-        """Numbers of the conversations that fit among those of the split."""
-        self.starts, self.lengths = (ends - lengths)[fits], lengths[fits]
-        self.prompt_lengths = lengths[fits] - (sizes - answers)[fits] + 1
-        self.answer_lengths = (sizes - answers)[fits]
-        self.cut = int((sizes - 1 > length)[fits].sum())
-
-    def places(self) -> Iterator[NDArray[np.int64]]:
-        """Where each conversation is read."""
-        for start, length in zip(self.starts, self.lengths, strict=True):
-            yield np.arange(start, start + length)
-
-    def labels(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What is predicted at these places; IGNORED where nothing is."""
-        labels: NDArray[np.int64] = self.tokens[places + 1].astype(np.int64)
-        if self._learnt:
-            labels[self._parts[places] < self._learnt] = IGNORED
-        return labels
-
-    def prompt(self, index: int) -> NDArray[np.int64]:
-        start = int(self.starts[index])
-        return self.tokens[start : start + int(self.prompt_lengths[index])].astype(np.int64)
-
-    def answer(self, index: int) -> NDArray[np.int64]:
-        start, end = (int(self.starts[index] + lengths[index]) for lengths in (self.prompt_lengths, self.lengths))
-        tokens: NDArray[np.int64] = self.tokens[start : end + 1].astype(np.int64)
-        return tokens
 
 
 class Instruction:
@@ -123,18 +81,17 @@ class Instruction:
         self._label_smoothing = label_smoothing
         self._card = read_card(data)
         self._length = settings.context_length
-        learnt = _LEARNT[options.loss_on]
-        self._splits = {split: Conversations(data, split, self._length, learnt) for split in SPLITS}
+        self._learnt = _LEARNT[options.loss_on]
+        self._splits = {split: Conversations(data, split, self._length) for split in SPLITS}
         for split, conversations in self._splits.items():
             if not len(conversations.kept):
                 raise UsageError(
                     f"model.context_length: {self._length} tokens hold no whole answer of the {split} split"
                 )
-            if conversations.left_out:
-                said = "%d conversations of the %s split are left out: their answers do not fit into %d tokens"
-                LOGGER.info(said, conversations.left_out, split, self._length)
         self.model = architecture.build_model(AutoModelForCausalLM, settings, vocab_size=self._card.vocab_size)
-        self._is_packed = options.packing != "false" and self._can_pack(must=options.packing == "true")
+        if options.packing == "true":
+            _check_apart(self.model)
+        self._is_packed = options.packing != "false" and probe.keeps_apart(self.model)
         self._packed = {
             split: PackedExamples(own.starts, own.lengths, self._length)
             for split, own in self._splits.items()
@@ -157,15 +114,6 @@ class Instruction:
         self._longest = self._length if settings.pretrained is None else None
         self._loss = VocabularyLoss(self.model, input_ids=torch.arange(2)[None])
         self._bleu = bleu.metric(self._card.bleu_tokenizer or "13a", longest_reference=self._card.longest_reference)
-
-    def _can_pack(self, *, must: bool) -> bool:
-        try:
-            probe.check_apart(self.model, _INSTEAD)
-        except UsageError:
-            if must:
-                raise
-            return False
-        return True
 
     def _frame(self) -> tuple[str, str]:
         """What the template has stand before and behind the words of every answer, by some of the validation split."""
@@ -207,14 +155,14 @@ class Instruction:
         places, positions = self._layout(split, indices)
         is_read, own = places >= 0, self._splits[split]
         at = np.where(is_read, places, 0)
-        inputs, labels = own.tokens[at].astype(np.int64), own.labels(at)
+        inputs, labels = own.tokens[at].astype(np.int64), self._labels(split, at)
         inputs[~is_read], labels[~is_read] = self._card.padding_id, IGNORED
         arrays = (inputs, labels) if positions is None else (inputs, positions, labels)
         return Batch(tuple(map(torch.from_numpy, arrays)))
 
     def predicted(self, split: str, indices: Indices) -> int:
         places, _ = self._layout(split, indices)
-        return int((self._splits[split].labels(places[places >= 0]) != IGNORED).sum())
+        return int((self._labels(split, places[places >= 0]) != IGNORED).sum())
 
     def losses(self, batch: Batch) -> Tensor:
         inputs, *positions, labels = batch.tensors
@@ -238,7 +186,7 @@ class Instruction:
             ),
         ]
         began = time.perf_counter()
-        outputs = self._answers(evaluate, "test", None)
+        outputs = self._answers(evaluate, "test")
         spent = time.perf_counter() - began
         own = self._splits["test"]
         prompts, references = (self._texts("test", name) for name in ("prompt", "answer"))
@@ -258,9 +206,8 @@ class Instruction:
 
     def validation_score(self, evaluate: Evaluate) -> float:
         """The objective, of generated answers to a part of the validation split."""
-        most = self._options.generation.max_examples
-        chosen = self._chosen("validation", most)
-        outputs = self._answers(evaluate, "validation", most)
+        chosen = self._chosen("validation")
+        outputs = self._answers(evaluate, "validation")
         references = self._texts("validation", "answer")
         wanted = (self._objective,)
         found, contracts = self._judged([outputs[i] for i in chosen], [references[i] for i in chosen], wanted)
@@ -294,6 +241,13 @@ class Instruction:
         places = own.starts[indices, None] + within
         return np.where(within < own.lengths[indices, None], places, -1), None
 
+    def _labels(self, split: str, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What is predicted at these places of the stream; IGNORED where nothing is."""
+        own = self._splits[split]
+        labels: NDArray[np.int64] = own.tokens[places + 1].astype(np.int64)
+        labels[own.parts(places) < self._learnt] = IGNORED
+        return labels
+
     def _nats(self, evaluate: Evaluate) -> dict[str, NDArray[Any]]:
         """Of each conversation of the test split: nats, tokens and bytes of what is learnt."""
         own = self._splits["test"]
@@ -302,26 +256,27 @@ class Instruction:
             places, _ = self._layout("test", indices)
             is_read = places >= 0
             nats[places[is_read]] = losses.double().cpu().numpy()[is_read]
-        learnt = [labels[labels != IGNORED] for labels in map(own.labels, own.places())]
+        labels = (self._labels("test", places) for places in own.places())
+        learnt = [predicted[predicted != IGNORED] for predicted in labels]
         return {
             "nats": np.array([nats[places].sum() for places in own.places()]),
             "tokens": np.array([len(labels) for labels in learnt]),
             "bytes": np.array(self._writer.text_bytes(learnt), dtype=np.float64),
         }
 
-    def _chosen(self, split: str, most: int | None) -> list[int]:
-        """Conversations whose answers are judged, from everywhere among those of a split."""
+    def _chosen(self, split: str) -> list[int]:
+        """Conversations whose answers are judged: of the validation split some, from everywhere in it."""
         count = len(self._splits[split].kept)
+        most = self._options.generation.max_examples if split == "validation" else None
         chosen = count if most is None else min(most, count)
         return [number * count // chosen for number in range(chosen)]
 
     def _prompt_batches(self, split: str) -> list[Indices]:
-        most = self._options.generation.max_examples if split == "validation" else None
-        chosen = np.array(self._chosen(split, most))
+        chosen = np.array(self._chosen(split))
         batches = self._writer.batches(self._splits[split].prompt_lengths[chosen])
         return [chosen[batch] for batch in batches]
 
-    def _answers(self, evaluate: Evaluate, split: str, most: int | None) -> list[str]:
+    def _answers(self, evaluate: Evaluate, split: str) -> list[str]:
         """What the model answers to the prompts of a split, in its order; "" where it is not asked."""
         outputs = [""] * len(self._splits[split].kept)
         for indices, ids in evaluate(split + _PROMPTS, self._writer.write):
